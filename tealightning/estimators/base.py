@@ -1,0 +1,93 @@
+"""The contract of an advantage estimator."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tealightning.registry import Registry, snake_case
+
+ESTIMATORS = Registry("estimator")
+
+
+class AdvantageEstimator(ABC):
+    """Maps the rewards of each prompt's group to advantages, in the *mean convention*.
+
+    `(1/m) * sum_i A_i * grad log pi(y_i | x)` estimates the gradient of the estimator's objective for that prompt.
+    A subclass holds its hyperparameters (keyword-only) and implements `compute` for a full group; the `valid` mask,
+    dtypes and the group-size check are handled here, once.
+    """
+
+    registry: ClassVar[Registry] = ESTIMATORS
+    objective: ClassVar[str] = ""
+    """What it ascends, for tables: "E[max of N]"."""
+
+    @property
+    def name(self) -> str:
+        """The snake_case of the class name: the registry key, the YAML file, the table row, the doc page."""
+        return snake_case(type(self).__name__)
+
+    @property
+    def min_group_size(self) -> int:
+        """Fewest rollouts a group needs; smaller groups (after unscorable ones are left out) get zeros."""
+        return 1
+
+    @abstractmethod
+    def compute(self, rewards: Tensor) -> Tensor:
+        """Advantages [P, m] float64 of finite rewards [P, m] float64, m >= min_group_size."""
+
+    def check_group_size(self, group_size: int) -> None:
+        """Raise a ValueError that says which parameter to change if `group_size` is too small."""
+        if group_size < self.min_group_size:
+            raise ValueError(
+                f"{self.name} needs at least {self.min_group_size} rollouts a prompt, got group_size={group_size}: "
+                f"{self.group_size_advice}"
+            )
+
+    @property
+    def group_size_advice(self) -> str:
+        """The end of the message of `check_group_size`: which parameter to change."""
+        return f"raise group_size to {self.min_group_size} or more."
+
+    def __call__(self, rewards: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Advantages of every group.
+
+        Args:
+            rewards: [P, m] float; NaN or inf counts as unscorable.
+            valid: [P, m] bool, False = unscorable: gets 0 and takes no part in any statistic. The others are
+                weighted as a group of that smaller size (mean convention over the valid ones).
+
+        Returns:
+            [P, m] in the dtype of `rewards`; computed in float64. Groups with fewer than `min_group_size` valid
+            rollouts are all zeros.
+
+        Raises:
+            ValueError: if shapes do not fit, rewards are not floating point, or m < min_group_size.
+        """
+        if rewards.ndim != 2 or not rewards.is_floating_point():
+            raise ValueError(
+                f"{self.name}: rewards must be a float tensor of shape [P, m], got {rewards.dtype} {tuple(rewards.shape)}."
+            )
+        if valid is not None and valid.shape != rewards.shape:
+            raise ValueError(
+                f"{self.name}: valid must have the shape of rewards {tuple(rewards.shape)}, got {tuple(valid.shape)}."
+            )
+        self.check_group_size(rewards.shape[1])
+        finite = torch.isfinite(rewards)
+        usable = finite if valid is None else finite & valid.bool()
+        values = rewards.detach().double()
+        advantages = torch.zeros_like(values)
+        counts = usable.sum(dim=1)
+        # One dense call for each number of valid rollouts (nearly always one): estimators never see a mask.
+        for count in counts.unique().tolist():
+            if count < self.min_group_size:
+                continue
+            rows = counts == count
+            chosen = usable & rows[:, None]
+            advantages[chosen] = self.compute(values[chosen].view(-1, count)).reshape(-1)
+        return advantages.to(rewards.dtype)
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
+        return f"{type(self).__name__}({arguments})"

@@ -1,0 +1,70 @@
+"""The contract of a reward."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tealightning.registry import Registry, snake_case
+from tealightning.types import Prompt
+
+REWARDS = Registry("reward")
+
+
+@dataclass(kw_only=True, slots=True)
+class RewardScores:
+    """Scores of B completions."""
+
+    total: Tensor  # [B] float64; NaN = could not be scored
+    components: dict[str, Tensor]  # name -> [B] float64, unweighted
+
+
+class Reward(ABC):
+    """Scores completions. NaN means "could not be scored"; never 0 for that, no clipping, no squashing: they destroy
+    the upper tail that the estimators extrapolate."""
+
+    registry: ClassVar[Registry] = REWARDS
+
+    @property
+    def name(self) -> str:
+        """Its key in metrics and tables."""
+        return snake_case(type(self).__name__).removesuffix("_reward")
+
+    def setup(self, device: torch.device) -> None:  # noqa: B027 - optional hook
+        """Load what it needs on `device`; called once before the first `score`, safe to call again."""
+
+    @abstractmethod
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Sequence[dict[str, Any]]
+    ) -> Tensor | Sequence[float]:
+        """One float per completion; the three arguments have the same length B."""
+
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Sequence[dict[str, Any]]
+    ) -> RewardScores:
+        """`score`, checked: B values, as float64.
+
+        Raises:
+            ValueError: if `score` returned another number of values or something that is no number.
+        """
+        values = self.score(prompts, completions, metadata)
+        total = as_scores(values, expected=len(completions), source=f"reward {self.name!r}")
+        return RewardScores(total=total, components={self.name: total})
+
+    def close(self) -> None:  # noqa: B027 - optional hook
+        """Release what `setup` took; safe to call twice."""
+
+
+def as_scores(values: Any, *, expected: int, source: str) -> Tensor:
+    """[expected] float64 on the CPU, or a ValueError that says what `source` returned. `None` becomes NaN."""
+    try:
+        if not isinstance(values, Tensor):
+            values = torch.tensor([float("nan") if v is None else float(v) for v in values], dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source} must return one number per completion (None or NaN = unscorable): {error}") from error
+    if values.shape != (expected,):
+        raise ValueError(f"{source} must return {expected} values, one per completion, got shape {tuple(values.shape)}.")
+    return values.detach().to("cpu", torch.float64)

@@ -1,0 +1,67 @@
+"""The contract of a rollout engine."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from tealightning.registry import Registry, snake_case
+from tealightning.types import Completion, SamplingConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ENGINES = Registry("engine")
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineContext:
+    """What an engine is started with."""
+
+    policy: "PreTrainedModel"  # the trainer's live policy
+    policy_path: str  # folder or hub id that the policy was loaded from
+    tokenizer: "PreTrainedTokenizerBase"
+    device: torch.device  # where the trainer's policy lives
+    max_model_len: int  # longest prompt + completion, in tokens
+    seed: int  # of the run; samples depend on the seeds given to `generate` only
+
+
+class RolloutEngine(ABC):
+    """Generates completions with the trainer's current weights."""
+
+    registry: ClassVar[Registry] = ENGINES
+    shares_weights: ClassVar[bool] = False
+    """True: it reads the trainer's own parameters, there is nothing to sync."""
+
+    @property
+    def name(self) -> str:
+        """Its key in metrics and tables."""
+        return snake_case(type(self).__name__).removesuffix("_engine")
+
+    @abstractmethod
+    def start(self, context: EngineContext) -> None:
+        """Load. Called after the process group exists; safe to call again. Leaves the global RNG streams, the thread
+        count and the process group as they were."""
+
+    @abstractmethod
+    def generate(
+        self,
+        prompt_token_ids: Sequence[Sequence[int]],
+        *,
+        num_samples: int,
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+    ) -> list[list[Completion]]:
+        """`num_samples` completions for each of P prompts; `seeds[p]` alone decides the samples of prompt p given the
+        weights, where the engine can promise that (its docstring says). Leaves the global RNG streams as they were."""
+
+    @abstractmethod
+    def sync_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take over the trainer's weights, given as `(name, tensor)` with tied parameters under every name."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release memory and processes; safe to call twice."""

@@ -1,0 +1,132 @@
+"""The dataclass of each hand-off.
+
+Legend of shapes, used in every docstring of the package:
+
+    P  prompts in a batch            m  rollouts per prompt in training (group_size)
+    B  rollouts in a batch, P * m    N  best-of-N budget at deployment (target_n)
+    M  rollouts per prompt in evaluation, max(ns)
+    Tp longest prompt in tokens      T  longest completion in tokens       V  vocabulary
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Message = dict[str, str]
+"""One chat message, `{"role": ..., "content": ...}`."""
+
+Prompt = str | list[Message]
+"""A prompt as the user wrote it: plain text or a chat."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SamplingConfig:
+    """How completions are sampled; the same distribution in every engine and in the trainer's log-probs.
+
+    Args:
+        max_new_tokens: Longest completion, in tokens.
+        temperature: Softmax temperature, > 0 (greedy decoding has no policy gradient).
+        top_p: Nucleus mass in (0, 1]; 1 keeps everything.
+        top_k: Keep the k most likely tokens; 0 keeps everything.
+        stop: Strings that end a completion. They stay in its tokens and are cut from its text.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"sampling.max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+        if not self.temperature > 0:
+            raise ValueError(f"sampling.temperature must be above 0, got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling.top_p must be in (0, 1], got {self.top_p}.")
+        if self.top_k < 0:
+            raise ValueError(f"sampling.top_k must be 0 (off) or more, got {self.top_k}.")
+
+
+@dataclass(kw_only=True, slots=True)
+class Completion:
+    """One sampled answer, exactly as the engine sampled it (never decoded and re-encoded)."""
+
+    token_ids: list[int]  # includes the eos token where one was sampled
+    log_probs: list[float]  # of each token under the sampling distribution (after temperature, top-p, top-k)
+    text: str  # without special tokens and without a matched stop string
+    truncated: bool  # True: hit max_new_tokens before eos or a stop string
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutBatch:
+    """Completions of one `PromptBatch` with their rewards; row `p * m + i` is rollout i of prompt p."""
+
+    prompt_ids: Tensor  # [B, Tp] int64, left-padded
+    prompt_lengths: Tensor  # [B] int64
+    completion_ids: Tensor  # [B, T] int64, right-padded
+    completion_lengths: Tensor  # [B] int64, eos included
+    rollout_log_probs: Tensor  # [B, T] float32, the engine's; 0 on padding
+    truncated: Tensor  # [B] bool
+    rewards: Tensor  # [P, m] float64; NaN = could not be scored
+    reward_components: dict[str, Tensor] = field(default_factory=dict)  # name -> [P, m] float64, unweighted
+    completions: list[str] = field(default_factory=list)  # B texts
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    weights_version: int = 0  # optimizer steps that the sampling weights had seen
+
+    @property
+    def group_size(self) -> int:
+        """m."""
+        return self.rewards.shape[1]
+
+    @property
+    def completion_mask(self) -> Tensor:
+        """[B, T] bool, True = sampled token (trained). From lengths: pad may equal eos."""
+        positions = torch.arange(self.completion_ids.shape[1], device=self.completion_ids.device)
+        return positions < self.completion_lengths[:, None]
+
+    @property
+    def prompt_mask(self) -> Tensor:
+        """[B, Tp] bool, True = prompt token (prompts are left-padded)."""
+        width = self.prompt_ids.shape[1]
+        return torch.arange(width, device=self.prompt_ids.device) >= width - self.prompt_lengths[:, None]
+
+    @property
+    def valid(self) -> Tensor:
+        """[P, m] bool, True = the reward is a finite number."""
+        return torch.isfinite(self.rewards)
+
+    def to(self, device: Any, non_blocking: bool = False) -> "RolloutBatch":
+        """A copy with every tensor on `device`."""
+        moved = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        moved["reward_components"] = {k: v.to(device) for k, v in self.reward_components.items()}
+        return replace(self, **moved)
+
+
+@dataclass(kw_only=True, slots=True)
+class PromptBatch:
+    """What the data module yields: prompts only. The rollout callback attaches `rollouts`."""
+
+    ids: list[str]  # P stable identifiers, unique in their split
+    prompts: list[Prompt]  # P, as the user wrote them (for rewards and tables)
+    token_ids: list[list[int]]  # P, chat template and system prompt applied (for engines)
+    metadata: list[dict[str, Any]]  # P, the other columns of the data set
+    rollouts: RolloutBatch | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: Any, non_blocking: bool = False) -> "PromptBatch":
+        """Itself unless rollouts are attached: prompts are not tensors."""
+        if self.rollouts is None:
+            return self
+        return replace(self, rollouts=self.rollouts.to(device, non_blocking=non_blocking))
+
+
+Phase = Literal["train", "val", "test"]
