@@ -1,0 +1,43 @@
+# Every target can be run from a bare clone, and again.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+# Tests use small tensors and several processes: one thread each is faster, and sums do not depend on the machine.
+test test-slow: export OMP_NUM_THREADS := 1
+
+bin := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-slow lint format docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+install: ## install into .venv, for a GPU if there is one, else for a CPU (tools/install.sh)
+	@bash tools/install.sh
+
+quickstart: install ## build the playground, train TEA on it with vLLM rollouts, report best-of-N before and after
+	$(bin)/tealightning playground --out runs/playground
+	$(bin)/tealightning fit -c configs/quickstart.yaml
+
+test: install ## the tests that take under ten seconds each
+	$(bin)/python -m pytest -m "not slow"
+
+test-slow: install ## the tests that train and start processes
+	$(bin)/python -m pytest -m slow
+
+lint: install ## ruff, its formatter in check mode, and mypy
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+	$(bin)/mypy
+
+format: install ## let ruff fix and format
+	$(bin)/ruff check --fix
+	$(bin)/ruff format
+
+docs: install ## build the documentation into site/
+	$(bin)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts -e ".[docs]"
+	$(bin)/mkdocs build --strict --quiet --config-file tools/mkdocs.yml
+
+clean: ## remove caches and build products (keeps .venv and runs/)
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find tealightning tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
