@@ -1,0 +1,34 @@
+"""tealightning: post-training of language models for best-of-N deployment, on PyTorch Lightning.
+
+Importing the package loads no engine: `PostTrainingModule` and the rest are imported when first touched.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from tealightning.registry import register
+from tealightning.version import __version__
+
+_LAZY = {
+    "PostTrainingModule": "tealightning.module",
+    "PolicyGradientLoss": "tealightning.loss",
+    "PromptDataModule": "tealightning.data",
+    "RolloutCallback": "tealightning.callbacks",
+    "BestOfNReport": "tealightning.callbacks",
+    "ExportPolicy": "tealightning.callbacks",
+    "SampleTable": "tealightning.callbacks",
+    "BestOfN": "tealightning.metrics",
+    "SamplingConfig": "tealightning.types",
+}
+
+__all__ = ["__version__", "register", *_LAZY]  # noqa: PLE0604 - names are resolved by __getattr__
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'tealightning' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,149 @@
+"""The best-of-n table and curve: before training, after it, and the paired difference."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from tealightning.callbacks.folders import run_folder
+from tealightning.functional.statistics import mean_and_se, paired_difference
+
+
+@dataclass(kw_only=True, slots=True)
+class Evaluation:
+    """Best-of-n of every prompt at one point of training."""
+
+    step: int  # optimizer steps
+    keys: Tensor  # [Q] int64, prompt keys, sorted
+    values: Tensor  # [Q, len(ns)] float64, E[max of n] of each prompt
+
+
+class BestOfNReport(Callback):
+    """Keeps the first and the last validation of a run and writes, in the run's folder, `best_of_n.md`, `best_of_n.csv`
+    and `best_of_n.png`; prints the table when training ends.
+
+    The first validation is Lightning's sanity check if `trainer.num_sanity_val_steps` is -1 (the whole split, before
+    the first step), which is what makes a before and after. Both use the same prompts and sampling seeds, and the
+    difference's standard error is taken over prompts.
+    """
+
+    def __init__(self) -> None:
+        self.before: Evaluation | None = None
+        self.after: Evaluation | None = None
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        keys, values = pl_module.best_of_n["val"].per_prompt()  # type: ignore[index, operator, union-attr]
+        evaluation = Evaluation(step=trainer.global_step, keys=keys.cpu(), values=values.cpu().double())
+        if trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf"):
+            return  # a glance at two batches is no evaluation
+        if self.before is None:
+            self.before = evaluation
+        else:
+            self.after = evaluation
+        folder = run_folder(trainer)
+        if self.after is not None and trainer.is_global_zero:
+            self.write(folder, pl_module.ns)  # type: ignore[arg-type]
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.before is None or self.after is None:
+            rank_zero_warn(
+                "No best-of-n report: it takes a validation before training (trainer.num_sanity_val_steps=-1) and one "
+                "after (trainer.val_check_interval at most trainer.max_steps)."
+            )
+            return
+        folder = run_folder(trainer)
+        rank_zero_info(
+            f"\nBest-of-n reward on the validation prompts ({len(self.after.keys)} prompts, {max(pl_module.ns)} samples "  # type: ignore[arg-type]
+            f"each; step {self.before.step} -> {self.after.step}; standard errors over prompts)\n\n"
+            f"{self.table(pl_module.ns)}\n\nTable: {folder / 'best_of_n.md'}\nCurve: {folder / 'best_of_n.png'}"  # type: ignore[arg-type]
+        )
+
+    def rows(self, ns: list[int]) -> list[dict[str, float]]:
+        """One row for each n: before, after, difference, each with its standard error."""
+        assert self.before is not None and self.after is not None
+        rows = []
+        for column, n in enumerate(ns):
+            before, before_se = mean_and_se(self.before.values[:, column])
+            after, after_se = mean_and_se(self.after.values[:, column])
+            gain, gain_se = paired_difference(
+                self.before.values[:, column], self.after.values[:, column], self.before.keys, self.after.keys
+            )
+            rows.append(
+                {
+                    "n": n,
+                    "before": float(before),
+                    "before_se": float(before_se),
+                    "after": float(after),
+                    "after_se": float(after_se),
+                    "difference": float(gain),
+                    "difference_se": float(gain_se),
+                }
+            )
+        return rows
+
+    def table(self, ns: list[int]) -> str:
+        """The rows as a markdown table."""
+        lines = ["|    n | before          | after           | difference      |", "|-----:|" + "-----------------|" * 3]
+        for row in self.rows(ns):
+            cells = [f"{row[k]:7.3f} ± {row[k + '_se']:.3f}" for k in ("before", "after", "difference")]
+            lines.append(f"| {row['n']:>4} | " + " | ".join(f"{c:<15}" for c in cells) + " |")
+        return "\n".join(lines)
+
+    def write(self, folder: Path, ns: list[int]) -> None:
+        """Write table and curve into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "best_of_n.md").write_text(self.table(ns) + "\n", encoding="utf-8")
+        rows = self.rows(ns)
+        with (folder / "best_of_n.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        assert self.before is not None and self.after is not None
+        curves = {f"step {self.before.step}": "before", f"step {self.after.step}": "after"}
+        plot_best_of_n(rows, curves, folder / "best_of_n.png")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            name: None if e is None else {"step": e.step, "keys": e.keys, "values": e.values}
+            for name, e in (("before", self.before), ("after", self.after))
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name in ("before", "after"):
+            saved = state_dict[name]
+            setattr(self, name, None if saved is None else Evaluation(**saved))
+
+
+def plot_best_of_n(rows: list[dict[str, float]], curves: dict[str, str], path: Path) -> None:
+    """Best-of-n curves with bands of two standard errors on a log-n axis.
+
+    Args:
+        rows: One dict for each n with `n`, and `<column>` and `<column>_se` for each curve.
+        curves: Label -> column.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), constrained_layout=True)
+    ns = [row["n"] for row in rows]
+    for label, column in curves.items():
+        values = torch.tensor([row[column] for row in rows])
+        band = 2 * torch.tensor([row[f"{column}_se"] for row in rows])
+        (line,) = axes.plot(ns, values, marker="o", label=label)
+        axes.fill_between(ns, values - band, values + band, alpha=0.2, color=line.get_color())
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ns, [str(n) for n in ns])
+    axes.set_xlabel("n (samples a prompt, the best one kept)")
+    axes.set_ylabel("best-of-n reward")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,182 @@
+"""Drives generation and scoring: attaches `batch.rollouts` before every training, validation and test step."""
+
+import os
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from tealightning.rewards.base import Reward
+from tealightning.rollouts import EngineContext, RolloutCollector, RolloutEngine, policy_weights, prompt_seed
+from tealightning.rollouts.collector import rollout_metrics
+from tealightning.types import Phase, PromptBatch, SamplingConfig
+
+
+class RolloutCallback(Callback):
+    """Samples completions from the policy as it is now and scores them.
+
+    Training samples `group_size` completions a prompt, validation and test `max(ns)` of the module. Before each batch
+    the engine takes over the trainer's weights if an optimizer step was made since. Seeds depend on the run's seed, the
+    rollout step and the prompt's id only (in validation and test not on the step: every evaluation of a run uses the
+    same random numbers, so differences between checkpoints are paired).
+
+    Args:
+        engine: Generates completions.
+        reward: Scores them.
+        group_size: m, rollouts a prompt in training.
+        sampling: How completions are sampled, in training and evaluation.
+        seed: Of the samples; None = the run's `seed_everything`.
+        max_model_len: Longest prompt + completion in tokens that the engine prepares for; None = from the data module's
+            `max_prompt_tokens`, else what the model can hold, at most 8,192.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        reward: Reward,
+        *,
+        group_size: int = 16,
+        sampling: SamplingConfig | None = None,
+        seed: int | None = None,
+        max_model_len: int | None = None,
+    ) -> None:
+        if group_size < 1:
+            raise ValueError(f"rollout.group_size must be at least 1, got {group_size}.")
+        self.engine = engine
+        self.reward = reward
+        self.group_size = group_size
+        self.sampling = sampling or SamplingConfig()
+        self.seed = seed
+        self.max_model_len = max_model_len
+        self.rollout_step = 0
+        self._collector: RolloutCollector | None = None
+        self._synced_step: int | None = None
+
+    # ---------------------------------------------------------------- life cycle
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what cannot work before any model is loaded."""
+        if stage == "fit":
+            pl_module.estimator.check_group_size(self.group_size)  # type: ignore[union-attr, operator]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start(trainer, pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start(trainer, pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release engine and reward. Not called between stages: an engine serves fit, validate and test in turn."""
+        self.engine.close()
+        self.reward.close()
+        self._collector = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rollout_step": self.rollout_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rollout_step = state_dict["rollout_step"]
+
+    def _start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._synced_step = None  # a stage may have loaded other weights
+        if self._collector is not None:
+            return
+        self.reward.setup(pl_module.device)
+        self.engine.start(
+            EngineContext(
+                policy=pl_module.policy,
+                policy_path=pl_module.policy_path,
+                tokenizer=pl_module.tokenizer,
+                device=pl_module.device,
+                max_model_len=self._model_len(trainer, pl_module),
+                seed=self._run_seed,
+            )
+        )
+        self._collector = RolloutCollector(
+            engine=self.engine,
+            reward=self.reward,
+            sampling=self.sampling,
+            pad_token_id=pl_module.tokenizer.pad_token_id or 0,
+        )
+
+    def _model_len(self, trainer: pl.Trainer, pl_module: Any) -> int:
+        if self.max_model_len is not None:
+            return self.max_model_len
+        holds = getattr(pl_module.policy.config, "max_position_embeddings", None) or 8192
+        prompt = getattr(getattr(trainer, "datamodule", None), "max_prompt_tokens", None)
+        return min(holds, 8192 if prompt is None else prompt + self.sampling.max_new_tokens)
+
+    @property
+    def _run_seed(self) -> int:
+        return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    # ---------------------------------------------------------------- batches
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: PromptBatch, batch_idx: int
+    ) -> None:
+        self._attach(trainer, pl_module, batch, "train", num_samples=self.group_size, step=self.rollout_step)
+        self.rollout_step += 1
+
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: PromptBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._attach(trainer, pl_module, batch, "val", num_samples=max(pl_module.ns), step=0)  # type: ignore[call-overload]
+
+    def on_test_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: PromptBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._attach(trainer, pl_module, batch, "test", num_samples=max(pl_module.ns), step=0)  # type: ignore[call-overload]
+
+    def _attach(
+        self, trainer: pl.Trainer, pl_module: Any, batch: PromptBatch, phase: Phase, *, num_samples: int, step: int
+    ) -> None:
+        assert self._collector is not None, "the engine is started before the first batch"
+        sync_seconds = self._sync(trainer, pl_module)
+        rollouts, seconds = self._collector.collect(
+            batch,
+            num_samples=num_samples,
+            seeds=[prompt_seed(self._run_seed, phase, step, prompt_id) for prompt_id in batch.ids],
+            weights_version=trainer.global_step,
+        )
+        batch.rollouts = rollouts.to(pl_module.device)
+        metrics = rollout_metrics(rollouts)
+        if phase == "train":
+            metrics |= {f"{name}_seconds": value for name, value in (seconds | {"sync": sync_seconds}).items()}
+            metrics["step"] = self.rollout_step
+        prefix = "rollout" if phase == "train" else phase
+        pl_module.log_dict(
+            {f"{prefix}/{name}": float(value) for name, value in metrics.items()},
+            batch_size=len(batch),
+            sync_dist=trainer.world_size > 1,
+            on_step=phase == "train",
+            on_epoch=phase != "train",
+        )
+        if phase == "train":
+            pl_module.log("reward", metrics["reward_mean"], prog_bar=True, logger=False, batch_size=len(batch))
+
+    def _sync(self, trainer: pl.Trainer, pl_module: Any) -> float:
+        """Give the engine the trainer's weights if they changed; seconds taken."""
+        if self.engine.shares_weights or self._synced_step == trainer.global_step:
+            return 0.0
+        started = time.perf_counter()
+        self.engine.sync_weights(policy_weights(pl_module.policy))
+        self._synced_step = trainer.global_step
+        return time.perf_counter() - started

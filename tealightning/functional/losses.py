@@ -1,0 +1,68 @@
+"""The clipped policy-gradient loss, its token weights, and importance correction."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["token_mean", "sequence_mean", "constant"]
+
+
+def clipped_policy_loss(
+    policy_log_probs: Tensor,
+    behaviour_log_probs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_lower: float,
+    clip_upper: float,
+) -> tuple[Tensor, Tensor]:
+    """`-min(r A, clip(r, 1 - clip_lower, 1 + clip_upper) A)` per token, `r = pi / behaviour` (PPO, Schulman et al. 2017;
+    separate bounds as in DAPO, Yu et al. 2025).
+
+    Args:
+        policy_log_probs: [rows, T], with gradient.
+        behaviour_log_probs: [rows, T], the policy at the start of the step; equal values give r = 1 and the plain
+            policy gradient.
+        advantages: [rows].
+
+    Returns:
+        (loss [rows, T], clipped [rows, T] bool: where the clipped branch won and the gradient is zero).
+    """
+    ratio = (policy_log_probs - behaviour_log_probs).exp()
+    advantages = advantages[:, None]
+    free = ratio * advantages
+    bounded = ratio.clamp(1 - clip_lower, 1 + clip_upper) * advantages
+    return -torch.minimum(free, bounded), bounded < free
+
+
+def token_weights(
+    completion_mask: Tensor, reduction: Reduction, *, num_tokens: Tensor, num_sequences: Tensor, constant: float
+) -> Tensor:
+    """Weights that turn a per-token loss into the batch's: `loss = (weights * token_loss).sum()`.
+
+    `token_mean`: 1 / tokens of the batch. `sequence_mean`: mean over tokens of each completion, then over completions.
+    `constant`: 1 / (completions * constant), so that no length normalises a gradient (Dr. GRPO, Liu et al. 2025);
+    with constant 1 it is the textbook policy gradient. Denominators are the whole batch's, whatever the split.
+
+    Args:
+        completion_mask: [rows, T] bool.
+        num_tokens: Completion tokens of the whole batch.
+        num_sequences: Completions of the whole batch.
+
+    Returns:
+        [rows, T] float32.
+    """
+    mask = completion_mask.float()
+    if reduction == "token_mean":
+        return mask / num_tokens.clamp(min=1)
+    if reduction == "sequence_mean":
+        return mask / (mask.sum(dim=1, keepdim=True).clamp(min=1) * num_sequences.clamp(min=1))
+    if reduction == "constant":
+        return mask / (num_sequences.clamp(min=1) * constant)
+    raise ValueError(f"reduction must be token_mean, sequence_mean or constant, got {reduction!r}.")
+
+
+def truncated_importance_weights(trainer_log_probs: Tensor, rollout_log_probs: Tensor, cap: float) -> Tensor:
+    """`min(pi_trainer / pi_engine, cap)` per token, without gradient: corrects for an engine whose probabilities
+    differ from the trainer's (truncated importance sampling, Ionides 2008)."""
+    return (trainer_log_probs - rollout_log_probs).detach().exp().clamp(max=cap)

@@ -1,0 +1,320 @@
+"""The LightningModule: rewards -> advantages -> loss -> optimizer step. It knows nothing of engines or rewards' makers:
+`batch.rollouts` is there when `training_step` is called."""
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from tealightning.estimators import AdvantageEstimator
+from tealightning.loss import Denominators, PolicyGradientLoss, micro_batch_loss
+from tealightning.metrics import BestOfN
+from tealightning.micro_batches import score_completions, split_rows
+from tealightning.pretrained import load_policy, load_tokenizer
+from tealightning.types import PromptBatch, RolloutBatch
+
+AdvantageScale = Literal["none", "batch_rms"]
+
+
+class PostTrainingModule(pl.LightningModule):
+    """Post-trains a causal LM with advantages from a pluggable estimator.
+
+    Args:
+        policy: Folder or hub id that `AutoModelForCausalLM` and `AutoTokenizer` load.
+        estimator: Maps the rewards of each group to advantages.
+        loss: Clipping, reduction, KL penalty and importance correction.
+        reference: What the KL is measured to; None = the policy as it was loaded. Loaded only if `loss.kl_coef` > 0.
+        advantage_scale: `batch_rms` divides all advantages of a step by their root mean square over the whole batch,
+            which frees the learning rate from the reward's scale; `none` leaves them.
+        inner_epochs: Optimizer steps on each batch of rollouts; above 1 the ratio clipping does its work.
+        micro_batch_tokens: Padded tokens of one forward and backward pass. Changes memory and speed, never the gradient.
+        micro_batch_size: Most rollouts of one pass; None = as many as fit.
+        gradient_clip_norm: Largest gradient norm; None = no clipping.
+        optimizer: Built with the policy's trainable parameters.
+        lr_scheduler: Built with the optimizer and stepped once a rollout step.
+        dtype: Of the policy's weights: `float32`, `bfloat16` or `auto` (as saved).
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more compute.
+        trust_remote_code: Run model code that ships with the weights.
+        ns: Best-of-n budgets of validation and test; `max(ns)` completions are sampled a prompt.
+        extrapolate_ns: Budgets beyond `max(ns)` that are extrapolated and logged under their own keys.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        estimator: AdvantageEstimator,
+        *,
+        loss: PolicyGradientLoss | None = None,
+        reference: str | None = None,
+        advantage_scale: AdvantageScale = "batch_rms",
+        inner_epochs: int = 1,
+        micro_batch_tokens: int = 16_384,
+        micro_batch_size: int | None = None,
+        gradient_clip_norm: float | None = 1.0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        dtype: Literal["float32", "bfloat16", "auto"] = "float32",
+        gradient_checkpointing: bool = False,
+        trust_remote_code: bool = False,
+        ns: Sequence[int] = (1, 4, 16, 64, 128),
+        extrapolate_ns: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        _check_settings(advantage_scale, inner_epochs, micro_batch_tokens, micro_batch_size, gradient_clip_norm)
+        self.automatic_optimization = False
+        self.policy_path = policy
+        self.reference_path = reference or policy
+        self.estimator = estimator
+        self.loss = loss or PolicyGradientLoss()
+        self.advantage_scale = advantage_scale
+        self.inner_epochs = inner_epochs
+        self.micro_batch_tokens = micro_batch_tokens
+        self.micro_batch_size = micro_batch_size
+        self.gradient_clip_norm = gradient_clip_norm
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.load_kwargs = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        self.gradient_checkpointing = gradient_checkpointing
+        self.ns = sorted(set(ns))
+        self.best_of_n = torch.nn.ModuleDict(
+            {phase: BestOfN(ns=self.ns, extrapolate_ns=extrapolate_ns) for phase in ("val", "test")}
+        )
+        self.policy: Any = None  # a transformers.PreTrainedModel once `configure_model` ran
+        self._reference: tuple[Any, ...] = ()  # in a tuple: no submodule, so neither checkpointed nor wrapped
+
+    # ---------------------------------------------------------------- loading
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The policy's tokenizer."""
+        return load_tokenizer(self.policy_path, trust_remote_code=self.load_kwargs["trust_remote_code"])
+
+    def configure_model(self) -> None:
+        """Load the policy, and the reference when a KL penalty needs it. Safe to call again."""
+        if self.policy is not None:
+            return
+        self.policy = load_policy(
+            self.policy_path, gradient_checkpointing=self.gradient_checkpointing, **self.load_kwargs
+        )
+        if self.loss.kl_coef > 0:
+            reference = load_policy(self.reference_path, **self.load_kwargs)
+            self._reference = (reference.requires_grad_(False).eval(),)
+
+    def on_fit_start(self) -> None:
+        for reference in self._reference:
+            reference.to(self.device)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        if self.lr_scheduler is None:
+            return optimizer
+        return [optimizer], [self.lr_scheduler(optimizer)]
+
+    def export(self, folder: str) -> None:
+        """Save policy and tokenizer in Hugging Face format (safetensors), loadable by transformers and vLLM."""
+        self.policy.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    # ---------------------------------------------------------------- training
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        rollouts = _rollouts_of(batch)
+        advantages = self._scaled_advantages(rollouts)
+        rows = self._rows_to_train(rollouts, advantages)
+        ref_log_probs = self._frozen_log_probs(self._reference[0], rollouts, rows) if self._reference else None
+        behaviour = self._frozen_log_probs(self.policy, rollouts, rows) if self.inner_epochs > 1 else None
+        sums: dict[str, Tensor] = {}
+        for epoch in range(self.inner_epochs):
+            sums |= self._optimizer_step(
+                rollouts, rows, advantages.flatten(), behaviour, ref_log_probs, is_first=epoch == 0
+            )
+        self._step_scheduler()
+        self._log_step(rollouts, advantages, rows, sums)
+
+    def _scaled_advantages(self, rollouts: RolloutBatch) -> Tensor:
+        """[P, m] float64: the estimator's, over the batch's RMS if asked for."""
+        advantages = self.estimator(rollouts.rewards, rollouts.valid)
+        if self.advantage_scale == "none":
+            return advantages
+        square_mean = self._over_ranks((advantages**2).sum()) / self._over_ranks(rollouts.valid.sum()).clamp(min=1)
+        return advantages / square_mean.sqrt() if square_mean > 0 else advantages
+
+    def _rows_to_train(self, rollouts: RolloutBatch, advantages: Tensor) -> Tensor:
+        """[R] indices of the rollouts that a loss term needs: all scored ones with a KL penalty, else those with an
+        advantage. Leaving the others out changes no gradient: the denominators stay the whole batch's."""
+        needed = rollouts.valid if self.loss.kl_coef > 0 else advantages != 0
+        needed = needed.flatten() & (rollouts.completion_lengths > 0)
+        return needed.nonzero().squeeze(1)
+
+    def _micro_batches(self, rollouts: RolloutBatch, rows: Tensor) -> list[Tensor]:
+        lengths = rollouts.prompt_lengths + rollouts.completion_lengths
+        return split_rows(lengths, rows, max_tokens=self.micro_batch_tokens, max_rows=self.micro_batch_size)
+
+    @torch.no_grad()
+    def _frozen_log_probs(self, model: Any, rollouts: RolloutBatch, rows: Tensor) -> Tensor:
+        """[B, T] log-probs of `rows` without gradient; 0 elsewhere."""
+        log_probs = torch.zeros_like(rollouts.rollout_log_probs)
+        for chosen in self._micro_batches(rollouts, rows):
+            scores = score_completions(model, rollouts, chosen)
+            log_probs[chosen, : scores.mask.shape[1]] = scores.log_probs
+        return log_probs
+
+    def _optimizer_step(
+        self,
+        rollouts: RolloutBatch,
+        rows: Tensor,
+        advantages: Tensor,
+        behaviour: Tensor | None,
+        ref_log_probs: Tensor | None,
+        *,
+        is_first: bool,
+    ) -> dict[str, Tensor]:
+        """One pass over `rows`, one optimizer step; returns the metrics' sums over this rank.
+
+        Entropy and the engine/trainer mismatch are those of the sampling weights: of the first inner epoch only.
+        """
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        denominators = self._denominators(rollouts)
+        # A rank with nothing to train still has to meet the others in backward: one rollout, weighted by 0.
+        splits = self._micro_batches(rollouts, rows) or [torch.zeros(1, dtype=torch.long, device=self.device)]
+        nothing = len(rows) == 0
+        sums: dict[str, Tensor] = {}
+        for index, chosen in enumerate(splits):
+            is_last = index == len(splits) - 1
+            with nullcontext() if is_last else self._no_gradient_sync():
+                scores = score_completions(self.policy, rollouts, chosen, with_entropy=is_first)
+                length = scores.mask.shape[1]
+                loss, partial = micro_batch_loss(
+                    self.loss,
+                    scores,
+                    advantages=advantages[chosen],
+                    behaviour_log_probs=None if behaviour is None else behaviour[chosen, :length],
+                    rollout_log_probs=rollouts.rollout_log_probs[chosen, :length],
+                    ref_log_probs=None if ref_log_probs is None else ref_log_probs[chosen, :length],
+                    denominators=denominators,
+                )
+                self.manual_backward(loss * 0 if nothing else loss)
+            if nothing:
+                continue
+            if is_first:
+                mismatch = (scores.log_probs.detach() - rollouts.rollout_log_probs[chosen, :length]).abs()
+                mismatch = mismatch.masked_fill(~scores.mask, 0.0)
+                partial["mismatch"] = mismatch.sum()
+                sums["mismatch_max"] = torch.maximum(sums.get("mismatch_max", mismatch.max()), mismatch.max())
+            for key, value in partial.items():
+                sums[key] = sums.get(key, 0) + value.float()
+        max_norm = self.gradient_clip_norm if self.gradient_clip_norm is not None else float("inf")
+        sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), max_norm)
+        optimizer.step()
+        return sums
+
+    def _denominators(self, rollouts: RolloutBatch) -> Denominators:
+        scored = rollouts.valid.flatten()
+        constant = self.loss.constant if self.loss.constant is not None else rollouts.sampling.max_new_tokens
+        return Denominators(
+            num_tokens=self._over_ranks(rollouts.completion_lengths[scored].sum()),
+            num_sequences=self._over_ranks(scored.sum()),
+            constant=float(constant),
+        )
+
+    def _over_ranks(self, value: Tensor, op: str = "mean") -> Tensor:
+        """`value` reduced over ranks. The mean fits data parallelism, which averages the ranks' gradients."""
+        return self.trainer.strategy.reduce(value.detach().double(), reduce_op=op)
+
+    def _no_gradient_sync(self) -> Any:
+        block = getattr(self.trainer.strategy, "block_backward_sync", None)
+        return block() if block is not None else nullcontext()
+
+    def _step_scheduler(self) -> None:
+        if self.lr_scheduler is not None:
+            self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+
+    def _log_step(
+        self, rollouts: RolloutBatch, advantages: Tensor, rows: Tensor, sums: dict[str, Tensor]
+    ) -> None:
+        """Log the step's metrics, reduced over ranks."""
+        zero = torch.zeros((), device=self.device)
+        keys = ["policy_loss", "clipped", "entropy", "kl", "mismatch", "tokens"]
+        totals = self._over_ranks(torch.stack([sums.get(k, zero).double() for k in keys]), "sum")
+        total = dict(zip(keys, totals, strict=True))
+        tokens = total["tokens"].clamp(min=1)
+        small = (rollouts.valid.sum(dim=1) < self.estimator.min_group_size).double().mean()
+        metrics = {
+            "train/policy_loss": total["policy_loss"] / self.trainer.world_size,
+            "train/clip_fraction": total["clipped"] / tokens,
+            "train/entropy": total["entropy"] / tokens,
+            "train/grad_norm": sums["grad_norm"],
+            "train/lr": self.optimizers().param_groups[0]["lr"],  # type: ignore[union-attr]
+            "train/advantage_std": self._over_ranks(advantages.std()),
+            "train/rollouts_skipped": self._over_ranks(zero + 1 - len(rows) / advantages.numel()),
+            "train/groups_too_small": self._over_ranks(small),
+            "rollout/log_prob_abs_diff_mean": total["mismatch"] / tokens,
+            "rollout/log_prob_abs_diff_max": self._over_ranks(sums.get("mismatch_max", zero), "max"),
+        }
+        if self._reference:
+            metrics["train/kl"] = total["kl"] / tokens
+        self.log_dict({k: float(v) for k, v in metrics.items()}, batch_size=len(advantages))
+
+    # ---------------------------------------------------------------- evaluation
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self._update_best_of_n("val", batch)
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self._update_best_of_n("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_best_of_n("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_best_of_n("test")
+
+    def _update_best_of_n(self, phase: str, batch: PromptBatch) -> None:
+        rollouts = _rollouts_of(batch)
+        keys = torch.tensor([prompt_key(i) for i in batch.ids], device=rollouts.rewards.device)
+        self.best_of_n[phase].update(rollouts.rewards, rollouts.valid, keys)
+
+    def _log_best_of_n(self, phase: str) -> None:
+        metric: Any = self.best_of_n[phase]
+        values = {f"{phase}/{key}": value for key, value in metric.compute().items()}
+        self.log_dict(values, prog_bar=False)
+        metric.reset()
+
+
+def prompt_key(prompt_id: str) -> int:
+    """A stable 63-bit number for a prompt id: what tensors and ranks can exchange."""
+    return int.from_bytes(hashlib.blake2b(prompt_id.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _rollouts_of(batch: PromptBatch) -> RolloutBatch:
+    if batch.rollouts is None:
+        raise RuntimeError(
+            "The batch has no rollouts. Add RolloutCallback to the trainer's callbacks (the CLI does: section `rollout`)."
+        )
+    return batch.rollouts
+
+
+def _check_settings(
+    advantage_scale: str,
+    inner_epochs: int,
+    micro_batch_tokens: int,
+    micro_batch_size: int | None,
+    gradient_clip_norm: float | None,
+) -> None:
+    if advantage_scale not in ("none", "batch_rms"):
+        raise ValueError(f"advantage_scale must be none or batch_rms, got {advantage_scale!r}.")
+    if inner_epochs < 1:
+        raise ValueError(f"inner_epochs must be at least 1, got {inner_epochs}.")
+    if micro_batch_tokens < 1:
+        raise ValueError(f"micro_batch_tokens must be at least 1, got {micro_batch_tokens}.")
+    if micro_batch_size is not None and micro_batch_size < 1:
+        raise ValueError(f"micro_batch_size must be at least 1 or null, got {micro_batch_size}.")
+    if gradient_clip_norm is not None and not gradient_clip_norm > 0:
+        raise ValueError(f"gradient_clip_norm must be above 0 or null, got {gradient_clip_norm}.")

@@ -1,0 +1,56 @@
+"""Loading policies and tokenizers through transformers."""
+
+from typing import Any
+
+import torch
+
+
+def load_policy(
+    path: str, *, dtype: str = "float32", trust_remote_code: bool = False, gradient_checkpointing: bool = False
+) -> Any:
+    """A causal LM in eval mode, so that training scores tokens exactly as sampling did (no dropout).
+
+    Args:
+        path: Folder or hub id.
+        dtype: "float32", "bfloat16" or "auto" (as saved).
+
+    Raises:
+        ValueError: if there is no loadable causal LM at `path`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"policy {path!r} is no folder or hub id of a causal LM: {error}") from error
+    model.eval()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        _train_mode_without_dropout(model)  # transformers checkpoints in train mode only
+    return model
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer saved with a model; its pad token falls back to eos (masks come from lengths, so that is safe).
+
+    Raises:
+        ValueError: if there is no tokenizer at `path`.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"policy {path!r} has no tokenizer that transformers can load: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _train_mode_without_dropout(model: torch.nn.Module) -> None:
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout") and isinstance(module.attention_dropout, float):
+            module.attention_dropout = 0.0
