@@ -1,0 +1,104 @@
+"""The figures of the manifest: how good the two models are and what the reward looks like under the policy."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from tealightning.playground.config import PlaygroundConfig
+from tealightning.playground.policy import heldout_loss, sample_completions
+from tealightning.playground.prompts import Opening
+from tealightning.playground.reward_model import Pair, sample_pairs, score_ids
+
+CURVE_NS = (1, 4, 16, 64, 128)
+
+
+def measure(
+    policy: LlamaForCausalLM,
+    reward_model: LlamaForSequenceClassification,
+    tokenizer: PreTrainedTokenizerFast,
+    heldout: Sequence[str],
+    openings: Sequence[Opening],
+    config: PlaygroundConfig,
+    *,
+    seed: int,
+    progress: bool,
+) -> dict[str, Any]:
+    """Held-out figures, by name; `openings` are those of the `heldout` paragraphs."""
+    loss = heldout_loss(policy, tokenizer, heldout, config.sequence_length)
+    pairs = sample_pairs(
+        openings,
+        policy,
+        tokenizer,
+        count=len(openings),
+        max_new_tokens=config.completion_tokens,
+        seed=seed,
+        progress=False,
+    )
+    rewards = sample_rewards(
+        policy, reward_model, tokenizer, openings[: config.curve_prompts], config, progress=progress
+    )
+    return {
+        "heldout_loss": loss,
+        "heldout_perplexity": torch.tensor(loss).exp().item(),
+        "reward_pairwise_accuracy": pairwise_accuracy(reward_model, pairs),
+        "heldout_pairs": len(pairs),
+        **reward_shape(rewards),
+        "best_of_n": {str(n): best_of_n(rewards, n).mean().item() for n in CURVE_NS if n <= rewards.shape[1]},
+    }
+
+
+def pairwise_accuracy(reward_model: LlamaForSequenceClassification, pairs: Sequence[Pair]) -> float:
+    """Share of the pairs whose real continuation has the higher reward (a tie counts half)."""
+    gap = score_ids(reward_model, [p.real for p in pairs]) - score_ids(reward_model, [p.sampled for p in pairs])
+    return ((gap > 0).double() + 0.5 * (gap == 0).double()).mean().item()
+
+
+def sample_rewards(
+    policy: LlamaForCausalLM,
+    reward_model: LlamaForSequenceClassification,
+    tokenizer: PreTrainedTokenizerFast,
+    openings: Sequence[Opening],
+    config: PlaygroundConfig,
+    *,
+    progress: bool,
+) -> Tensor:
+    """Rewards [prompts, curve_samples] float64 of the policy's samples at temperature 1."""
+    repeated = [o for o in openings for _ in range(config.curve_samples)]
+    sampled = sample_completions(
+        policy,
+        tokenizer,
+        [o.prompt_ids for o in repeated],
+        max_new_tokens=config.completion_tokens,
+        progress="best of n" if progress else None,
+    )
+    texts = [o.prompt + tokenizer.decode(ids) for o, ids in zip(repeated, sampled, strict=True)]
+    return score_ids(reward_model, tokenizer(texts)["input_ids"]).view(len(openings), config.curve_samples)
+
+
+def reward_shape(rewards: Tensor) -> dict[str, float]:
+    """Mean over all, and standard deviation and skewness within a prompt (averaged over prompts), of [P, M] rewards."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    variance = centred.square().mean(1)
+    skewness = centred.pow(3).mean(1) / variance.pow(1.5)
+    return {
+        "reward_mean": rewards.mean().item(),
+        "reward_sd_within_prompt": variance.sqrt().mean().item(),
+        "reward_skew_within_prompt": skewness.mean().item(),
+    }
+
+
+def best_of_n(rewards: Tensor, n: int) -> Tensor:
+    """Unbiased estimate [P] of the expected best of `n`, from M >= n rewards per prompt [P, M].
+
+    `sum_{j>=n} C(j-1, n-1) / C(M, n) * R_(j)` over the rewards in ascending order.
+    """
+    total = rewards.shape[1]
+    weights = torch.zeros(total, dtype=torch.float64)
+    weight = n / total  # C(M-1, n-1) / C(M, n), then downwards by C(j-2, n-1) / C(j-1, n-1) = (j-n) / (j-1)
+    for j in range(total, n - 1, -1):
+        weights[j - 1] = weight
+        weight *= (j - n) / max(1, j - 1)
+    return rewards.double().sort(dim=1).values @ weights

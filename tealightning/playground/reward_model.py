@@ -1,0 +1,134 @@
+"""The reward model: tells how people go on from how the policy does, by Bradley-Terry on pairs of the two."""
+
+import copy
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from tealightning.playground.config import PlaygroundConfig
+from tealightning.playground.optim import adamw_cosine
+from tealightning.playground.policy import llama_config, sample_completions
+from tealightning.playground.prompts import Opening
+
+
+@dataclass(kw_only=True, slots=True)
+class Pair:
+    """Two continuations of one prompt, as the reward model reads them: prompt + continuation, tokenized as one text."""
+
+    prompt_length: int  # tokens that both start with
+    real: list[int]
+    sampled: list[int]
+
+
+def sample_pairs(
+    openings: Sequence[Opening],
+    policy: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    count: int,
+    max_new_tokens: int,
+    seed: int,
+    progress: bool,
+) -> list[Pair]:
+    """`count` pairs, going round the openings as often as needed, the policy sampled at temperature 1."""
+    torch.manual_seed(seed)
+    used = [openings[i % len(openings)] for i in range(count)]
+    sampled = sample_completions(
+        policy,
+        tokenizer,
+        [o.prompt_ids for o in used],
+        max_new_tokens=max_new_tokens,
+        progress="pairs" if progress else None,
+    )
+    texts = tokenizer([o.prompt + tokenizer.decode(ids) for o, ids in zip(used, sampled, strict=True)])["input_ids"]
+    return [
+        Pair(prompt_length=len(o.prompt_ids), real=o.prompt_ids + o.continuation_ids, sampled=ids)
+        for o, ids in zip(used, texts, strict=True)
+    ]
+
+
+def train_reward_model(
+    pairs: Sequence[Pair],
+    policy: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    config: PlaygroundConfig,
+    *,
+    seed: int,
+    progress: bool,
+) -> LlamaForSequenceClassification:
+    """Bradley-Terry on every prefix of the continuations, starting from the policy's first layers.
+
+    `loss = -mean_t log sigmoid(r_t(real) - r_t(sampled))` over the positions `t` after the prompt, `r_t` the score of the
+    text up to `t` or up to its end, whichever comes first: one pair teaches as often as it has tokens, and the reward
+    at the last token adds up evidence from the whole continuation.
+    """
+    torch.manual_seed(seed)
+    model = initial_reward_model(policy, tokenizer, config)
+    optimizer, schedule = adamw_cosine(
+        model, lr=config.reward_lr, steps=config.reward_steps, weight_decay=config.reward_weight_decay
+    )
+    rng = random.Random(seed)
+    model.train()
+    for _ in (bar := tqdm(range(config.reward_steps), desc="reward model", disable=not progress)):
+        loss = _bradley_terry(model, rng.sample(pairs, config.reward_batch_size), tokenizer.pad_token_id)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    return model.eval()
+
+
+def initial_reward_model(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, config: PlaygroundConfig
+) -> LlamaForSequenceClassification:
+    """The policy's embeddings and first `reward_layers` layers under a zero scalar head."""
+    architecture = llama_config(config, tokenizer, layers=config.reward_layers)
+    architecture.num_labels = 1
+    model = LlamaForSequenceClassification(architecture)
+    trunk = copy.deepcopy(policy.model.state_dict())
+    kept = model.model.state_dict().keys()
+    model.model.load_state_dict({name: tensor for name, tensor in trunk.items() if name in kept})
+    torch.nn.init.zeros_(model.score.weight)
+    return model
+
+
+@torch.no_grad()
+def score_ids(
+    model: LlamaForSequenceClassification, sequences: Sequence[Sequence[int]], *, batch_size: int = 256
+) -> Tensor:
+    """Rewards [B] float64 of token sequences, through the model's own pooling (last token that is no padding)."""
+    scores = []
+    for start in range(0, len(sequences), batch_size):
+        ids, lengths = _right_pad(sequences[start : start + batch_size], model.config.pad_token_id)
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        scores.append(model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, 0].double())
+    return torch.cat(scores)
+
+
+def _bradley_terry(model: LlamaForSequenceClassification, pairs: Sequence[Pair], pad: int) -> Tensor:
+    ids, lengths = _right_pad([p.real for p in pairs] + [p.sampled for p in pairs], pad)
+    # Causal attention: padding on the right cannot reach the positions that count, so no mask is needed.
+    scores = model.score(model.model(input_ids=ids, use_cache=False).last_hidden_state).squeeze(-1)
+    positions = torch.arange(ids.shape[1])
+    real, sampled = scores.gather(1, torch.minimum(positions, lengths[:, None] - 1)).chunk(2)
+    first = torch.tensor([p.prompt_length for p in pairs])
+    longest = torch.maximum(*lengths.chunk(2))
+    counts = (positions >= first[:, None]) & (positions < longest[:, None])
+    return -F.logsigmoid(real - sampled)[counts].mean()
+
+
+def _right_pad(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids [B, T] int64 and lengths [B]."""
+    lengths = torch.tensor([len(s) for s in sequences])
+    ids = torch.full((len(sequences), int(lengths.max())), pad)
+    for row, sequence in zip(ids, sequences, strict=True):
+        row[: len(sequence)] = torch.tensor(sequence)
+    return ids, lengths
