@@ -67,7 +67,8 @@ class AdvantageEstimator(ABC):
         """
         if rewards.ndim != 2 or not rewards.is_floating_point():
             raise ValueError(
-                f"{self.name}: rewards must be a float tensor of shape [P, m], got {rewards.dtype} {tuple(rewards.shape)}."
+                f"{self.name}: rewards must be a float tensor of shape [P, m], "
+                f"got {rewards.dtype} {tuple(rewards.shape)}."
             )
         if valid is not None and valid.shape != rewards.shape:
             raise ValueError(

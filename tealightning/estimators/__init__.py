@@ -1,0 +1,41 @@
+"""Advantage estimators: `build_estimator("tea", target_n=128)(rewards) -> advantages`."""
+
+from typing import Any
+
+from tealightning.estimators.base import ESTIMATORS, AdvantageEstimator
+from tealightning.estimators.bon_max_mean import BonMaxMean
+from tealightning.estimators.direct import Direct
+from tealightning.estimators.grpo import GRPO
+from tealightning.estimators.max_at_k import MaxAtK
+from tealightning.estimators.mean_reward import MeanReward
+from tealightning.estimators.prefix_tea import PrefixTEA
+from tealightning.estimators.tea import TEA
+from tealightning.registry import register
+
+__all__ = [
+    "GRPO",
+    "TEA",
+    "AdvantageEstimator",
+    "BonMaxMean",
+    "Direct",
+    "MaxAtK",
+    "MeanReward",
+    "PrefixTEA",
+    "build_estimator",
+    "estimator_names",
+    "register",
+]
+
+
+def build_estimator(name: str, **kwargs: Any) -> AdvantageEstimator:
+    """The estimator called `name` with its constructor's keyword arguments.
+
+    Raises:
+        ValueError: for an unknown name or parameter (naming the valid ones), or a parameter out of range.
+    """
+    return ESTIMATORS.build(name, **kwargs)
+
+
+def estimator_names() -> list[str]:
+    """Names of all registered estimators, sorted."""
+    return ESTIMATORS.names()

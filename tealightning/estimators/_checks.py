@@ -1,0 +1,24 @@
+"""Checks of constructor arguments: each raises a ValueError that names the argument."""
+
+from collections.abc import Sequence
+
+
+def check_integer(name: str, value: int, minimum: int) -> int:
+    """`value` if it is an integer of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}.")
+    return value
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    """`value` if it is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+    return value
+
+
+def check_alpha(alpha: float) -> float:
+    """`alpha` if it is a tail level in (0, 1]."""
+    if not isinstance(alpha, (int, float)) or not 0 < alpha <= 1:
+        raise ValueError(f"alpha must be a number in (0, 1], the upper share of each group that counts; got {alpha!r}.")
+    return float(alpha)

@@ -1,0 +1,55 @@
+"""What the estimators of the upper tail share: `target_n`, `alpha` and how large a group they need."""
+
+import warnings
+from typing import ClassVar
+
+from tealightning.estimators._checks import check_alpha, check_integer
+from tealightning.estimators.base import AdvantageEstimator
+from tealightning.functional.tail import smallest_group, tail_size
+
+
+class TailEstimator(AdvantageEstimator):
+    """Base of estimators that look at the top `k = ceil(alpha * m)` rollouts of a group.
+
+    Args:
+        target_n: N, the best-of-N budget at deployment.
+        alpha: Upper-tail level in (0, 1].
+
+    Raises:
+        ValueError: for arguments out of range; at first use if the tail of a group has fewer than `min_tail` rollouts.
+    """
+
+    objective: ClassVar[str] = "E[max of N]"
+    min_tail: ClassVar[int] = 2
+    """Fewest rollouts in the tail that carry a signal."""
+
+    def __init__(self, *, target_n: int = 128, alpha: float = 0.25) -> None:
+        self.target_n = check_integer("target_n", target_n, 1)
+        self.alpha = check_alpha(alpha)
+        self._warned = False
+
+    @property
+    def min_group_size(self) -> int:
+        """The smallest m with `ceil(alpha * m) >= min_tail`."""
+        return smallest_group(self.alpha, self.min_tail)
+
+    @property
+    def group_size_advice(self) -> str:
+        """Names both parameters that would help."""
+        return (
+            f"the tail would have fewer than {self.min_tail} rollouts at alpha={self.alpha}; "
+            f"raise group_size to {self.min_group_size} or more, or raise alpha."
+        )
+
+    def check_group_size(self, group_size: int) -> None:
+        """A ValueError if the tail is too small, and one warning if it is so small that the spread is invisible."""
+        super().check_group_size(group_size)
+        if tail_size(self.alpha, group_size) == 2 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.name}: with group_size={group_size} and alpha={self.alpha} the tail has 2 rollouts, from which "
+                f"its spread cannot be followed (the quadratic term vanishes). Use group_size="
+                f"{smallest_group(self.alpha, 3)} or more, or a larger alpha.",
+                UserWarning,
+                stacklevel=3,
+            )

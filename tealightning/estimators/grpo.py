@@ -1,0 +1,38 @@
+"""Group-relative advantages: rewards standardised within the group."""
+
+import math
+from typing import ClassVar
+
+from torch import Tensor
+
+from tealightning.estimators.base import AdvantageEstimator
+from tealightning.functional.moments import centred, sample_std
+from tealightning.registry import register
+
+
+@register
+class GRPO(AdvantageEstimator):
+    """`A_i = (R_i - mean) / (std + eps)` with the sample standard deviation (DeepSeekMath, Shao et al. 2024).
+
+    The field's default. Dividing by the group's own spread weighs prompts alike whatever their reward scale, and is
+    no unbiased gradient of any objective. A constant group gets zeros.
+
+    Args:
+        eps: Added to the standard deviation, > 0, in units of reward: groups with a smaller spread fade out.
+    """
+
+    objective: ClassVar[str] = "E[R] (standardised)"
+
+    def __init__(self, *, eps: float = 1e-4) -> None:
+        if not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
+            raise ValueError(f"eps must be a finite number above 0, got {eps!r}.")
+        self.eps = float(eps)
+
+    @property
+    def min_group_size(self) -> int:
+        """2: one rollout has no spread."""
+        return 2
+
+    def compute(self, rewards: Tensor) -> Tensor:
+        """[P, m] -> [P, m]."""
+        return centred(rewards) / (sample_std(rewards) + self.eps)

@@ -1,0 +1,60 @@
+"""The plug-in gradient with its leading bias cancelled by prefixes of the group."""
+
+from torch import Tensor
+
+from tealightning.estimators._checks import check_integer
+from tealightning.estimators._tail import TailEstimator
+from tealightning.functional.jackknife import prefix_weights
+from tealightning.registry import register
+
+
+@register
+class PrefixTEA(TailEstimator):
+    """`A_i = sum_j v_j (m/P_j) 1{i < P_j} w_i(first P_j rollouts)`, with `w` the weights of `Direct`.
+
+    The prefixes `P_j = round(j m / num_prefixes)` have biases of known powers of `1/P_j`; the minimum-norm weights `v`
+    (`sum v_j = 1`, `sum v_j P_j^-s = 0` for s = 1..order-1) cancel the first `order - 1` of them (generalised
+    jackknife, Schucany, Gray and Owen 1971; arXiv 2605.10716).
+
+    Depends on the order of the rollouts within the group, which is arbitrary: averaging over cyclic shifts
+    (`rotations`) has the same expectation and less variance, and needs no more rollouts. Prefixes whose tail has a
+    single rollout contribute zeros. A constant group gets zeros.
+
+    Args:
+        target_n: N, the best-of-N budget at deployment.
+        alpha: Upper-tail level in (0, 1].
+        num_prefixes: J, number of prefixes, the whole group included.
+        order: q, 1 (no debiasing) to `num_prefixes`.
+        rotations: Cyclic shifts of the group to average over.
+    """
+
+    def __init__(
+        self, *, target_n: int = 128, alpha: float = 0.25, num_prefixes: int = 4, order: int = 2, rotations: int = 4
+    ) -> None:
+        super().__init__(target_n=target_n, alpha=alpha)
+        self.num_prefixes = check_integer("num_prefixes", num_prefixes, 1)
+        self.order = check_integer("order", order, 1)
+        self.rotations = check_integer("rotations", rotations, 1)
+        if order > num_prefixes:
+            raise ValueError(f"order must be at most num_prefixes={num_prefixes}, got {order}.")
+
+    @property
+    def min_group_size(self) -> int:
+        """Enough for a tail of 2 in the whole group, and for `num_prefixes` different prefixes."""
+        return max(super().min_group_size, self.num_prefixes)
+
+    @property
+    def group_size_advice(self) -> str:
+        """Names the parameters that would help."""
+        return f"{super().group_size_advice[:-1]}; num_prefixes (now {self.num_prefixes}) may not exceed group_size."
+
+    def compute(self, rewards: Tensor) -> Tensor:
+        """[P, m] -> [P, m]."""
+        return prefix_weights(
+            rewards,
+            target_n=self.target_n,
+            alpha=self.alpha,
+            num_prefixes=self.num_prefixes,
+            order=self.order,
+            rotations=self.rotations,
+        )

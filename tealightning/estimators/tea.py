@@ -1,0 +1,55 @@
+"""Tail-extrapolated advantages: the plug-in weights in the form that training wants."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from tealightning.estimators._checks import check_choice
+from tealightning.estimators._tail import TailEstimator
+from tealightning.functional.moments import centred, ratio_or_zero, root_mean_square, sample_std
+from tealightning.functional.tail import direct_weights
+from tealightning.registry import register
+
+
+@register
+class TEA(TailEstimator):
+    """`A_i = (w_i - b_i) / s` with `w` the weights of `Direct`, a group baseline `b` and a group scale `s`.
+
+    - `baseline`: "none" keeps `m - k + 1` rollouts at exactly 0, whose forward and backward pass training then skips;
+      "mean" subtracts `mean(w)`; "loo" the mean of the others' weights (`m/(m-1) * (w_i - mean(w))`).
+    - `scale`: "none"; "reward_std", the sample standard deviation of the group's rewards; "rms", the root mean square
+      of the group's weights `w` over all m. A scale makes prompts with different reward scales contribute alike, and
+      the advantages invariant to the scale of the rewards.
+
+    A tail without spread gets zeros.
+
+    Args:
+        target_n: N, the best-of-N budget at deployment.
+        alpha: Upper-tail level in (0, 1].
+        baseline: What is subtracted from the weights.
+        scale: What they are divided by.
+    """
+
+    def __init__(
+        self,
+        *,
+        target_n: int = 128,
+        alpha: float = 0.25,
+        baseline: Literal["none", "mean", "loo"] = "none",
+        scale: Literal["none", "reward_std", "rms"] = "none",
+    ) -> None:
+        super().__init__(target_n=target_n, alpha=alpha)
+        self.baseline = check_choice("baseline", baseline, ("none", "mean", "loo"))
+        self.scale = check_choice("scale", scale, ("none", "reward_std", "rms"))
+
+    def compute(self, rewards: Tensor) -> Tensor:
+        """[P, m] -> [P, m]."""
+        m = rewards.shape[1]
+        weights = direct_weights(rewards, target_n=self.target_n, alpha=self.alpha)
+        advantages = weights
+        if self.baseline != "none":
+            advantages = centred(weights) * (m / (m - 1) if self.baseline == "loo" else 1.0)
+        if self.scale == "none":
+            return advantages
+        scale = sample_std(rewards) if self.scale == "reward_std" else root_mean_square(weights, m)
+        return ratio_or_zero(advantages, scale)
