@@ -1,0 +1,32 @@
+"""Rewards: what scores completions."""
+
+from typing import Any
+
+from tealightning.rewards.base import REWARDS, Reward, RewardScores
+from tealightning.rewards.classifier import SequenceClassifierReward
+from tealightning.rewards.function import FunctionReward
+from tealightning.rewards.weighted import WeightedReward
+
+__all__ = [
+    "FunctionReward",
+    "Reward",
+    "RewardScores",
+    "SequenceClassifierReward",
+    "WeightedReward",
+    "build_reward",
+    "reward_names",
+]
+
+
+def build_reward(name: str, **kwargs: Any) -> Reward:
+    """The reward called `name` (its class name, or that in snake_case), built with `kwargs`.
+
+    Raises:
+        ValueError: for an unknown name or parameter, with the valid ones.
+    """
+    return REWARDS.build(name, **kwargs)
+
+
+def reward_names() -> list[str]:
+    """The names that `build_reward` knows, sorted."""
+    return REWARDS.names()

@@ -1,0 +1,190 @@
+"""A reward model with one label, scored exactly: no truncation, no squashing, no dependence on the batch."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tealightning.registry import register
+from tealightning.rewards.base import Reward
+from tealightning.rewards.chat import ChatFormatter, ChatTemplate
+from tealightning.types import Prompt
+
+
+@register
+class SequenceClassifierReward(Reward):
+    """The logit of a one-label `AutoModelForSequenceClassification`, with the model's own tokenizer and template.
+
+    The score is read at the sequence's last token, whatever the padding token is. Where the padding token equals
+    `eos`, the model's own forward pass would step back over a final `eos`; this one does not (nor does vLLM).
+
+    Args:
+        model: Folder or hub id of the reward model.
+        tokenizer: Folder or hub id of its tokenizer; None = the one saved with the model.
+        dtype: Of weights and scores. `bfloat16` has 8 significant bits: scores near 10 are then multiples of 1/16,
+            and tied maxima tell an estimator of the upper tail nothing.
+        batch_size: Most completions of one forward pass.
+        batch_tokens: Most tokens of one forward pass, padding included (a longer sequence goes alone).
+        max_length: Longest prompt and completion together, in tokens; None = what the model was built for. Longer ones
+            are unscorable (NaN), never truncated.
+        chat_template: `auto` (the tokenizer's, if it has one: prompt and completion become user and assistant
+            messages), true, false (completion appended to the prompt's text) or the path of a Jinja file.
+        trust_remote_code: Run model code that ships with the weights.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        tokenizer: str | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        batch_size: int = 64,
+        batch_tokens: int = 16_384,
+        max_length: int | None = None,
+        chat_template: ChatTemplate = "auto",
+        trust_remote_code: bool = False,
+    ) -> None:
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}.")
+        for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens), ("max_length", max_length)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        self.model_path = model
+        self.tokenizer_path = tokenizer or model
+        self.dtype = dtype
+        self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
+        self.max_length = max_length
+        self.chat_template = chat_template
+        self.trust_remote_code = trust_remote_code
+        self.too_long = 0
+        """Completions met so far that were longer than `max_length`."""
+        self._model: Any = None
+        self._formatter: ChatFormatter | None = None
+
+    def setup(self, device: torch.device) -> None:
+        """Load model and tokenizer on `device`.
+
+        Raises:
+            ValueError: if they cannot be loaded, the model has no trained head of one label, or there is no template.
+        """
+        if self._model is None:
+            tokenizer = _load_tokenizer(self.tokenizer_path, self.trust_remote_code)
+            self._formatter = ChatFormatter(tokenizer, self.chat_template)
+            self._model = _load_model(self.model_path, self.dtype, self.trust_remote_code)
+            limit = _longest_input(self._model, tokenizer)
+            if limit is not None and self.max_length is not None and self.max_length > limit:
+                raise ValueError(
+                    f"max_length={self.max_length}, but reward model {self.model_path!r} takes {limit} tokens."
+                )
+            self.max_length = self.max_length or limit
+            if self.dtype != "float32":
+                warnings.warn(
+                    f"Reward model {self.model_path!r} scores in {self.dtype}: scores are rounded and ties in the "
+                    "upper tail become likely. Use dtype=float32 where memory allows.",
+                    stacklevel=2,
+                )
+        self._model.to(device)
+
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Sequence[dict[str, Any]]
+    ) -> Tensor:
+        """[B] float64 logits; NaN where prompt and completion together are longer than `max_length`."""
+        if self._model is None or self._formatter is None:
+            raise RuntimeError("SequenceClassifierReward.setup(device) must be called before the first score.")
+        sequences = self._formatter.encode_answers(prompts, completions)
+        scores = torch.full((len(sequences),), float("nan"), dtype=torch.float64)
+        scorable = [i for i, ids in enumerate(sequences) if 0 < len(ids) <= (self.max_length or len(ids))]
+        self._report_unscorable(len(sequences) - len(scorable))
+        vocabulary = self._model.get_input_embeddings().num_embeddings
+        rows_limit = min(self.batch_size, vocabulary - 1)
+        for rows in _micro_batches(scorable, [len(s) for s in sequences], rows_limit, self.batch_tokens):
+            scores[rows] = _last_token_logits(self._model, [sequences[i] for i in rows], vocabulary)
+        return scores
+
+    def close(self) -> None:
+        """Drop the model."""
+        self._model = None
+        self._formatter = None
+
+    def __repr__(self) -> str:
+        return f"SequenceClassifierReward({self.model_path!r}, dtype={self.dtype!r}, max_length={self.max_length})"
+
+    def _report_unscorable(self, count: int) -> None:
+        if count and not self.too_long:
+            warnings.warn(
+                f"{count} completions are longer than the {self.max_length} tokens that reward model "
+                f"{self.model_path!r} takes (prompt included): they are unscorable (NaN), and so will later ones be, "
+                "without this warning.",
+                stacklevel=2,
+            )
+        self.too_long += count
+
+
+@torch.no_grad()
+def _last_token_logits(model: Any, sequences: list[list[int]], vocabulary: int) -> Tensor:
+    """[rows] float64: the model's logit at the last token of each sequence."""
+    lengths = torch.tensor([len(s) for s in sequences])
+    # transformers reads the score at the rightmost id that differs from config.pad_token_id. With padding on the right
+    # that is the last token if, and only if, no sequence ends with the padding id, so take one that none ends with.
+    ends = {s[-1] for s in sequences}
+    pad = next(i for i in range(vocabulary) if i not in ends)
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad
+    ids = torch.full((len(sequences), int(lengths.max())), pad)
+    for row, sequence in zip(ids, sequences, strict=True):
+        row[: len(sequence)] = torch.tensor(sequence)
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
+    return logits[:, 0].float().cpu().double()
+
+
+def _micro_batches(rows: list[int], lengths: list[int], max_rows: int, max_tokens: int) -> Iterator[list[int]]:
+    """Rows sorted by length, longest first, cut so that a padded batch keeps to `max_rows` and `max_tokens`."""
+    rows = sorted(rows, key=lambda i: -lengths[i])
+    while rows:
+        count = max(1, min(max_rows, max_tokens // lengths[rows[0]]))
+        yield rows[:count]
+        rows = rows[count:]
+
+
+def _load_model(path: str, dtype: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if config.num_labels != 1:
+            raise ValueError(f"it has {config.num_labels} labels, and a reward model has 1 (num_labels in config.json)")
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            config=config,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {path!r} cannot be used as a reward model: {error}") from error
+    if info["missing_keys"]:
+        raise ValueError(
+            f"model {path!r} cannot be used as a reward model: it lacks {', '.join(sorted(info['missing_keys']))}, "
+            "which would be random numbers. Is it a reward model?"
+        )
+    model.config.use_cache = False  # one pass: keys and values would only take memory
+    return model.requires_grad_(False).eval()
+
+
+def _load_tokenizer(path: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer of a reward model can be loaded from {path!r}: {error}") from error
+
+
+def _longest_input(model: Any, tokenizer: Any) -> int | None:
+    """Tokens that the model takes: the smaller of its positions and its tokenizer's limit, None if neither is known."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    known = [n for n in (positions, tokenizer.model_max_length) if n is not None and 0 < n < 10**9]
+    return min(known, default=None)
