@@ -1,0 +1,6 @@
+"""Prompt data."""
+
+from tealightning.data.loader import EvaluationLoader, PromptLoader
+from tealightning.data.module import PromptDataModule
+
+__all__ = ["EvaluationLoader", "PromptDataModule", "PromptLoader"]

@@ -1,0 +1,141 @@
+"""Hands out batches of prompts: in a seeded order that resumes exactly (training), or all in their order (evaluation).
+
+Neither is a `torch.utils.data.DataLoader`: there is nothing to prefetch, and a batch fetched early is lost on resume.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tealightning.data.prompts import PromptSet
+from tealightning.types import PromptBatch
+
+
+class PromptLoader:
+    """Training batches: a stream of seeded permutations, cut into equal steps, that continues where it stands.
+
+    Step k of an epoch is rows `[k * W * batch_size, (k + 1) * W * batch_size)` of the permutation of `(seed, epoch)`,
+    and rank r of W takes every W-th of them. So all ranks have equally many full batches, and the prompts of a step do
+    not depend on how many ranks share them. What is left of less than a step is dropped, others each epoch.
+
+    Iterating yields one epoch's number of batches from where the stream stands. A pass that was cut short (by
+    `limit_train_batches`, or a checkpoint) is continued by the next one: no prompt comes twice before all came once.
+
+    Args:
+        prompts: The split.
+        batch_size: Prompts per rank and step.
+        seed: Of the order.
+        rank: Of this process.
+        world_size: W.
+
+    Raises:
+        ValueError: if there are fewer prompts than one step takes.
+    """
+
+    def __init__(
+        self, prompts: PromptSet, *, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.prompts = prompts
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.steps_served = 0
+        """Steps taken from the stream since its start."""
+        if len(prompts) < self.prompts_per_step:
+            raise ValueError(
+                f"training takes {self.prompts_per_step} prompts a step (batch_size={batch_size} on each of "
+                f"{world_size} ranks) and there are {len(prompts)}: lower batch_size or add prompts."
+            )
+        self._epoch_and_order: tuple[int, NDArray[np.int64]] | None = None
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts of one step on all ranks."""
+        return self.batch_size * self.world_size
+
+    def __len__(self) -> int:
+        """Steps in an epoch."""
+        return len(self.prompts) // self.prompts_per_step
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        for _ in range(len(self)):
+            rows = self._rows_of_step(self.steps_served)
+            self.steps_served += 1  # before the yield: a checkpoint written during the step counts it as done
+            yield self.prompts.batch(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, and what it is a stream of."""
+        return {"steps_served": self.steps_served, "stream": self._stream}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`.
+
+        Raises:
+            ValueError: if `state` is of a stream of other prompts, another order or another number per step.
+        """
+        was, now = state["stream"], self._stream
+        changed = [f"{key} (was {was.get(key)}, now {now[key]})" for key in now if now[key] != was.get(key)]
+        if changed:
+            raise ValueError(
+                f"the checkpoint cannot be resumed with other training prompts: {', '.join(changed)} changed. Restore "
+                "the data settings, or start a new run from the checkpoint's weights."
+            )
+        self.steps_served = int(state["steps_served"])
+
+    @cached_property
+    def _stream(self) -> dict[str, Any]:
+        digest = hashlib.sha256("\n".join(self.prompts.ids).encode()).hexdigest()[:16]
+        return {
+            "prompts": len(self.prompts),
+            "prompts_per_step": self.prompts_per_step,
+            "seed": self.seed,
+            "digest of ids": digest,
+        }
+
+    def _rows_of_step(self, step: int) -> NDArray[np.int64]:
+        epoch, step = divmod(step, len(self))
+        start = step * self.prompts_per_step
+        return self._order(epoch)[start : start + self.prompts_per_step][self.rank :: self.world_size]
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if self._epoch_and_order is None or self._epoch_and_order[0] != epoch:
+            self._epoch_and_order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts))
+        return self._epoch_and_order[1]
+
+
+class EvaluationLoader:
+    """Evaluation batches: each pass yields every prompt of the split once, in its order.
+
+    Rank r of W takes every W-th prompt, in batches of at most `batch_size` and nearly equal sizes: all ranks have the
+    same number of batches, except that with `batch_size=1` some may have one fewer.
+
+    Args:
+        prompts: The split.
+        batch_size: Most prompts per rank and batch.
+        rank: Of this process.
+        world_size: W.
+
+    Raises:
+        ValueError: if a rank would have no prompt.
+    """
+
+    def __init__(self, prompts: PromptSet, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        if len(prompts) < world_size:
+            raise ValueError(f"evaluation needs a prompt for each of {world_size} ranks, and there are {len(prompts)}.")
+        rows = np.arange(len(prompts))[rank::world_size]
+        batches = -(-len(prompts) // (batch_size * world_size))
+        self.prompts = prompts
+        self._batches = np.array_split(rows, min(batches, len(rows)))
+
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        for rows in self._batches:
+            yield self.prompts.batch(rows)

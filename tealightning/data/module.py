@@ -1,0 +1,146 @@
+"""The data module: from files or hub data sets to loaders of prompts."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from tealightning.data.loader import EvaluationLoader, PromptLoader
+from tealightning.data.prompts import PromptSet, build_prompt_set
+from tealightning.data.sources import parse_source, read_rows
+from tealightning.rewards.chat import ChatFormatter, ChatTemplate
+from tealightning.types import Phase
+
+_PHASES: dict[str | None, tuple[Phase, ...]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    None: ("train", "val", "test"),
+}
+
+
+class PromptDataModule(pl.LightningDataModule):
+    """Prompts for training, validation and test; generation happens elsewhere.
+
+    A source is the path of a `.jsonl`, `.json`, `.csv` or `.parquet` file, or a folder or hub id of a data set:
+    `prompts.jsonl`, `prompts.jsonl@[:90%]`, `org/name`, `org/name:config@train[:1000]`.
+
+    Args:
+        train: Source of training prompts.
+        val: Source of validation prompts; None = no validation.
+        test: Source of test prompts.
+        prompt_column: Column with the prompt: a text, or a list of messages `{"role": ..., "content": ...}`. All other
+            columns reach the reward as metadata.
+        id_column: Column with a unique identifier; None = `id` if there is one, else the row's number.
+        system_prompt: Put before every prompt that has no system message. Engines see it; rewards see the prompt as it
+            is in the data.
+        chat_template: `auto` (the tokenizer's, if it has one), true (it must have one), false (prompts are plain text
+            to be continued) or the path of a Jinja file.
+        tokenizer: Folder or hub id; None = the policy's. A tokenizer object may be assigned to the attribute.
+        batch_size: Training prompts per rank and step.
+        val_batch_size: Validation and test prompts per rank and batch; None = `batch_size`.
+        max_prompt_tokens: Longer prompts are dropped, with a warning that counts them; None = keep all.
+        seed: Of the training order.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: str | None = None,
+        val: str | None = None,
+        test: str | None = None,
+        prompt_column: str = "prompt",
+        id_column: str | None = None,
+        system_prompt: str | None = None,
+        chat_template: ChatTemplate = "auto",
+        tokenizer: str | None = None,
+        batch_size: int = 8,
+        val_batch_size: int | None = None,
+        max_prompt_tokens: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        limits = {"batch_size": batch_size, "val_batch_size": val_batch_size, "max_prompt_tokens": max_prompt_tokens}
+        for name, value in limits.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        self.sources: dict[Phase, str | None] = {"train": train, "val": val, "test": test}
+        self.prompt_column = prompt_column
+        self.id_column = id_column
+        self.system_prompt = system_prompt
+        self.chat_template = chat_template
+        self.tokenizer: Any = tokenizer
+        self.batch_size = batch_size
+        self.val_batch_size = val_batch_size or batch_size
+        self.max_prompt_tokens = max_prompt_tokens
+        self.seed = seed
+        self.prompt_sets: dict[Phase, PromptSet] = {}
+        self._train_loader: PromptLoader | None = None
+
+    def prepare_data(self) -> None:
+        """Download hub data once per machine, before every rank reads it."""
+        for source in self.sources.values():
+            if source is not None and not parse_source(source).is_file:
+                read_rows(source)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, check and encode the splits that `stage` uses ("fit", "validate", "test"; None = all that are set).
+
+        Raises:
+            FileNotFoundError, ValueError: if the stage's source is not set, or cannot be read, checked or encoded.
+        """
+        phases = _PHASES[stage]
+        if stage is not None and self.sources[phases[0]] is None:
+            raise ValueError(f"data.{phases[0]} is not set: give it a file or a data set of the hub.")
+        formatter = ChatFormatter(self._load_tokenizer(), self.chat_template)
+        for phase in phases:
+            source = self.sources[phase]
+            if source is not None:
+                self.prompt_sets[phase] = self._build(source, formatter)
+        self._train_loader = None
+
+    def train_dataloader(self) -> PromptLoader:
+        """The training stream. The same one until the next `setup`, so that asking again does not start it anew."""
+        if self._train_loader is None:
+            self._train_loader = PromptLoader(
+                self.prompt_sets["train"], batch_size=self.batch_size, seed=self.seed, **self._ranks()
+            )
+        return self._train_loader
+
+    def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
+        """Every validation prompt once; an empty list without validation, which Lightning then skips."""
+        return self._evaluation_loader("val") if "val" in self.prompt_sets else []
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """Every test prompt once."""
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, phase: Phase) -> EvaluationLoader:
+        return EvaluationLoader(self.prompt_sets[phase], batch_size=self.val_batch_size, **self._ranks())
+
+    def _build(self, source: str, formatter: ChatFormatter) -> PromptSet:
+        return build_prompt_set(
+            read_rows(source),
+            source=source,
+            formatter=formatter,
+            prompt_column=self.prompt_column,
+            id_column=self.id_column,
+            system_prompt=self.system_prompt,
+            max_prompt_tokens=self.max_prompt_tokens,
+        )
+
+    def _load_tokenizer(self) -> Any:
+        if isinstance(self.tokenizer, str):
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(self.tokenizer)
+        if self.tokenizer is not None:
+            return self.tokenizer
+        tokenizer = getattr(self.trainer and self.trainer.lightning_module, "tokenizer", None)
+        if tokenizer is None:
+            raise ValueError("no tokenizer: set data.tokenizer, or use a module that has the attribute `tokenizer`.")
+        return tokenizer
+
+    def _ranks(self) -> dict[str, int]:
+        """Which share of the prompts is this process's, as Lightning says: ranks that split one model share prompts."""
+        kwargs = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        return {"rank": kwargs["rank"], "world_size": kwargs["num_replicas"]}

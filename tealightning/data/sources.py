@@ -1,0 +1,192 @@
+"""Reads the rows of a prompt data set: a file, or a data set of the Hugging Face hub."""
+
+import csv
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Rows = Sequence[dict[str, Any]]
+
+_FORM = re.compile(r"(?P<name>[^@:]+)(:(?P<config>[^@:]+))?(@(?P<split>[\w.-]*)(?P<slice>\[[^\]]*\])?)?")
+
+
+@dataclass(kw_only=True, slots=True)
+class Source:
+    """`name[:config][@split][[from:to]]`, taken apart."""
+
+    text: str  # as the user wrote it
+    name: str  # path or hub id
+    config: str | None = None
+    split: str | None = None
+    slice: str = ""  # "[:100]", "[90%:]"
+
+    @property
+    def path(self) -> Path:
+        """`name` as a path."""
+        return Path(self.name).expanduser()
+
+    @property
+    def is_file(self) -> bool:
+        """True: a data file, by its extension or because it is there. False: a folder or hub id."""
+        return self.path.suffix.lower() in READERS or self.path.is_file()
+
+
+def parse_source(text: str) -> Source:
+    """Take `prompts.jsonl`, `prompts.jsonl@[:90%]`, `org/name`, `org/name:config@train[:1000]` apart.
+
+    Raises:
+        ValueError: if `text` has another form, or gives a file a configuration or a split.
+    """
+    if Path(text).expanduser().is_file():
+        return Source(text=text, name=text)
+    match = _FORM.fullmatch(text)
+    if match is None:
+        raise ValueError(
+            f"a data source is a file (prompts.jsonl, prompts.jsonl@[:90%]) or a data set of the hub "
+            f"(org/name, org/name:config@train[:1000]), got {text!r}."
+        )
+    source = Source(
+        text=text, name=match["name"], config=match["config"], split=match["split"] or None, slice=match["slice"] or ""
+    )
+    if source.is_file and (source.config or source.split):
+        raise ValueError(f"{text!r}: a file has no configurations and splits; only a slice, {source.name}@[:1000].")
+    return source
+
+
+def read_rows(text: str) -> Rows:
+    """The rows that a source names, in their order.
+
+    JSON and CSV are read by Python, so that every value is what the file says (in CSV a string); Parquet and hub data
+    are Arrow tables. A file is read anew each time.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be read, is empty, or is no data set of the hub.
+    """
+    source = parse_source(text)
+    rows = _read_file(source) if source.is_file else _read_data_set(source)
+    if len(rows) == 0:
+        raise ValueError(f"{text!r} has no rows.")
+    return rows
+
+
+def columns_of(rows: Rows) -> list[str]:
+    """Every column of `rows`, in order of appearance."""
+    if hasattr(rows, "column_names"):
+        return list(rows.column_names)
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def _read_file(source: Source) -> Rows:
+    path = source.path
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, siblings, n=1)
+        hint = f" Did you mean {str(path.parent / near[0])!r}?" if near else ""
+        raise FileNotFoundError(f"There is no file {path.absolute()}.{hint}")
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(f"{path}: cannot tell the format from {path.suffix!r}. Known: {', '.join(READERS)}.")
+    try:
+        rows = reader(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    if source.slice:
+        start, stop = _slice_bounds(source, len(rows))
+        rows = rows.select(range(start, stop)) if hasattr(rows, "select") else rows[start:stop]
+    return rows
+
+
+def _slice_bounds(source: Source, count: int) -> tuple[int, int]:
+    from datasets import ReadInstruction
+
+    try:
+        (part,) = ReadInstruction.from_spec(f"all{source.slice}").to_absolute({"all": count})
+    except (ValueError, AssertionError) as error:
+        raise ValueError(
+            f"{source.text!r}: {source.slice} is no slice: {error}. Say [:1000], [90%:], [10:20]."
+        ) from error
+    return part.from_, max(part.from_, part.to)
+
+
+def _read_jsonl(path: Path) -> Rows:
+    return list(_jsonl_rows(path))
+
+
+def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not JSON: {error.msg} (column {error.colno}).") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: expected an object, {{...}}, got {type(row).__name__}.")
+            yield row
+
+
+def _read_json(path: Path) -> Rows:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig") or "[]")
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{path} is not JSON: {error.msg} ({where}). Is it JSON lines (.jsonl)?") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: expected a list of objects, [{{...}}, ...].")
+    return rows
+
+
+def _read_csv(path: Path) -> Rows:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            rows = []
+            for row in reader:
+                if None in row or None in row.values():  # more, or fewer, fields than the header
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: expected the header's {len(reader.fieldnames or [])} fields."
+                    )
+                rows.append(row)
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num} is not CSV: {error}.") from error
+    return rows
+
+
+def _read_parquet(path: Path) -> Rows:
+    import pyarrow
+    import pyarrow.parquet
+    from datasets import Dataset
+
+    try:
+        return Dataset(pyarrow.parquet.read_table(path))
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a Parquet file: {error}") from error
+
+
+def _read_data_set(source: Source) -> Rows:
+    from datasets import DatasetDict, load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        loaded = load_dataset(source.name, source.config, split=f"{source.split or 'train'}{source.slice}")
+    except (DatasetsError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{source.text!r} is neither a file (nothing is at {source.path.absolute()}) nor a data set that can be "
+            f"loaded from the hub: {error}"
+        ) from error
+    assert not isinstance(loaded, DatasetDict), "a split was asked for"
+    return loaded
+
+
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
