@@ -236,9 +236,7 @@ class PostTrainingModule(pl.LightningModule):
         if self.lr_scheduler is not None:
             self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
 
-    def _log_step(
-        self, rollouts: RolloutBatch, advantages: Tensor, rows: Tensor, sums: dict[str, Tensor]
-    ) -> None:
+    def _log_step(self, rollouts: RolloutBatch, advantages: Tensor, rows: Tensor, sums: dict[str, Tensor]) -> None:
         """Log the step's metrics, reduced over ranks."""
         zero = torch.zeros((), device=self.device)
         keys = ["policy_loss", "clipped", "entropy", "kl", "mismatch", "tokens"]

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from tealightning.callbacks.folders import run_folder
-from tealightning.functional.statistics import mean_and_se, paired_difference
+from tealightning.functional.statistics import mean_over_prompts, paired_difference
 
 
 @dataclass(kw_only=True, slots=True)
@@ -20,83 +20,89 @@ class Evaluation:
     """Best-of-n of every prompt at one point of training."""
 
     step: int  # optimizer steps
-    keys: Tensor  # [Q] int64, prompt keys, sorted
+    keys: Tensor  # [Q] int64, prompt keys
     values: Tensor  # [Q, len(ns)] float64, E[max of n] of each prompt
 
 
 class BestOfNReport(Callback):
-    """Keeps the first and the last validation of a run and writes, in the run's folder, `best_of_n.md`, `best_of_n.csv`
-    and `best_of_n.png`; prints the table when training ends.
+    """Keeps the first and the last validation of a run and writes `best_of_n.md`, `.csv` and `.png` into its folder;
+    prints the table when training ends.
 
     The first validation is Lightning's sanity check if `trainer.num_sanity_val_steps` is -1 (the whole split, before
-    the first step), which is what makes a before and after. Both use the same prompts and sampling seeds, and the
-    difference's standard error is taken over prompts.
+    the first step). Both evaluations use the same prompts and sampling seeds, and the difference's standard error is
+    taken over prompts.
     """
 
     def __init__(self) -> None:
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        keys, values = pl_module.best_of_n["val"].per_prompt()  # type: ignore[index, operator, union-attr]
-        evaluation = Evaluation(step=trainer.global_step, keys=keys.cpu(), values=values.cpu().double())
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf"):
-            return  # a glance at two batches is no evaluation
+            return  # a glance at a few batches is no evaluation
+        keys, values = pl_module.best_of_n["val"].per_prompt()
+        evaluation = Evaluation(step=trainer.global_step, keys=keys.cpu(), values=values.cpu().double())
         if self.before is None:
             self.before = evaluation
         else:
             self.after = evaluation
         folder = run_folder(trainer)
         if self.after is not None and trainer.is_global_zero:
-            self.write(folder, pl_module.ns)  # type: ignore[arg-type]
+            self.write(folder, pl_module.ns)
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.before is None or self.after is None:
-            rank_zero_warn(
-                "No best-of-n report: it takes a validation before training (trainer.num_sanity_val_steps=-1) and one "
-                "after (trainer.val_check_interval at most trainer.max_steps)."
-            )
-            return
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not self.is_behind(trainer.global_step):
+            self.show(trainer, pl_module)
+
+    def is_behind(self, global_step: int) -> bool:
+        """True if an optimizer step was made since the last evaluation, or there is nothing to compare."""
+        return self.after is None or self.after.step != global_step
+
+    def show(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Print the table and where table and curve lie."""
         folder = run_folder(trainer)
+        if self.before is None or self.after is None:
+            rank_zero_warn("No best-of-n comparison: set trainer.num_sanity_val_steps=-1 to evaluate before training.")
+            return
         rank_zero_info(
-            f"\nBest-of-n reward on the validation prompts ({len(self.after.keys)} prompts, {max(pl_module.ns)} samples "  # type: ignore[arg-type]
-            f"each; step {self.before.step} -> {self.after.step}; standard errors over prompts)\n\n"
-            f"{self.table(pl_module.ns)}\n\nTable: {folder / 'best_of_n.md'}\nCurve: {folder / 'best_of_n.png'}"  # type: ignore[arg-type]
+            f"\nBest-of-n reward on {len(self.after.keys)} validation prompts, {max(pl_module.ns)} samples each, "
+            f"before training (step {self.before.step}) and after (step {self.after.step}); ± standard error over "
+            f"prompts\n\n{self.table(pl_module.ns)}\n\n"
+            f"Table: {folder / 'best_of_n.md'}\nCurve: {folder / 'best_of_n.png'}"
         )
 
     def rows(self, ns: list[int]) -> list[dict[str, float]]:
-        """One row for each n: before, after, difference, each with its standard error."""
+        """One row for each n: before, after and difference, each with its standard error."""
         assert self.before is not None and self.after is not None
+        before, after = self.before, self.after
+        columns = {
+            "before": mean_over_prompts(before.values),
+            "after": mean_over_prompts(after.values),
+            "difference": paired_difference((before.keys, before.values), (after.keys, after.values)),
+        }
         rows = []
-        for column, n in enumerate(ns):
-            before, before_se = mean_and_se(self.before.values[:, column])
-            after, after_se = mean_and_se(self.after.values[:, column])
-            gain, gain_se = paired_difference(
-                self.before.values[:, column], self.after.values[:, column], self.before.keys, self.after.keys
-            )
-            rows.append(
-                {
-                    "n": n,
-                    "before": float(before),
-                    "before_se": float(before_se),
-                    "after": float(after),
-                    "after_se": float(after_se),
-                    "difference": float(gain),
-                    "difference_se": float(gain_se),
-                }
-            )
+        for index, n in enumerate(ns):
+            row: dict[str, float] = {"n": n}
+            for name, estimate in columns.items():
+                row[name] = float(estimate.mean[index])
+                row[f"{name}_se"] = float(estimate.standard_error[index])
+            rows.append(row)
         return rows
 
     def table(self, ns: list[int]) -> str:
         """The rows as a markdown table."""
-        lines = ["|    n | before          | after           | difference      |", "|-----:|" + "-----------------|" * 3]
+        lines = [
+            "|    n | before          | after           | difference      |",
+            "|-----:|" + "-" * 17 + "|" + "-" * 17 + "|" + "-" * 17 + "|",
+        ]
         for row in self.rows(ns):
-            cells = [f"{row[k]:7.3f} ± {row[k + '_se']:.3f}" for k in ("before", "after", "difference")]
+            cells = [f"{row[k]:.3f} ± {row[f'{k}_se']:.3f}" for k in ("before", "after", "difference")]
             lines.append(f"| {row['n']:>4} | " + " | ".join(f"{c:<15}" for c in cells) + " |")
         return "\n".join(lines)
 
     def write(self, folder: Path, ns: list[int]) -> None:
         """Write table and curve into `folder`."""
+        assert self.before is not None and self.after is not None
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "best_of_n.md").write_text(self.table(ns) + "\n", encoding="utf-8")
         rows = self.rows(ns)
@@ -104,9 +110,8 @@ class BestOfNReport(Callback):
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-        assert self.before is not None and self.after is not None
-        curves = {f"step {self.before.step}": "before", f"step {self.after.step}": "after"}
-        plot_best_of_n(rows, curves, folder / "best_of_n.png")
+        labels = {f"before (step {self.before.step})": "before", f"after (step {self.after.step})": "after"}
+        plot_best_of_n(rows, labels, folder / "best_of_n.png")
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -127,12 +132,10 @@ def plot_best_of_n(rows: list[dict[str, float]], curves: dict[str, str], path: P
         rows: One dict for each n with `n`, and `<column>` and `<column>_se` for each curve.
         curves: Label -> column.
     """
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot: no global backend is touched
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), constrained_layout=True)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     ns = [row["n"] for row in rows]
     for label, column in curves.items():
         values = torch.tensor([row[column] for row in rows])
@@ -146,4 +149,3 @@ def plot_best_of_n(rows: list[dict[str, float]], curves: dict[str, str], path: P
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-    plt.close(figure)

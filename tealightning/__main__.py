@@ -1,0 +1,6 @@
+"""`python -m tealightning` is `tealightning`."""
+
+from tealightning.cli import main
+
+if __name__ == "__main__":
+    main()
