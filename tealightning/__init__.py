@@ -21,7 +21,7 @@ _LAZY = {
     "SamplingConfig": "tealightning.types",
 }
 
-__all__ = ["__version__", "register", *_LAZY]  # noqa: PLE0604 - names are resolved by __getattr__
+__all__ = ["__version__", "register", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

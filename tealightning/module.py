@@ -33,7 +33,7 @@ class PostTrainingModule(pl.LightningModule):
         advantage_scale: `batch_rms` divides all advantages of a step by their root mean square over the whole batch,
             which frees the learning rate from the reward's scale; `none` leaves them.
         inner_epochs: Optimizer steps on each batch of rollouts; above 1 the ratio clipping does its work.
-        micro_batch_tokens: Padded tokens of one forward and backward pass. Changes memory and speed, never the gradient.
+        micro_batch_tokens: Padded tokens of one forward and backward pass: decides memory, never the gradient.
         micro_batch_size: Most rollouts of one pass; None = as many as fit.
         gradient_clip_norm: Largest gradient norm; None = no clipping.
         optimizer: Built with the policy's trainable parameters.
@@ -294,7 +294,7 @@ def prompt_key(prompt_id: str) -> int:
 def _rollouts_of(batch: PromptBatch) -> RolloutBatch:
     if batch.rollouts is None:
         raise RuntimeError(
-            "The batch has no rollouts. Add RolloutCallback to the trainer's callbacks (the CLI does: section `rollout`)."
+            "The batch has no rollouts. Add RolloutCallback to the trainer's callbacks (CLI: section `rollout`)."
         )
     return batch.rollouts
 

@@ -30,8 +30,8 @@ def estimators(args: Sequence[str]) -> None:
 
     parser = argparse.ArgumentParser(
         prog="tealightning estimators",
-        description="List the advantage estimators: name, objective and parameters with their defaults; with a name, its "
-        "whole documentation.",
+        description="List the advantage estimators: name, objective and parameters with their defaults; with a name, "
+        "its whole documentation.",
     )
     parser.add_argument("name", nargs="?", help="show this one in full")
     options = parser.parse_args(args)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from tealightning.estimators import ESTIMATORS
-from tealightning.registry import Registry, did_you_mean
+from tealightning.registry import Registry
 from tealightning.rewards.base import REWARDS
 from tealightning.rollouts.base import ENGINES
 

@@ -139,7 +139,7 @@ def test_reference_is_neither_in_the_checkpoint_nor_trained(policy):
 def test_inner_epochs_use_the_policy_of_the_start_as_behaviour(policy):
     """Two inner epochs are two steps; the second one's ratio is measured to the weights before the first."""
     rollouts = make_rollouts(REWARDS)
-    module = module_of(policy, "mean_reward", {"clip_lower": 1.0, "clip_upper": 100.0}, lr=0.5, inner_epochs=2)
+    module = module_of(policy, "mean_reward", {"clip_lower": 1.0, "clip_upper": 1e6}, lr=0.02, inner_epochs=2)
     trainer, gradients = run_steps(module, [make_batch(rollouts)])
     assert len(gradients) == 2 and trainer.global_step == 2
 
@@ -147,7 +147,7 @@ def test_inner_epochs_use_the_policy_of_the_start_as_behaviour(policy):
     offset = 0
     with torch.no_grad():
         for parameter in stepped.parameters():
-            parameter -= 0.5 * gradients[0][offset : offset + parameter.numel()].view_as(parameter)
+            parameter -= 0.02 * gradients[0][offset : offset + parameter.numel()].view_as(parameter)
             offset += parameter.numel()
     advantages = (rollouts.rewards - rollouts.rewards.mean(1, keepdim=True)).flatten().float()
     now = score_completions(stepped, rollouts, torch.arange(8)).log_probs
