@@ -1,0 +1,37 @@
+"""Rollouts: engines that sample completions, and the collector that scores and pads them."""
+
+from typing import Any
+
+from tealightning.rollouts.base import ENGINES, EngineContext, RolloutEngine
+from tealightning.rollouts.collector import RolloutCollector, rollout_metrics
+from tealightning.rollouts.seeds import prompt_seed
+from tealightning.rollouts.transformers import TransformersEngine
+from tealightning.rollouts.vllm import VLLMEngine
+from tealightning.rollouts.weights import policy_weights
+
+__all__ = [
+    "EngineContext",
+    "RolloutCollector",
+    "RolloutEngine",
+    "TransformersEngine",
+    "VLLMEngine",
+    "build_engine",
+    "engine_names",
+    "policy_weights",
+    "prompt_seed",
+    "rollout_metrics",
+]
+
+
+def build_engine(name: str, **kwargs: Any) -> RolloutEngine:
+    """The engine called `name` (its class name, or that in snake_case), built with `kwargs`.
+
+    Raises:
+        ValueError: for an unknown name or parameter, with the valid ones.
+    """
+    return ENGINES.build(name, **kwargs)
+
+
+def engine_names() -> list[str]:
+    """The names that `build_engine` knows, sorted."""
+    return ENGINES.names()

