@@ -114,6 +114,20 @@ class PromptDataModule(pl.LightningDataModule):
         """Every test prompt once."""
         return self._evaluation_loader("test")
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training stream stands. Lightning saves the loader's own state too, but does not restore it from a
+        checkpoint that was written at the end of an epoch."""
+        return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the training stream; called after `setup`.
+
+        Raises:
+            ValueError: if the data settings are not those of the checkpoint.
+        """
+        if "train" in state:
+            self.train_dataloader().load_state_dict(state["train"])
+
     def _evaluation_loader(self, phase: Phase) -> EvaluationLoader:
         return EvaluationLoader(self.prompt_sets[phase], batch_size=self.val_batch_size, **self._ranks())
 
@@ -132,7 +146,10 @@ class PromptDataModule(pl.LightningDataModule):
         if isinstance(self.tokenizer, str):
             from transformers import AutoTokenizer
 
-            return AutoTokenizer.from_pretrained(self.tokenizer)
+            try:
+                return AutoTokenizer.from_pretrained(self.tokenizer)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"data.tokenizer {self.tokenizer!r} is no folder or hub id of one: {error}") from error
         if self.tokenizer is not None:
             return self.tokenizer
         tokenizer = getattr(self.trainer and self.trainer.lightning_module, "tokenizer", None)

@@ -125,7 +125,7 @@ def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error.msg} (column {error.colno}).") from error
+                raise ValueError(f"{path}, line {number} is not JSON: {error.msg}.") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: expected an object, {{...}}, got {type(row).__name__}.")
             yield row
@@ -154,7 +154,7 @@ def _read_csv(path: Path) -> Rows:
                     )
                 rows.append(row)
         except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num} is not CSV: {error}.") from error
+            raise ValueError(f"{path} is not CSV, in or after line {reader.line_num}: {error}.") from error
     return rows
 
 

@@ -40,9 +40,7 @@ def byte_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
 
 
 @pytest.fixture
-def classifier_folder(
-    tmp_path: Path, byte_tokenizer: Callable[..., PreTrainedTokenizerFast]
-) -> Callable[..., Path]:
+def classifier_folder(tmp_path: Path, byte_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> Callable[..., Path]:
     """Saves a random `LlamaForSequenceClassification` with its tokenizer and returns the folder."""
 
     def make(*, template: str | None = None, head_scale: float = 1.0, **config: Any) -> Path:

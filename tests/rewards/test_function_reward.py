@@ -52,7 +52,9 @@ def test_async_function_works_inside_a_running_loop():
 
 @pytest.mark.parametrize("separator", [":", "."])
 def test_function_of_a_module_is_imported(tmp_path: Path, monkeypatch, separator):
-    (tmp_path / "scores_of_mine.py").write_text("def two(prompts, completions, metadata):\n    return [2] * len(prompts)\n")
+    (tmp_path / "scores_of_mine.py").write_text(
+        "def two(prompts, completions, metadata):\n    return [2] * len(prompts)\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     assert totals(FunctionReward(f"scores_of_mine{separator}two")) == [2.0, 2.0]
 
@@ -94,7 +96,7 @@ def test_import_error_inside_the_users_module_is_shown_as_it_is(tmp_path: Path, 
 
 @pytest.mark.parametrize("path", ["length", ":length", "module:"])
 def test_path_without_module_or_function_is_an_error(path):
-    with pytest.raises(ValueError, match="function must be package.module:function"):
+    with pytest.raises(ValueError, match=r"function must be package\.module:function"):
         FunctionReward(path)
 
 

@@ -75,7 +75,9 @@ def test_wrong_count_of_a_component_is_an_error():
 
 
 def test_yaml_with_nested_class_paths_is_parsed(tmp_path: Path):
-    (tmp_path / "scores.py").write_text("def length(prompts, completions, metadata):\n    return map(len, completions)\n")
+    (tmp_path / "scores.py").write_text(
+        "def length(prompts, completions, metadata):\n    return map(len, completions)\n"
+    )
     (tmp_path / "config.yaml").write_text(
         f"""
 reward:
