@@ -1,16 +1,20 @@
 """What the files around the package promise: dependencies, entry point, file map, links."""
 
 import ast
+import doctest
 import importlib
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 import tealightning
+from tealightning.cli import main
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -138,3 +142,45 @@ def test_relative_links_resolve(page: Path):
         if not file.exists() or (anchor and anchor not in anchors):
             broken.append(target)
     assert not broken, f"{page.relative_to(ROOT)}: {broken}"
+
+
+def fences(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if fences(p, "pycon")], ids=lambda page: str(page.relative_to(ROOT)))
+def test_interactive_examples_print_what_they_say(page: Path):
+    examples = doctest.DocTestParser().get_doctest("".join(fences(page, "pycon")), {}, page.name, str(page), 0)
+    output: list[str] = []
+    results = doctest.DocTestRunner(verbose=False).run(examples, out=output.append)
+    assert results.attempted > 0
+    assert results.failed == 0, "".join(output)
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "docs" / "how-to" / "own-model-on-gpu.md"], ids=lambda page: page.name
+)
+def test_example_config_is_accepted_by_the_command_line(page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (config,) = (text for text in fences(page, "yaml") if text.startswith("# my_run.yaml"))
+    (tmp_path / "my_run.yaml").write_text(config, encoding="utf-8")
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "-c", str(tmp_path / "my_run.yaml"), "--print_config"])
+    assert end.value.code == 0, capsys.readouterr().err
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert resolved["model"]["init_args"]["policy"] == "Qwen/Qwen2.5-1.5B-Instruct"
+    assert resolved["rollout"]["group_size"] == 16
+
+
+def test_estimator_of_the_readme_works_from_its_file(tmp_path: Path):
+    (example,) = (text for text in fences(ROOT / "README.md", "python") if text.startswith("# top_mean.py"))
+    (tmp_path / "top_mean.py").write_text(example, encoding="utf-8")
+    # In a process of its own: tests that run over every registered estimator must not meet this one.
+    code = (
+        "import torch; from tealightning.cli.plugins import import_plugin; import_plugin('top_mean.py');"
+        "from tealightning.estimators import build_estimator;"
+        "print(build_estimator('top_mean', k=2)(torch.tensor([[0.0, 1, 2, 9]])).tolist())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.stdout.strip() == "[[0.0, 0.0, -1.0, 6.0]]", result.stderr
