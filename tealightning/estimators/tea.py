@@ -21,7 +21,7 @@ class TEA(TailEstimator):
       of the group's weights `w` over all m. A scale makes prompts with different reward scales contribute alike, and
       the advantages invariant to the scale of the rewards.
 
-    A tail without spread gets zeros.
+    The defaults are measured: see docs/estimators/tea.md. A tail without spread gets zeros.
 
     Args:
         target_n: N, the best-of-N budget at deployment.
@@ -36,7 +36,7 @@ class TEA(TailEstimator):
         target_n: int = 128,
         alpha: float = 0.25,
         baseline: Literal["none", "mean", "loo"] = "none",
-        scale: Literal["none", "reward_std", "rms"] = "none",
+        scale: Literal["none", "reward_std", "rms"] = "reward_std",
     ) -> None:
         super().__init__(target_n=target_n, alpha=alpha)
         self.baseline = check_choice("baseline", baseline, ("none", "mean", "loo"))

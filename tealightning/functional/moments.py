@@ -6,7 +6,7 @@ from torch import Tensor
 def centred(values: Tensor) -> Tensor:
     """`x_i - mean(x)` over the last dimension, exactly 0 in a constant group.
 
-    The maximum is subtracted first: the mean of m equal floats need not be that float (ten times 0.1), and rewards
+    The maximum is subtracted first: the mean of m equal floats need not be that float (three times 0.1), and rewards
     with a large common offset keep their digits.
 
     Args:

@@ -89,14 +89,17 @@ class BestOfN(Metric):
             if given is not None and given.shape != shape:
                 raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(given.shape)}.")
         scored = torch.isfinite(rewards) if valid is None else torch.isfinite(rewards) & valid.bool()
-        self.rewards.append(rewards.detach()[scored].double())
+        self._append(scored, rewards.detach(), keys)
+
+    def _append(self, scored: Tensor, rewards: Tensor, keys: Tensor | None = None) -> None:
+        self.rewards.append(rewards[scored].double())
         self.counts.append(scored.sum(dim=1))
         self.keys.append(scored.new_empty(0, dtype=torch.int64) if keys is None else keys.long())
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gather from all ranks; a rank without updates takes part with empty tensors of the right dtype."""
         if not self.rewards:
-            self.update(torch.empty(0, 0, device=self.device))
+            self._append(torch.empty(0, 0, dtype=torch.bool, device=self.device), torch.empty(0, 0, device=self.device))
         super().sync(*args, **kwargs)
 
     def compute(self) -> dict[str, Tensor]:
