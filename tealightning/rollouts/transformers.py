@@ -19,9 +19,8 @@ from tealightning.types import Completion, SamplingConfig
 class TransformersEngine(RolloutEngine):
     """Samples from the trainer's live policy, so that its weights are never stale.
 
-    Sample i of prompt p is a function of `seeds[p]` and the weights, whatever else is in the batch - up to rounding: a
-    batch of another shape rounds differently, and a token changes where its random number falls within that error of
-    the boundary between two tokens.
+    Sample i of prompt p is a function of `seeds[p] + i` and the weights, whatever else is in the batch (up to
+    rounding), so seeds must be far apart: see `prompt_seed`.
 
     Args:
         batch_size: Most completions at a time. One needs a key-value cache of prompt + completion and a few times V
@@ -64,9 +63,7 @@ class TransformersEngine(RolloutEngine):
         with torch.no_grad(), _eval_mode(context.policy):
             for first in range(0, len(rows), self.batch_size):
                 chunk = rows[first : first + self.batch_size]
-                shape = (num_samples, sampling.max_new_tokens)
-                draws = {p: _uniforms(seeds[p], shape) for p in {p for p, _ in chunk}}
-                uniforms = torch.stack([draws[p][i] for p, i in chunk])
+                uniforms = torch.stack([_uniforms(seeds[p] + i, sampling.max_new_tokens) for p, i in chunk])
                 prompts = [prompt_token_ids[p] for p, _ in chunk]
                 completions.update(zip(chunk, _complete(context, prompts, uniforms, sampling, rule), strict=True))
         return [[completions[p, i] for i in range(num_samples)] for p in range(len(seeds))]
@@ -190,8 +187,8 @@ class _StopStrings(StoppingCriteria):
         return torch.tensor(found, device=input_ids.device)
 
 
-def _uniforms(seed: int, shape: tuple[int, int]) -> Tensor:
-    return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def _uniforms(seed: int, count: int) -> Tensor:
+    return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def _pad_token_id(context: EngineContext, rule: EndRule) -> int:
