@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tealightning.registry import register
 from tealightning.rewards.base import REWARDS, Reward, RewardScores
 from tealightning.rewards.classifier import SequenceClassifierReward
 from tealightning.rewards.function import FunctionReward
@@ -14,6 +15,7 @@ __all__ = [
     "SequenceClassifierReward",
     "WeightedReward",
     "build_reward",
+    "register",
     "reward_names",
 ]
 

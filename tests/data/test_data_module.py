@@ -104,15 +104,18 @@ def test_run_that_died_resumes_from_its_last_checkpoint(tmp_path: Path, tokenize
     assert len(whole) == 10
 
 
-def test_checkpoint_at_the_end_of_an_epoch_starts_the_next(tmp_path: Path, tokenizer):
+@pytest.mark.parametrize("after", ["training", "validation"])
+def test_checkpoint_at_the_end_of_an_epoch_starts_the_next(tmp_path: Path, tokenizer, after):
     def data() -> PromptDataModule:
-        return PromptDataModule(train=write_prompts(tmp_path / "train.jsonl", 14), batch_size=3)
+        path = write_prompts(tmp_path / "train.jsonl", 14)
+        return PromptDataModule(train=path, val=f"{path}@[:2]", batch_size=3)
 
-    at_end = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
+    at_end = ModelCheckpoint(tmp_path, "{epoch}", save_on_train_epoch_end=after == "training", save_top_k=-1)
     whole = fit(data(), Recorder(tokenizer), tmp_path, callbacks=[at_end], max_epochs=3).seen
-    resumed = fit(data(), Recorder(tokenizer), tmp_path, ckpt_path=tmp_path / "epoch=0.ckpt", max_epochs=3)
     assert len(whole) == 12
-    assert resumed.seen == whole[4:]
+    for epoch in range(2):
+        resumed = fit(data(), Recorder(tokenizer), tmp_path, ckpt_path=tmp_path / f"epoch={epoch}.ckpt", max_epochs=3)
+        assert resumed.seen == whole[4 * (epoch + 1) :]
 
 
 def test_resume_with_other_prompts_is_refused(tmp_path: Path, tokenizer):
@@ -203,3 +206,13 @@ def test_tokenizer_that_is_not_there_is_an_error(tmp_path: Path):
     data = PromptDataModule(train=write_prompts(tmp_path / "p.jsonl", 8), tokenizer=str(tmp_path / "none"))
     with pytest.raises(ValueError, match=r"data\.tokenizer .*none"):
         data.setup("fit")
+
+
+def test_each_rank_gets_its_share(tmp_path: Path, tokenizer):
+    data = PromptDataModule(train=write_prompts(tmp_path / "p.jsonl", 12), val=str(tmp_path / "p.jsonl"), batch_size=3)
+    data.tokenizer = tokenizer
+    data.trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, default_root_dir=tmp_path)
+    data.setup("fit")
+    assert (data.train_dataloader().rank, data.train_dataloader().world_size) == (0, 2)
+    assert len(data.train_dataloader()) == 2  # steps of 2 x 3 prompts
+    assert [batch.ids for batch in data.val_dataloader()] == [["0", "2", "4"], ["6", "8", "10"]]
