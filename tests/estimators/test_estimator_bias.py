@@ -10,7 +10,7 @@ import torch
 from tealightning.estimators import build_estimator
 from tealightning.functional.tail import expected_max_normal
 
-GROUPS = 60_000
+GROUPS = 30_000
 
 
 def bias_and_sd(name: str, m: int, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
