@@ -282,7 +282,7 @@ class PostTrainingModule(pl.LightningModule):
     def _log_best_of_n(self, phase: str) -> None:
         metric: Any = self.best_of_n[phase]
         values = {f"{phase}/{key}": value for key, value in metric.compute().items()}
-        self.log_dict(values, prog_bar=False)
+        self.log_dict(values, sync_dist=True)  # the same on all ranks already; says so to Lightning
         metric.reset()
 
 

@@ -1,8 +1,12 @@
 """Loading policies and tokenizers through transformers."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def load_policy(
@@ -19,6 +23,7 @@ def load_policy(
     """
     from transformers import AutoModelForCausalLM
 
+    _check_exists(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -38,6 +43,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
+    _check_exists(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -45,6 +51,15 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _check_exists(path: str) -> None:
+    """Say at once what asking the hub about a mistyped folder would only say after retries."""
+    if not Path(path).is_dir() and not _HUB_ID.fullmatch(path):
+        raise ValueError(
+            f"policy {path!r}: there is no such folder (looked in {Path.cwd()}), and it is no hub id (`org/name`). "
+            "`tealightning playground --out runs/playground` builds the policy of the example configs."
+        )
 
 
 def _train_mode_without_dropout(model: torch.nn.Module) -> None:

@@ -57,6 +57,10 @@ class Registry:
         """All names, sorted."""
         return sorted(self._classes)
 
+    def classes(self) -> list[type]:
+        """All classes, in the order of `names`."""
+        return [self._classes[name] for name in self.names()]
+
     def get(self, name: str) -> type:
         """The class called `name` (snake_case, or the class name itself).
 

@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -57,6 +58,8 @@ class RolloutCallback(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot work before any model is loaded."""
+        if trainer.world_size == 1:  # vLLM makes a process group of size 1, which Lightning takes for several ranks
+            warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
         if stage == "fit":
             pl_module.estimator.check_group_size(self.group_size)  # type: ignore[union-attr, operator]
 

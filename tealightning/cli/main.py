@@ -29,7 +29,7 @@ options of every command:
   -h, --help               this help; `tealightning COMMAND --help` lists the command's options
 """
 
-_PACKAGE = str(Path(tealightning.__file__).parent)
+_PACKAGE = Path(tealightning.__file__).parent
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,10 +47,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for plugin in plugins:
             import_plugin(plugin)
         _run(args[0], args[1:])
-    except (ValueError, FileNotFoundError, FileExistsError, ImportError, RuntimeError) as error:
-        if debug or not _is_ours(error):
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if debug or not _is_told_to_the_user(error):
             raise
-        print(f"tealightning: error: {error}\n(--debug shows the traceback)", file=sys.stderr)
+        from tealightning.cli.names import shorten_error
+
+        print(f"tealightning: error: {shorten_error(str(error))}\n(--debug shows the traceback)", file=sys.stderr)
         raise SystemExit(2) from error
 
 
@@ -70,10 +72,11 @@ def _run(command: str, args: list[str]) -> None:
         run_training(command, args)
 
 
-def _is_ours(error: BaseException) -> bool:
-    """True if the error was raised on purpose: by this package, not somewhere inside a library."""
+def _is_told_to_the_user(error: BaseException) -> bool:
+    """True if the error was raised on purpose: by this package, or by the parser of its settings."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and frames[-1].filename.startswith(_PACKAGE)
+    raised_in = Path(frames[-1].filename) if frames else Path()
+    return raised_in.is_relative_to(_PACKAGE) or raised_in.parent.name == "jsonargparse"
 
 
 def _pop_flag(args: list[str], flag: str) -> tuple[bool, list[str]]:
@@ -102,4 +105,6 @@ def _quiet_startup() -> None:
     warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
     # Nothing is loaded by worker processes here: prompts are read from memory-mapped files.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Policies stay in eval mode on purpose: training scores tokens exactly as sampling did.
+    warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")

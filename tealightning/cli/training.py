@@ -64,5 +64,6 @@ def run_training(command: str, args: Sequence[str]) -> None:
         parser_class=_Parser,
         auto_configure_optimizers=False,
         seed_everything_default=0,
+        parser_kwargs={"allow_abbrev": False} | {name: {"allow_abbrev": False} for name in COMMANDS},
         args=[command, *canonical_args(args)],
     )
