@@ -35,8 +35,8 @@ format: install ## let ruff fix and format
 	$(bin)/ruff format
 
 docs: install ## build the documentation into site/
-	$(bin)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts -e ".[docs]"
-	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict --quiet --config-file tools/mkdocs.yml
+	$(bin)/python -m pip install -qq --disable-pip-version-check --no-warn-conflicts -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict --config-file tools/mkdocs.yml
 
 clean: ## remove caches and build products (keeps .venv and runs/)
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
