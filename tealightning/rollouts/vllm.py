@@ -202,7 +202,7 @@ class VLLMEngine(RolloutEngine):
             args["gpu_memory_utilization"] = self.gpu_memory_utilization
         else:
             args["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
-        return args | _placement(context.device) | self.extra_args
+        return args | placement(context.device) | self.extra_args
 
     @property
     def _eager(self) -> bool:
@@ -251,7 +251,7 @@ def _runs_on_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
-def _placement(device: torch.device) -> dict[str, Any]:
+def placement(device: torch.device) -> dict[str, Any]:
     """Arguments with which each rank's engine runs alone on that rank's GPU."""
     if device.type != "cuda":
         return {}
