@@ -22,7 +22,8 @@ class PlaygroundConfig:
         sequence_length: Length of the policy's training rows, in tokens.
         policy_steps: Optimizer steps of the policy.
         policy_batch_size: Rows per step.
-        policy_lr: Peak learning rate (linear warm-up, cosine decay).
+        policy_lr: Peak AdamW learning rate of its embeddings, head and norms (linear warm-up, cosine decay).
+        policy_muon_lr: Peak Muon learning rate of its layers' matrices.
         reward_pairs: Pairs of a real and a sampled continuation that the reward model is trained on.
         reward_steps: Optimizer steps of the reward model.
         reward_batch_size: Pairs per step.
@@ -40,21 +41,22 @@ class PlaygroundConfig:
     """
 
     docstrings: bool = True
-    vocab_size: int = 2048
-    hidden_size: int = 192
-    intermediate_size: int = 512
+    vocab_size: int = 1536
+    hidden_size: int = 128
+    intermediate_size: int = 384
     head_size: int = 32
-    policy_layers: int = 4
+    policy_layers: int = 3
     reward_layers: int = 2
     max_positions: int = 256
     sequence_length: int = 128
-    policy_steps: int = 450
-    policy_batch_size: int = 16
-    policy_lr: float = 3e-3
+    policy_steps: int = 900
+    policy_batch_size: int = 8
+    policy_lr: float = 8e-3
+    policy_muon_lr: float = 1.5e-2
     reward_pairs: int = 4096
     reward_steps: int = 200
     reward_batch_size: int = 32
-    reward_lr: float = 5e-4
+    reward_lr: float = 2e-3
     reward_weight_decay: float = 0.1
     prompt_tokens: tuple[int, int] = (8, 24)
     completion_tokens: int = 32
@@ -107,6 +109,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         sequence_length=64,
         policy_steps=120,
         policy_lr=1e-2,
+        policy_batch_size=16,
         reward_pairs=256,
         reward_steps=60,
         reward_batch_size=16,

@@ -18,7 +18,9 @@ _BLANK_LINE = re.compile(r"\n\s*\n")
 _SENTENCE_LIKE = re.compile(r"[A-Z].*[.!?:)]", re.DOTALL)
 _MARKUP = re.compile(r"[*`]+|\s?\[\d+\]|\s?\(\*\*note.*?\)")
 _CODE_MARKS = (">>>", "::", "====", "----", "|")
-_OPENING_WORDS = 5
+
+OPENING_WORDS = 4
+"""No two paragraphs share their first words, this many: prompts of at least as many words cannot coincide."""
 
 
 def collect_paragraphs(*, docstrings: bool = True) -> list[str]:
@@ -91,5 +93,5 @@ def _distinct_openings(paragraphs: Iterable[str]) -> list[str]:
     """The first paragraph of each opening: copies, and prompts that two splits would share, go."""
     first: dict[tuple[str, ...], str] = {}
     for paragraph in paragraphs:
-        first.setdefault(tuple(paragraph.lower().split()[:_OPENING_WORDS]), paragraph)
+        first.setdefault(tuple(paragraph.lower().split()[:OPENING_WORDS]), paragraph)
     return list(first.values())

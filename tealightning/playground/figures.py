@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+from tealightning.functional.best_of_n import best_of_n
 from tealightning.playground.config import PlaygroundConfig
 from tealightning.playground.policy import heldout_loss, sample_completions
 from tealightning.playground.prompts import Opening
 from tealightning.playground.reward_model import Pair, sample_pairs, score_ids
+from tealightning.playground.tokenizer import tokenize
 
 CURVE_NS = (1, 4, 16, 64, 128)
 
@@ -40,13 +42,15 @@ def measure(
     rewards = sample_rewards(
         policy, reward_model, tokenizer, openings[: config.curve_prompts], config, progress=progress
     )
+    ns = [n for n in CURVE_NS if n <= config.curve_samples]
+    curve = best_of_n(rewards, ns).mean(0)
     return {
         "heldout_loss": loss,
         "heldout_perplexity": torch.tensor(loss).exp().item(),
         "reward_pairwise_accuracy": pairwise_accuracy(reward_model, pairs),
         "heldout_pairs": len(pairs),
         **reward_shape(rewards),
-        "best_of_n": {str(n): best_of_n(rewards, n).mean().item() for n in CURVE_NS if n <= rewards.shape[1]},
+        "best_of_n": {str(n): value for n, value in zip(ns, curve.tolist(), strict=True)},
     }
 
 
@@ -72,10 +76,10 @@ def sample_rewards(
         tokenizer,
         [o.prompt_ids for o in repeated],
         max_new_tokens=config.completion_tokens,
-        progress="best of n" if progress else None,
+        description="Best of n" if progress else None,
     )
     texts = [o.prompt + tokenizer.decode(ids) for o, ids in zip(repeated, sampled, strict=True)]
-    return score_ids(reward_model, tokenizer(texts)["input_ids"]).view(len(openings), config.curve_samples)
+    return score_ids(reward_model, tokenize(texts, tokenizer)).view(len(openings), config.curve_samples)
 
 
 def reward_shape(rewards: Tensor) -> dict[str, float]:
@@ -88,17 +92,3 @@ def reward_shape(rewards: Tensor) -> dict[str, float]:
         "reward_sd_within_prompt": variance.sqrt().mean().item(),
         "reward_skew_within_prompt": skewness.mean().item(),
     }
-
-
-def best_of_n(rewards: Tensor, n: int) -> Tensor:
-    """Unbiased estimate [P] of the expected best of `n`, from M >= n rewards per prompt [P, M].
-
-    `sum_{j>=n} C(j-1, n-1) / C(M, n) * R_(j)` over the rewards in ascending order.
-    """
-    total = rewards.shape[1]
-    weights = torch.zeros(total, dtype=torch.float64)
-    weight = n / total  # C(M-1, n-1) / C(M, n), then downwards by C(j-2, n-1) / C(j-1, n-1) = (j-n) / (j-1)
-    for j in range(total, n - 1, -1):
-        weights[j - 1] = weight
-        weight *= (j - n) / max(1, j - 1)
-    return rewards.double().sort(dim=1).values @ weights

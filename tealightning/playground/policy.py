@@ -1,16 +1,17 @@
 """The policy: a small Llama trained from scratch on the corpus, and how it is sampled."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
+from rich.progress import track
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tealightning.playground.config import PlaygroundConfig
-from tealightning.playground.optim import adamw_cosine
+from tealightning.playground.optim import Descent
+from tealightning.playground.tokenizer import tokenize
 
 
 def llama_config(config: PlaygroundConfig, tokenizer: PreTrainedTokenizerFast, *, layers: int) -> LlamaConfig:
@@ -45,17 +46,13 @@ def train_policy(
     torch.manual_seed(seed)
     model = LlamaForCausalLM(llama_config(config, tokenizer, layers=config.policy_layers))
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    optimizer, schedule = adamw_cosine(model, lr=config.policy_lr, steps=config.policy_steps, weight_decay=0.1)
-    rows = _endless_rows(tokenizer(list(paragraphs))["input_ids"], tokenizer.eos_token_id, config, seed=seed)
+    descent = Descent(
+        model, steps=config.policy_steps, adamw_lr=config.policy_lr, muon_lr=config.policy_muon_lr, weight_decay=0.1
+    )
+    rows = _endless_rows(tokenize(paragraphs, tokenizer), tokenizer.eos_token_id, config, seed=seed)
     model.train()
-    for _ in (bar := tqdm(range(config.policy_steps), desc="policy", disable=not progress)):
-        loss = _next_token_loss(model, next(rows))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    for _ in track(range(config.policy_steps), description="Policy", disable=not progress):
+        descent.step(_next_token_loss(model, next(rows)))
     return model.eval()
 
 
@@ -65,7 +62,7 @@ def heldout_loss(
 ) -> float:
     """Mean negative log-likelihood in nats per token of whole paragraphs (cut at `length` tokens), eos included."""
     total, count = 0.0, 0
-    for ids in tokenizer(list(paragraphs))["input_ids"]:
+    for ids in tokenize(paragraphs, tokenizer):
         row = torch.tensor([[*ids, tokenizer.eos_token_id][:length]])
         total += _next_token_loss(model, row).item() * (row.shape[1] - 1)
         count += row.shape[1] - 1
@@ -81,7 +78,7 @@ def sample_completions(
     max_new_tokens: int,
     temperature: float = 1.0,
     batch_size: int = 256,
-    progress: str | None = None,
+    description: str | None = None,
 ) -> list[list[int]]:
     """One completion per prompt from the plain softmax at `temperature`, without its eos; uses torch's global RNG."""
     sampling = GenerationConfig(
@@ -94,7 +91,8 @@ def sample_completions(
         pad_token_id=tokenizer.pad_token_id,
     )
     completions: list[list[int]] = []
-    for start in tqdm(range(0, len(prompt_ids), batch_size), desc=progress, disable=progress is None):
+    starts = range(0, len(prompt_ids), batch_size)
+    for start in track(starts, description=description or "", disable=description is None):
         batch = tokenizer.pad({"input_ids": list(prompt_ids[start : start + batch_size])}, return_tensors="pt")
         sampled = model.generate(**batch, generation_config=sampling)[:, batch["input_ids"].shape[1] :]
         completions += [_before_eos(row, tokenizer.eos_token_id) for row in sampled.tolist()]
@@ -107,7 +105,7 @@ def _next_token_loss(model: LlamaForCausalLM, rows: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
 
-def _endless_rows(paragraph_ids: list[list[int]], eos: int, config: PlaygroundConfig, *, seed: int):
+def _endless_rows(paragraph_ids: list[list[int]], eos: int, config: PlaygroundConfig, *, seed: int) -> Iterator[Tensor]:
     """Batches [policy_batch_size, sequence_length + 1] of int64."""
     rng = random.Random(seed)
     width = config.policy_batch_size * (config.sequence_length + 1)

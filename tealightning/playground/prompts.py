@@ -9,6 +9,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from tealightning.playground.config import PlaygroundConfig
+from tealightning.playground.corpus import OPENING_WORDS
+from tealightning.playground.tokenizer import tokenize
 
 MIN_CONTINUATION_TOKENS = 8
 
@@ -42,8 +44,8 @@ def split_paragraphs(paragraphs: Sequence[str], config: PlaygroundConfig, *, see
     sizes = (config.heldout_paragraphs, config.train_prompts, config.val_prompts, config.test_prompts)
     if sum(sizes) > len(paragraphs) // 2:
         raise ValueError(
-            f"heldout_paragraphs + train_prompts + val_prompts + test_prompts must be at most {len(paragraphs) // 2}, half "
-            f"of the {len(paragraphs)} paragraphs found in this Python, got {sum(sizes)}."
+            f"heldout_paragraphs + train_prompts + val_prompts + test_prompts must be at most "
+            f"{len(paragraphs) // 2}, half of the {len(paragraphs)} paragraphs found in this Python, got {sum(sizes)}."
         )
     shuffled = random.Random(seed).sample(paragraphs, len(paragraphs))
     parts = []
@@ -57,26 +59,29 @@ def split_paragraphs(paragraphs: Sequence[str], config: PlaygroundConfig, *, see
 def cut_openings(
     paragraphs: Sequence[str], tokenizer: PreTrainedTokenizerFast, config: PlaygroundConfig, *, seed: int
 ) -> list[Opening]:
-    """One opening per paragraph, of a random length in `config.prompt_tokens`, cut before a word.
+    """One opening per paragraph, of a random length in `config.prompt_tokens` and at least `OPENING_WORDS` words.
 
-    A paragraph without such a cut, or with fewer than `MIN_CONTINUATION_TOKENS` tokens after it, is left out.
+    A paragraph that cannot be cut so, with `MIN_CONTINUATION_TOKENS` tokens left, is left out.
     """
     rng = random.Random(seed)
     openings = []
-    for paragraph, ids in zip(paragraphs, tokenizer(list(paragraphs))["input_ids"], strict=True):
-        shortest, longest = config.prompt_tokens
-        longest = min(longest, len(ids) - MIN_CONTINUATION_TOKENS)
-        starts = tokenizer.convert_ids_to_tokens(ids)
-        cuts = [
-            i for i in range(shortest, longest + 1) if starts[i].startswith("Ġ")
-        ]  # Ġ: a token that opens with a space
+    for ids in tokenize(paragraphs, tokenizer):
+        cuts = _cuts(tokenizer.convert_ids_to_tokens(ids), config.prompt_tokens)
         if cuts:
             cut = rng.choice(cuts)
-            prompt = tokenizer.decode(ids[:cut])
-            assert paragraph.startswith(prompt)
             continuation = ids[cut : cut + config.completion_tokens]
-            openings.append(Opening(prompt=prompt, prompt_ids=ids[:cut], continuation_ids=continuation))
+            openings.append(
+                Opening(prompt=tokenizer.decode(ids[:cut]), prompt_ids=ids[:cut], continuation_ids=continuation)
+            )
     return openings
+
+
+def _cuts(tokens: Sequence[str], lengths: tuple[int, int]) -> list[int]:
+    """Where a text may be cut: before a word, so that the prompt alone has the same tokens as in the text."""
+    shortest, longest = lengths
+    words = [i for i, token in enumerate(tokens) if token.startswith("Ġ")]  # Ġ: the token opens with a space
+    last = min(longest, len(tokens) - MIN_CONTINUATION_TOKENS)
+    return [i for i in words[OPENING_WORDS - 1 :] if shortest <= i <= last]
 
 
 def write_prompts(openings: Sequence[Opening], path: Path, *, split: str) -> None:

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from rich.progress import track
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from tealightning.playground.config import PlaygroundConfig
-from tealightning.playground.optim import adamw_cosine
+from tealightning.playground.optim import Descent
 from tealightning.playground.policy import llama_config, sample_completions
 from tealightning.playground.prompts import Opening
+from tealightning.playground.tokenizer import tokenize
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,9 +45,9 @@ def sample_pairs(
         tokenizer,
         [o.prompt_ids for o in used],
         max_new_tokens=max_new_tokens,
-        progress="pairs" if progress else None,
+        description="Pairs" if progress else None,
     )
-    texts = tokenizer([o.prompt + tokenizer.decode(ids) for o, ids in zip(used, sampled, strict=True)])["input_ids"]
+    texts = tokenize([o.prompt + tokenizer.decode(ids) for o, ids in zip(used, sampled, strict=True)], tokenizer)
     return [
         Pair(prompt_length=len(o.prompt_ids), real=o.prompt_ids + o.continuation_ids, sampled=ids)
         for o, ids in zip(used, texts, strict=True)
@@ -64,25 +65,24 @@ def train_reward_model(
 ) -> LlamaForSequenceClassification:
     """Bradley-Terry on every prefix of the continuations, starting from the policy's first layers.
 
-    `loss = -mean_t log sigmoid(r_t(real) - r_t(sampled))` over the positions `t` after the prompt, `r_t` the score of the
-    text up to `t` or up to its end, whichever comes first: one pair teaches as often as it has tokens, and the reward
-    at the last token adds up evidence from the whole continuation.
+    `loss = -mean_t log sigmoid(r_t(real) - r_t(sampled))` over the positions `t` after the prompt, `r_t` the score of
+    the text up to `t` or up to its end, whichever comes first: one pair teaches as often as it has tokens, and the
+    reward at the last token adds up evidence from the whole continuation.
     """
     torch.manual_seed(seed)
     model = initial_reward_model(policy, tokenizer, config)
-    optimizer, schedule = adamw_cosine(
-        model, lr=config.reward_lr, steps=config.reward_steps, weight_decay=config.reward_weight_decay
+    descent = Descent(
+        model,
+        steps=config.reward_steps,
+        adamw_lr=config.reward_lr,
+        muon_lr=None,
+        weight_decay=config.reward_weight_decay,
     )
     rng = random.Random(seed)
     model.train()
-    for _ in (bar := tqdm(range(config.reward_steps), desc="reward model", disable=not progress)):
-        loss = _bradley_terry(model, rng.sample(pairs, config.reward_batch_size), tokenizer.pad_token_id)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    for _ in track(range(config.reward_steps), description="Reward model", disable=not progress):
+        batch = rng.sample(pairs, config.reward_batch_size)
+        descent.step(_bradley_terry(model, batch, tokenizer.pad_token_id))
     return model.eval()
 
 

@@ -1,6 +1,6 @@
 """The playground's tokenizer: byte-level BPE, so that every text has tokens and decodes to itself."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -32,3 +32,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, max_positions: int
         model_max_length=max_positions,
         clean_up_tokenization_spaces=False,
     )
+
+
+def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """Token ids of each text, whole: cutting to the models' length is left to the caller, knowingly."""
+    return tokenizer(list(texts), verbose=False)["input_ids"]
