@@ -134,17 +134,19 @@ class _Sampler(LogitsProcessor):
     def __init__(self, uniforms: Tensor, sampling: SamplingConfig) -> None:
         self.uniforms = uniforms  # [R, T] float64 in [0, 1)
         self.sampling = sampling
+        self.filters = sampling.top_k > 0 or sampling.top_p < 1
         self.steps = 0
         self.token_ids = torch.zeros(uniforms.shape, dtype=torch.int64, device=uniforms.device)
         self.log_probs = torch.zeros(uniforms.shape, dtype=torch.float32, device=uniforms.device)
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        scaled = scores.float() / self.sampling.temperature
-        scaled = filter_logits(scaled, scaled.argmax(dim=-1), top_k=self.sampling.top_k, top_p=self.sampling.top_p)
-        log_probs = scaled.log_softmax(dim=-1)
-        tokens = inverse_cdf(log_probs.exp(), self.uniforms[:, self.steps])[:, None]
+        logits = scores.float() / self.sampling.temperature
+        if self.filters:  # the most likely token passes them anyway
+            logits = filter_logits(logits, logits.argmax(dim=-1), top_k=self.sampling.top_k, top_p=self.sampling.top_p)
+        probs = logits.softmax(dim=-1)
+        tokens = inverse_cdf(probs, self.uniforms[:, self.steps])[:, None]
         self.token_ids[:, self.steps] = tokens[:, 0]
-        self.log_probs[:, self.steps] = log_probs.gather(-1, tokens)[:, 0]
+        self.log_probs[:, self.steps] = probs.gather(-1, tokens)[:, 0].log()
         self.steps += 1
         return torch.full_like(scores, float("-inf")).scatter_(-1, tokens, 0.0)
 
