@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tealightning.registry import register
 from tealightning.rollouts.base import ENGINES, EngineContext, RolloutEngine
 from tealightning.rollouts.collector import RolloutCollector, rollout_metrics
 from tealightning.rollouts.seeds import prompt_seed
@@ -19,6 +20,7 @@ __all__ = [
     "engine_names",
     "policy_weights",
     "prompt_seed",
+    "register",
     "rollout_metrics",
 ]
 
