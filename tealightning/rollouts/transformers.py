@@ -176,9 +176,9 @@ class _StopStrings(StoppingCriteria):
         self.sampler = sampler
         rows, longest = sampler.uniforms.shape
         self.ended_at = [longest + 1] * rows  # tokens kept; beyond the longest = not matched
-        # A token holds at least a byte, so the newest match lies within that many tokens; one more, because some
-        # tokenizers drop the leading space of what they decode.
-        self.window = max((len(s.encode()) for s in strings), default=0) + 1
+        # A token holds at least a byte, so the newest match lies within that many tokens; a few more for special tokens
+        # in between, which have no text, and for the leading space that some tokenizers drop when they decode.
+        self.window = max((len(s.encode()) for s in strings), default=0) + 8
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         steps = self.sampler.steps

@@ -4,7 +4,16 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny_policies import PROMPTS, SEEDS, TOKENS, engine_context, largest_difference, save_policy, token_ids
+from tiny_policies import (
+    END_OF_TURN,
+    PROMPTS,
+    SEEDS,
+    TOKENS,
+    engine_context,
+    largest_difference,
+    save_policy,
+    token_ids,
+)
 
 from tealightning.rollouts import RolloutEngine, build_engine
 from tealightning.rollouts.base import ENGINES
@@ -30,7 +39,7 @@ def test_the_engine_of_the_how_to_keeps_the_contract(plain_engine, tmp_path):
     again = plain_engine.generate(PROMPTS[::-1], num_samples=12, sampling=sampling, seeds=SEEDS[::-1])
     assert token_ids(again[::-1]) == token_ids(grouped)
     completions = [c for group in grouped for c in group]
-    written = ["".join(TOKENS[t] for t in c.token_ids) for c in completions]
+    written = ["".join(TOKENS[t] for t in c.token_ids if t != END_OF_TURN) for c in completions]
     ended = [text.endswith(("<eos>", "e", "ab")) for text in written]
     assert [c.truncated for c in completions] == [not end for end in ended]
     assert 3 < sum(ended) < 33
