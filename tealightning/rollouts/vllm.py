@@ -36,7 +36,7 @@ class VLLMEngine(RolloutEngine):
     rounding), so seeds must be far apart: see `prompt_seed`.
 
     With several GPUs each rank runs an engine on its own device; that path is exercised on CPUs (gloo) only by the
-    tests. Where no process group exists, vLLM leaves one of world size 1 behind, for as long as the process lives.
+    tests. Where no process group exists, vLLM makes one of world size 1, and needs it for as long as the process lives.
 
     Args:
         dtype: Of weights and activations: "auto" = the policy's, or "bfloat16", "float16", "float32".
