@@ -1,12 +1,14 @@
-"""Keeps what vLLM does to the process that it runs in inside of it."""
+"""vLLM as a guest in the trainer's process: what it does to its host is undone, and it keeps to its device."""
 
 import logging
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities.seed import isolate_rng
 
 
@@ -30,3 +32,16 @@ def contained(device: torch.device) -> Iterator[None]:
                 if not name.startswith("VLLM_"):  # its own, which it may read again
                     del os.environ[name]
             os.environ.update(environment)
+
+
+def placement(device: torch.device) -> dict[str, Any]:
+    """Arguments with which each rank's engine runs alone on that rank's GPU."""
+    if device.type != "cuda":
+        return {}
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        # vLLM's way to live in processes that something else launched; it finds its place in these variables.
+        os.environ.update(RANK=str(dist.get_rank()), LOCAL_RANK=str(device.index or 0))
+        return {"distributed_executor_backend": "external_launcher"}
+    if device.index:
+        raise ValueError(f"vLLM uses the first visible GPU and the policy is on {device}: set CUDA_VISIBLE_DEVICES.")
+    return {}

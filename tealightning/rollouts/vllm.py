@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tealightning.registry import register
 from tealightning.rollouts.base import EngineContext, RolloutEngine
-from tealightning.rollouts.host import contained
-from tealightning.rollouts.requests import check_requests, completion_texts, end_rule
+from tealightning.rollouts.host import contained, placement
+from tealightning.rollouts.requests import EndRule, check_requests, completion_texts, end_rule
 from tealightning.rollouts.weights import policy_weights
 from tealightning.types import Completion, SamplingConfig
 
@@ -121,25 +121,8 @@ class VLLMEngine(RolloutEngine):
         )
         if not prompt_token_ids:
             return []
-        from vllm import SamplingParams
-
         rule = end_rule(context, sampling)
-        params = [
-            SamplingParams(
-                n=num_samples,
-                seed=seed,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                max_tokens=sampling.max_new_tokens,
-                logprobs=0,  # of the sampled token only
-                ignore_eos=True,  # it ends on `stop_token_ids` alone, which hold every eos id
-                stop_token_ids=rule.token_ids,
-                stop=rule.strings,
-                detokenize=bool(rule.strings),
-            )
-            for seed in seeds
-        ]
+        params = [_sampling_params(sampling, rule, num_samples=num_samples, seed=seed) for seed in seeds]
         prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_token_ids]
         with contained(context.device), self._no_compiling():
             outputs = self._llm.generate(prompts, params, use_tqdm=False)
@@ -213,6 +196,24 @@ class VLLMEngine(RolloutEngine):
         return torch.compiler.set_stance("force_eager") if self._eager and _runs_on_cpu() else nullcontext()
 
 
+def _sampling_params(sampling: SamplingConfig, rule: EndRule, *, num_samples: int, seed: int) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        n=num_samples,
+        seed=seed,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_new_tokens,
+        logprobs=0,  # of the sampled token only
+        ignore_eos=True,  # it ends on `stop_token_ids` alone, which hold every eos id
+        stop_token_ids=rule.token_ids,
+        stop=rule.strings,
+        detokenize=bool(rule.strings),
+    )
+
+
 def _completion(sample: Any, text: str) -> Completion:
     token_ids = list(sample.token_ids)
     log_probs = [entry[token].logprob for token, entry in zip(token_ids, sample.logprobs, strict=True)]
@@ -249,16 +250,3 @@ def _runs_on_cpu() -> bool:
             "On a CPU: make install. Or use --rollout.engine=TransformersEngine, which works without."
         ) from error
     return bool(current_platform.is_cpu())
-
-
-def placement(device: torch.device) -> dict[str, Any]:
-    """Arguments with which each rank's engine runs alone on that rank's GPU."""
-    if device.type != "cuda":
-        return {}
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        # vLLM's way to live in processes that something else launched; it finds its place in these variables.
-        os.environ.update(RANK=str(dist.get_rank()), LOCAL_RANK=str(device.index or 0))
-        return {"distributed_executor_backend": "external_launcher"}
-    if device.index:
-        raise ValueError(f"vLLM uses the first visible GPU and the policy is on {device}: set CUDA_VISIBLE_DEVICES.")
-    return {}

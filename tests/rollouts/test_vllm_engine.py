@@ -12,6 +12,7 @@ import torch.distributed as dist
 from tiny_policies import PROMPTS, SEEDS, engine_context, largest_difference, perturb_, save_policy, token_ids
 
 from tealightning.rollouts import VLLMEngine, policy_weights
+from tealightning.rollouts.host import placement
 from tealightning.types import SamplingConfig
 
 SAMPLING = SamplingConfig(max_new_tokens=24)
@@ -76,6 +77,16 @@ def test_vllm_refuses_a_push_that_leaves_a_tied_or_any_other_weight_behind(folde
     engine.close()
 
 
+def test_vllm_forgets_the_prompts_that_it_computed_with_the_old_weights(folder):
+    prompts = [[5 + i % 20 for i in range(150)]]  # longer than a block of the prefix cache
+    engine, policy = started(folder, max_model_len=192)
+    sample(engine, prompts=prompts, seeds=[1])
+    perturb_(policy)
+    engine.sync_weights(policy_weights(policy))
+    assert largest_difference(policy, prompts, sample(engine, prompts=prompts, seeds=[1]), SAMPLING) < 5e-6
+    engine.close()
+
+
 def test_vllm_serves_many_prompts_at_once_and_when_memory_is_short(folder):
     # 10 prompts x 4 samples x 120 tokens are more than one step takes (4,096). The small cache holds 9 blocks of 128
     # tokens: as completions grow into a second block, vLLM drops some of them and computes them again.
@@ -136,8 +147,6 @@ def test_vllm_refuses_to_start_before_the_process_group_of_several_ranks(folder,
 
 
 def test_vllm_places_each_rank_on_its_own_gpu(monkeypatch):
-    from tealightning.rollouts.vllm import placement
-
     assert placement(torch.device("cpu")) == {}
     assert placement(torch.device("cuda", 0)) == {}
     with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES"):
