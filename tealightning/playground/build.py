@@ -1,14 +1,16 @@
 """Builds a playground: policy, reward model and prompts, from the Python installation alone."""
 
+import hashlib
 import json
 import os
 import platform
+import random
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +22,12 @@ from tealightning.playground.config import PlaygroundConfig, resolve_config
 from tealightning.playground.corpus import collect_paragraphs
 from tealightning.playground.figures import measure
 from tealightning.playground.policy import train_policy
-from tealightning.playground.prompts import cut_openings, split_paragraphs, write_prompts
+from tealightning.playground.prompts import cut_many_openings, cut_openings, split_paragraphs, write_prompts
 from tealightning.playground.reward_model import sample_pairs, train_reward_model
 from tealightning.playground.tokenizer import train_tokenizer
 
 MANIFEST = "playground.json"
+PROMPT_SPLITS = ("train", "val", "test")
 FORMAT_VERSION = 1
 """Raised with every change of the recipe, so that a playground of an older recipe is not taken for a current one."""
 
@@ -107,41 +110,56 @@ def load_playground(path: Path | str) -> Playground:
 def _build_into(folder: Path, config: PlaygroundConfig, *, seed: int, progress: bool) -> dict[str, Any]:
     """The build itself: fills `folder`, returns what the manifest says of it."""
     started = time.perf_counter()
-    splits = split_paragraphs(collect_paragraphs(docstrings=config.docstrings), config, seed=seed)
+    splits = split_paragraphs(
+        collect_paragraphs(source_files=config.source_files), config, seed=_stream(seed, "splits")
+    )
     tokenizer = train_tokenizer(splits.corpus, vocab_size=config.vocab_size, max_positions=config.max_positions)
     openings = {
-        f: cut_openings(getattr(splits, f), tokenizer, config, seed=seed)
-        for f in ("corpus", "heldout", "train", "val", "test")
+        name: cut_openings(getattr(splits, name), tokenizer, config, rng=random.Random(_stream(seed, name)))
+        for name in PROMPT_SPLITS
     }
-    for split in ("train", "val", "test"):
+    for split in PROMPT_SPLITS:
         write_prompts(openings[split], folder / "prompts" / f"{split}.jsonl", split=split)
 
-    policy = train_policy(splits.corpus, tokenizer, config, seed=seed, progress=progress)
+    policy = train_policy(splits.corpus, tokenizer, config, seed=_stream(seed, "policy"), progress=progress)
+    rng = random.Random(_stream(seed, "reward openings"))
     pairs = sample_pairs(
-        openings["corpus"],
+        cut_many_openings(splits.reward, tokenizer, config, count=config.reward_pairs, rng=rng),
         policy,
         tokenizer,
-        count=config.reward_pairs,
         max_new_tokens=config.completion_tokens,
-        seed=seed + 1,  # another stream than the policy's training
+        seed=_stream(seed, "pairs"),
         progress=progress,
     )
-    reward_model = train_reward_model(pairs, policy, tokenizer, config, seed=seed, progress=progress)
+    reward_model = train_reward_model(
+        pairs, policy, tokenizer, config, seed=_stream(seed, "reward model"), progress=progress
+    )
     figures = measure(
-        policy, reward_model, tokenizer, splits.heldout, openings["heldout"], config, seed=seed + 2, progress=progress
+        policy,
+        reward_model,
+        tokenizer,
+        splits.heldout,
+        config,
+        seed=_stream(seed, "figures"),
+        progress=progress,
     )
     for model, name in ((policy, "policy"), (reward_model, "reward_model")):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return {
-        "corpus_paragraphs": len(splits.corpus),
-        "prompts": {split: len(openings[split]) for split in ("train", "val", "test")},
+        "paragraphs": {f.name: len(getattr(splits, f.name)) for f in fields(splits)},
+        "prompts": {split: len(openings[split]) for split in PROMPT_SPLITS},
         "policy_parameters": policy.num_parameters(),
         "reward_model_parameters": reward_model.num_parameters(),
         "figures": figures,
         "versions": _versions(),
         "build_seconds": time.perf_counter() - started,
     }
+
+
+def _stream(seed: int, name: str) -> int:
+    """A seed for one step of the build, unrelated to those of the other steps and of other builds."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "big")
 
 
 def _identity(config: PlaygroundConfig, seed: int) -> dict[str, Any]:

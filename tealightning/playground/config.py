@@ -11,7 +11,7 @@ class PlaygroundConfig:
     """Everything that decides a playground, together with the seed. The defaults are the "default" preset.
 
     Args:
-        docstrings: Read the standard library's docstrings, not only its language reference.
+        source_files: Read the docstrings and comments of the standard library, not only the language reference.
         vocab_size: Tokens of the byte-level BPE vocabulary, special tokens included (at least 300).
         hidden_size: Width of the policy and of the reward model, a multiple of `head_size`.
         intermediate_size: Width of their feed-forward layers.
@@ -27,11 +27,15 @@ class PlaygroundConfig:
         reward_pairs: Pairs of a real and a sampled continuation that the reward model is trained on.
         reward_steps: Optimizer steps of the reward model.
         reward_batch_size: Pairs per step.
-        reward_lr: Peak learning rate of the reward model.
+        reward_lr: Peak AdamW learning rate of its embeddings, head and norms.
+        reward_muon_lr: Peak Muon learning rate of its layers' matrices.
         reward_weight_decay: AdamW weight decay of the reward model.
         prompt_tokens: Shortest and longest prompt, in tokens.
         completion_tokens: Longest continuation that the reward model is trained on, in tokens.
+        reward_paragraphs: Paragraphs behind those pairs. The policy has not seen them: on its own training text it is
+            less surprised than by its samples, and a reward model would learn that instead.
         heldout_paragraphs: Paragraphs kept for the figures of the manifest.
+        heldout_pairs: Pairs cut from them that the reward model is judged on.
         train_prompts: Prompts in `prompts/train.jsonl`.
         val_prompts: Prompts in `prompts/val.jsonl`.
         test_prompts: Prompts in `prompts/test.jsonl`.
@@ -40,7 +44,7 @@ class PlaygroundConfig:
         num_threads: Torch threads of the build; fixed, because sums depend on it in the last bit.
     """
 
-    docstrings: bool = True
+    source_files: bool = True
     vocab_size: int = 1536
     hidden_size: int = 128
     intermediate_size: int = 384
@@ -49,24 +53,27 @@ class PlaygroundConfig:
     reward_layers: int = 2
     max_positions: int = 256
     sequence_length: int = 128
-    policy_steps: int = 900
+    policy_steps: int = 750
     policy_batch_size: int = 8
     policy_lr: float = 8e-3
     policy_muon_lr: float = 1.5e-2
-    reward_pairs: int = 4096
+    reward_pairs: int = 6400
     reward_steps: int = 200
     reward_batch_size: int = 32
-    reward_lr: float = 2e-3
+    reward_lr: float = 3e-3
+    reward_muon_lr: float = 5e-3
     reward_weight_decay: float = 0.1
     prompt_tokens: tuple[int, int] = (8, 24)
     completion_tokens: int = 32
+    reward_paragraphs: int = 2300
     heldout_paragraphs: int = 300
+    heldout_pairs: int = 600
     train_prompts: int = 800
     val_prompts: int = 96
     test_prompts: int = 96
     curve_prompts: int = 16
     curve_samples: int = 128
-    num_threads: int = 2
+    num_threads: int = 1
 
     def __post_init__(self) -> None:
         if self.vocab_size < 300:
@@ -99,30 +106,28 @@ class PlaygroundConfig:
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "tiny": dict(
-        docstrings=False,
+        source_files=False,
         vocab_size=512,
         hidden_size=32,
         intermediate_size=96,
         policy_layers=2,
-        reward_layers=1,
         max_positions=128,
         sequence_length=64,
-        policy_steps=120,
-        policy_lr=1e-2,
+        policy_steps=80,
         policy_batch_size=16,
-        reward_pairs=256,
-        reward_steps=60,
+        policy_lr=1e-2,
+        reward_pairs=1500,
+        reward_steps=120,
         reward_batch_size=16,
-        reward_lr=5e-3,
         prompt_tokens=(8, 16),
         completion_tokens=16,
+        reward_paragraphs=100,
         heldout_paragraphs=64,
+        heldout_pairs=300,
         train_prompts=64,
         val_prompts=16,
         test_prompts=16,
         curve_prompts=4,
-        curve_samples=128,
-        num_threads=1,
     ),
 }
 """What each preset changes. "default" is for use; "tiny" builds in seconds, for tests."""

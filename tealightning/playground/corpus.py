@@ -1,4 +1,4 @@
-"""English prose that every Python installation carries: its language reference and its docstrings."""
+"""English prose that every Python installation carries: its language reference, docstrings and comments."""
 
 import ast
 import re
@@ -23,18 +23,19 @@ OPENING_WORDS = 4
 """No two paragraphs share their first words, this many: prompts of at least as many words cannot coincide."""
 
 
-def collect_paragraphs(*, docstrings: bool = True) -> list[str]:
-    """Paragraphs of prose from `pydoc_data.topics` and, with `docstrings`, from the standard library's source files.
+def collect_paragraphs(*, source_files: bool = True) -> list[str]:
+    """Paragraphs of prose from `pydoc_data.topics` and, with `source_files`, from the standard library's docstrings and
+    comments.
 
     Each paragraph is one line, starts differently from every other one and is at least `MIN_CHARACTERS` long. Nothing
-    is imported but the topics (a module of plain data): the docstrings are parsed from the source.
+    is imported but the topics (a module of plain data): the source files are parsed.
 
     Raises:
         ValueError: if this Python comes without both (a stripped-down installation).
     """
-    texts: list[str] = list(_topics())
-    if docstrings:
-        texts += _docstrings(Path(sysconfig.get_paths()["stdlib"]))
+    texts = list(_topics())
+    if source_files:
+        texts += _source_texts(Path(sysconfig.get_paths()["stdlib"]))
     paragraphs = _distinct_openings(_prose(texts))
     if not paragraphs:
         raise ValueError(
@@ -53,23 +54,38 @@ def _topics() -> Iterator[str]:
     yield from (topics[name] for name in sorted(topics))
 
 
-def _docstrings(root: Path) -> Iterator[str]:
-    """Every docstring below `root` in the order of the files' names, without importing anything."""
+def _source_texts(root: Path) -> Iterator[str]:
+    """Every docstring and block of comments below `root` in the order of the files' names, nothing imported."""
     for path in sorted(root.rglob("*.py")):
-        if _EXCLUDED_FOLDERS.isdisjoint(path.relative_to(root).parts):
-            yield from _docstrings_of(path)
+        if not _EXCLUDED_FOLDERS.isdisjoint(path.relative_to(root).parts):
+            continue
+        try:
+            with tokenize.open(path) as file:  # obeys the coding comment
+                source = file.read()
+            yield from _docstrings(source)
+        except (SyntaxError, UnicodeDecodeError, OSError):  # templates and the like that are no Python
+            continue
+        yield from _comments(source)
 
 
-def _docstrings_of(path: Path) -> Iterator[str]:
-    try:
-        with warnings.catch_warnings(), tokenize.open(path) as file:  # tokenize.open obeys the coding comment
-            warnings.simplefilter("ignore")  # old escape sequences
-            tree = ast.parse(file.read())
-    except (SyntaxError, UnicodeDecodeError, ValueError, OSError):  # templates and the like that are no Python
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield ast.get_docstring(node) or ""
+def _docstrings(source: str) -> list[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old escape sequences
+        tree = ast.parse(source)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented)]
+
+
+def _comments(source: str) -> Iterator[str]:
+    """The text of each run of lines that are comments."""
+    block: list[str] = []
+    for line in [*source.splitlines(), ""]:
+        stripped = line.strip()
+        if stripped.startswith("#"):
+            block.append(stripped.lstrip("# "))
+        elif block:
+            yield "\n".join(block)
+            block = []
 
 
 def _prose(texts: Iterable[str]) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """The figures of the manifest: how good the two models are and what the reward looks like under the policy."""
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTr
 from tealightning.functional.best_of_n import best_of_n
 from tealightning.playground.config import PlaygroundConfig
 from tealightning.playground.policy import heldout_loss, sample_completions
-from tealightning.playground.prompts import Opening
+from tealightning.playground.prompts import Opening, cut_many_openings, cut_openings
 from tealightning.playground.reward_model import Pair, sample_pairs, score_ids
 from tealightning.playground.tokenizer import tokenize
 
@@ -22,19 +23,19 @@ def measure(
     reward_model: LlamaForSequenceClassification,
     tokenizer: PreTrainedTokenizerFast,
     heldout: Sequence[str],
-    openings: Sequence[Opening],
     config: PlaygroundConfig,
     *,
     seed: int,
     progress: bool,
 ) -> dict[str, Any]:
-    """Held-out figures, by name; `openings` are those of the `heldout` paragraphs."""
+    """Figures on the `heldout` paragraphs, by name."""
+    rng = random.Random(seed)
+    openings = cut_openings(heldout, tokenizer, config, rng=rng)
     loss = heldout_loss(policy, tokenizer, heldout, config.sequence_length)
     pairs = sample_pairs(
-        openings,
+        cut_many_openings(heldout, tokenizer, config, count=config.heldout_pairs, rng=rng),
         policy,
         tokenizer,
-        count=len(openings),
         max_new_tokens=config.completion_tokens,
         seed=seed,
         progress=False,

@@ -17,23 +17,18 @@ class Descent:
         model: What is trained.
         steps: Length of the schedule: linear warm-up over the first 5%, cosine decay to a tenth of the peak.
         adamw_lr: Peak learning rate of embeddings, heads and norms.
-        muon_lr: Peak learning rate of the layers' matrices, on AdamW's scale; None trains them with AdamW too.
+        muon_lr: Peak learning rate of the layers' matrices, on AdamW's scale.
         weight_decay: Decoupled weight decay of the matrices (norms have none).
     """
 
-    def __init__(
-        self, model: nn.Module, *, steps: int, adamw_lr: float, muon_lr: float | None, weight_decay: float
-    ) -> None:
+    def __init__(self, model: nn.Module, *, steps: int, adamw_lr: float, muon_lr: float, weight_decay: float) -> None:
         self.parameters = list(model.parameters())
         layers, matrices, vectors = _groups(model)
-        if muon_lr is None:
-            matrices, layers = layers + matrices, []
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=adamw_lr, betas=(0.9, 0.95))]
-        if layers:
-            assert muon_lr is not None
-            muon = torch.optim.Muon(layers, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-            self.optimizers.append(muon)
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, lr=adamw_lr, betas=(0.9, 0.95)),
+            torch.optim.Muon(layers, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+        ]
         schedule = warmup_cosine(steps)
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) for optimizer in self.optimizers]
 

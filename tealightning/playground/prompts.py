@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +10,20 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from tealightning.playground.config import PlaygroundConfig
-from tealightning.playground.corpus import OPENING_WORDS
+from tealightning.playground.corpus import MIN_CHARACTERS, OPENING_WORDS
 from tealightning.playground.tokenizer import tokenize
 
 MIN_CONTINUATION_TOKENS = 8
+
+_SENTENCE_END = re.compile(r"[.!?:] (?=[A-Z])")
 
 
 @dataclass(kw_only=True, slots=True)
 class Splits:
     """Disjoint sets of paragraphs."""
 
-    corpus: list[str]  # what tokenizer, policy and reward model are trained on
+    corpus: list[str]  # what the tokenizer and the policy are trained on
+    reward: list[str]  # what the reward model is trained on
     heldout: list[str]  # what the manifest's figures are measured on
     train: list[str]  # behind the three prompt files
     val: list[str]
@@ -41,10 +45,16 @@ def split_paragraphs(paragraphs: Sequence[str], config: PlaygroundConfig, *, see
     Raises:
         ValueError: if less than half of the paragraphs would be left for training.
     """
-    sizes = (config.heldout_paragraphs, config.train_prompts, config.val_prompts, config.test_prompts)
+    sizes = (
+        config.reward_paragraphs,
+        config.heldout_paragraphs,
+        config.train_prompts,
+        config.val_prompts,
+        config.test_prompts,
+    )
     if sum(sizes) > len(paragraphs) // 2:
         raise ValueError(
-            f"heldout_paragraphs + train_prompts + val_prompts + test_prompts must be at most "
+            f"reward_paragraphs + heldout_paragraphs + train_prompts + val_prompts + test_prompts must be at most "
             f"{len(paragraphs) // 2}, half of the {len(paragraphs)} paragraphs found in this Python, got {sum(sizes)}."
         )
     shuffled = random.Random(seed).sample(paragraphs, len(paragraphs))
@@ -52,18 +62,23 @@ def split_paragraphs(paragraphs: Sequence[str], config: PlaygroundConfig, *, see
     for size in sizes:
         parts.append(shuffled[:size])
         shuffled = shuffled[size:]
-    heldout, train, val, test = parts
-    return Splits(corpus=shuffled, heldout=heldout, train=train, val=val, test=test)
+    reward, heldout, train, val, test = parts
+    return Splits(corpus=shuffled, reward=reward, heldout=heldout, train=train, val=val, test=test)
+
+
+def from_each_sentence(paragraphs: Sequence[str]) -> list[str]:
+    """The paragraphs, and what is left of each from its second, third, ... sentence on if that is long enough."""
+    starts = [(p, [0, *(match.end() for match in _SENTENCE_END.finditer(p))]) for p in paragraphs]
+    return [p[i:] for p, positions in starts for i in positions if len(p) - i >= MIN_CHARACTERS]
 
 
 def cut_openings(
-    paragraphs: Sequence[str], tokenizer: PreTrainedTokenizerFast, config: PlaygroundConfig, *, seed: int
+    paragraphs: Sequence[str], tokenizer: PreTrainedTokenizerFast, config: PlaygroundConfig, *, rng: random.Random
 ) -> list[Opening]:
     """One opening per paragraph, of a random length in `config.prompt_tokens` and at least `OPENING_WORDS` words.
 
     A paragraph that cannot be cut so, with `MIN_CONTINUATION_TOKENS` tokens left, is left out.
     """
-    rng = random.Random(seed)
     openings = []
     for ids in tokenize(paragraphs, tokenizer):
         cuts = _cuts(tokenizer.convert_ids_to_tokens(ids), config.prompt_tokens)
@@ -73,6 +88,24 @@ def cut_openings(
             openings.append(
                 Opening(prompt=tokenizer.decode(ids[:cut]), prompt_ids=ids[:cut], continuation_ids=continuation)
             )
+    return openings
+
+
+def cut_many_openings(
+    paragraphs: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    config: PlaygroundConfig,
+    *,
+    count: int,
+    rng: random.Random,
+) -> list[Opening]:
+    """`count` openings in random order: every sentence may start one, and each is cut anew as often as needed."""
+    starts = from_each_sentence(paragraphs)
+    openings: list[Opening] = []
+    while len(openings) < count:
+        fresh = cut_openings(starts, tokenizer, config, rng=rng)
+        assert fresh, "no paragraph can be cut"
+        openings += rng.sample(fresh, min(len(fresh), count - len(openings)))
     return openings
 
 

@@ -32,25 +32,23 @@ def sample_pairs(
     policy: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     *,
-    count: int,
     max_new_tokens: int,
     seed: int,
     progress: bool,
 ) -> list[Pair]:
-    """`count` pairs, going round the openings as often as needed, the policy sampled at temperature 1."""
+    """One pair per opening, the policy sampled at temperature 1."""
     torch.manual_seed(seed)
-    used = [openings[i % len(openings)] for i in range(count)]
     sampled = sample_completions(
         policy,
         tokenizer,
-        [o.prompt_ids for o in used],
+        [o.prompt_ids for o in openings],
         max_new_tokens=max_new_tokens,
         description="Pairs" if progress else None,
     )
-    texts = tokenize([o.prompt + tokenizer.decode(ids) for o, ids in zip(used, sampled, strict=True)], tokenizer)
+    texts = tokenize([o.prompt + tokenizer.decode(ids) for o, ids in zip(openings, sampled, strict=True)], tokenizer)
     return [
         Pair(prompt_length=len(o.prompt_ids), real=o.prompt_ids + o.continuation_ids, sampled=ids)
-        for o, ids in zip(used, texts, strict=True)
+        for o, ids in zip(openings, texts, strict=True)
     ]
 
 
@@ -75,7 +73,7 @@ def train_reward_model(
         model,
         steps=config.reward_steps,
         adamw_lr=config.reward_lr,
-        muon_lr=None,
+        muon_lr=config.reward_muon_lr,
         weight_decay=config.reward_weight_decay,
     )
     rng = random.Random(seed)

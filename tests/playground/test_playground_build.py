@@ -89,9 +89,8 @@ def test_policy_has_learned_from_the_corpus(playground: Path) -> None:
 def test_reward_model_prefers_real_continuations(playground: Path) -> None:
     manifest = json.loads((playground / "playground.json").read_text())
     figures = manifest["figures"]
-    # About 60 pairs: a coin would exceed 0.65 less than once in 100 builds.
-    assert figures["heldout_pairs"] >= 50
-    assert figures["reward_pairwise_accuracy"] > 0.65
+    assert figures["heldout_pairs"] == 300
+    assert figures["reward_pairwise_accuracy"] > 0.58  # a coin gets there less than once in 300 builds
     curve = list(figures["best_of_n"].values())
     assert curve == sorted(curve)
     assert figures["reward_sd_within_prompt"] > 0.2

@@ -1,5 +1,6 @@
 """Corpus, tokenizer and prompts of the playground."""
 
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from tealightning.playground.config import PlaygroundConfig
-from tealightning.playground.corpus import OPENING_WORDS, _distinct_openings, _docstrings, _prose, collect_paragraphs
-from tealightning.playground.prompts import cut_openings, split_paragraphs
+from tealightning.playground.corpus import OPENING_WORDS, _distinct_openings, _prose, _source_texts, collect_paragraphs
+from tealightning.playground.prompts import cut_many_openings, cut_openings, from_each_sentence, split_paragraphs
 
 
 def test_prose_keeps_sentences_on_one_line_and_drops_code() -> None:
@@ -34,13 +35,15 @@ def test_distinct_openings_keeps_the_first_of_equal_openings() -> None:
     assert _distinct_openings(paragraphs) == [paragraphs[0], paragraphs[2]]
 
 
-def test_docstrings_are_parsed_not_imported(tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text('"""The module."""\nraise SystemExit\ndef f():\n    "The function."\n')
-    (tmp_path / "broken.py").write_text("def (:")
+def test_source_texts_are_parsed_not_imported(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(
+        '"""The module."""\nraise SystemExit\ndef f():\n    "The function."\n    # One\n    # two.\n'
+    )
+    (tmp_path / "broken.py").write_text("# A comment\ndef (:")
     (tmp_path / "latin.py").write_bytes(b"'\xff'")
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "b.py").write_text('"""A test."""')
-    assert [text for text in _docstrings(tmp_path) if text] == ["The module.", "The function."]
+    assert [text for text in _source_texts(tmp_path) if text] == ["The module.", "The function.", "One\ntwo."]
 
 
 def test_corpus_imports_no_module_with_side_effects() -> None:
@@ -51,8 +54,8 @@ def test_corpus_imports_no_module_with_side_effects() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_corpus_without_docstrings_is_the_smaller_part() -> None:
-    topics = collect_paragraphs(docstrings=False)
+def test_corpus_without_source_files_is_the_smaller_part() -> None:
+    topics = collect_paragraphs(source_files=False)
     assert len(topics) > 300
     assert len(set(topics)) == len(topics)
     assert all(len(paragraph) >= 60 and "\n" not in paragraph for paragraph in topics)
@@ -60,10 +63,12 @@ def test_corpus_without_docstrings_is_the_smaller_part() -> None:
 
 def test_split_is_a_partition_that_depends_on_the_seed() -> None:
     paragraphs = [f"paragraph {i}" for i in range(100)]
-    config = PlaygroundConfig(heldout_paragraphs=10, train_prompts=20, val_prompts=5, test_prompts=5)
+    config = PlaygroundConfig(
+        reward_paragraphs=10, heldout_paragraphs=5, train_prompts=20, val_prompts=5, test_prompts=5
+    )
     splits = split_paragraphs(paragraphs, config, seed=0)
-    parts = [splits.corpus, splits.heldout, splits.train, splits.val, splits.test]
-    assert [len(part) for part in parts] == [60, 10, 20, 5, 5]
+    parts = [splits.corpus, splits.reward, splits.heldout, splits.train, splits.val, splits.test]
+    assert [len(part) for part in parts] == [55, 10, 5, 20, 5, 5]
     assert sorted(paragraph for part in parts for paragraph in part) == sorted(paragraphs)
     assert split_paragraphs(paragraphs, config, seed=0) == splits
     assert split_paragraphs(paragraphs, config, seed=1) != splits
@@ -73,6 +78,25 @@ def test_split_refuses_to_starve_the_corpus() -> None:
     config = PlaygroundConfig(heldout_paragraphs=10, train_prompts=40, val_prompts=5, test_prompts=5)
     with pytest.raises(ValueError, match="at most 50"):
         split_paragraphs([f"paragraph {i}" for i in range(100)], config, seed=0)
+
+
+def test_from_each_sentence_keeps_what_is_long_enough() -> None:
+    first, second = (
+        "The first sentence of a paragraph.",
+        "The second one, which is long enough to stand on its own feet.",
+    )
+    assert from_each_sentence([f"{first} {second}"]) == [f"{first} {second}", second]
+    assert from_each_sentence([f"{second} {first}"]) == [f"{second} {first}"]
+
+
+def test_cut_many_openings_cuts_a_paragraph_in_several_places(playground: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(playground / "policy")
+    paragraph = "The name of the module in which the object was defined, or None if there is no such module at all."
+    config = PlaygroundConfig(prompt_tokens=(8, 16))
+    openings = cut_many_openings([paragraph], tokenizer, config, count=20, rng=random.Random(0))
+    assert len(openings) == 20
+    assert len({opening.prompt for opening in openings}) > 1
+    assert all(paragraph.startswith(opening.prompt) for opening in openings)
 
 
 def test_tokenizer_round_trips_any_text_and_adds_nothing(playground: Path) -> None:
@@ -86,9 +110,9 @@ def test_tokenizer_round_trips_any_text_and_adds_nothing(playground: Path) -> No
 def test_openings_join_to_the_paragraph(playground: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(playground / "policy")
     config = PlaygroundConfig(prompt_tokens=(8, 16), completion_tokens=16)
-    paragraphs = collect_paragraphs(docstrings=False)[:50]
+    paragraphs = collect_paragraphs(source_files=False)[:50]
     starts = {" ".join(paragraph.split()[:OPENING_WORDS]): paragraph for paragraph in paragraphs}
-    openings = cut_openings(paragraphs, tokenizer, config, seed=0)
+    openings = cut_openings(paragraphs, tokenizer, config, rng=random.Random(0))
     assert len(openings) > 30
     for opening in openings:
         whole = starts[" ".join(opening.prompt.split()[:OPENING_WORDS])]
