@@ -16,7 +16,7 @@ except SystemExit as exit:
     assert exit.code == 2
 else:
     raise AssertionError("trained without vLLM")
-main([*sys.argv[1:], "--rollout.engine=TransformersEngine"])
+main([*sys.argv[1:], "--rollout.engine=TransformersEngine", "--trainer.logger.init_args.version=second"])
 """
 
 
@@ -34,4 +34,4 @@ def test_without_vllm_its_engine_says_how_to_install_it_and_the_other_one_trains
     assert "Traceback" not in result.stderr
     for way_out in ('pip install "tealightning[vllm]"', "make install", "--rollout.engine=TransformersEngine"):
         assert way_out in result.stderr
-    assert (tmp_path / "policy" / "model.safetensors").is_file()
+    assert (tmp_path / "second" / "policy" / "model.safetensors").is_file()
