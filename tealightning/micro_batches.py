@@ -11,15 +11,19 @@ from tealightning.functional.log_probs import token_entropy, token_log_probs
 from tealightning.types import RolloutBatch
 
 
-def split_rows(lengths: Tensor, rows: Tensor, *, max_tokens: int, max_rows: int | None = None) -> list[Tensor]:
+def split_rows(
+    prompt_lengths: Tensor, completion_lengths: Tensor, rows: Tensor, *, max_tokens: int, max_rows: int | None = None
+) -> list[Tensor]:
     """Split `rows` into micro-batches of at most `max_tokens` padded tokens, longest first.
 
     Sorting by length keeps padding low; longest first makes an out-of-memory error come at the start of a step.
 
     Args:
-        lengths: [B] int64, tokens of each rollout (prompt and completion).
+        prompt_lengths: [B] int64.
+        completion_lengths: [B] int64.
         rows: [R] int64, the rollouts to train on.
-        max_tokens: Rows times the longest length of a micro-batch; a longer single rollout gets its own.
+        max_tokens: Of a micro-batch: its rows times (its longest prompt + its longest completion), because prompts are
+            padded on the left and completions on the right; a longer single rollout gets its own.
         max_rows: Most rollouts in a micro-batch.
 
     Returns:
@@ -27,16 +31,17 @@ def split_rows(lengths: Tensor, rows: Tensor, *, max_tokens: int, max_rows: int 
     """
     if len(rows) == 0:
         return []
-    ordered = rows[lengths[rows].argsort(descending=True, stable=True)]
-    splits: list[Tensor] = []
-    start = 0
-    while start < len(ordered):
-        longest = max(1, int(lengths[ordered[start]]))
-        size = max(1, max_tokens // longest)
-        size = min(size, max_rows) if max_rows else size
-        splits.append(ordered[start : start + size])
-        start += size
-    return splits
+    ordered = rows[(prompt_lengths + completion_lengths)[rows].argsort(descending=True, stable=True)]
+    sizes: list[int] = []
+    width = length = 0
+    for prompt, completion in zip(prompt_lengths[ordered].tolist(), completion_lengths[ordered].tolist(), strict=True):
+        width, length = max(width, prompt), max(length, completion)
+        if sizes and (sizes[-1] + 1) * (width + length) <= max_tokens and sizes[-1] != max_rows:
+            sizes[-1] += 1
+        else:
+            sizes.append(1)
+            width, length = prompt, completion
+    return list(ordered.split(sizes))
 
 
 @dataclass(kw_only=True, slots=True)

@@ -29,7 +29,8 @@ class PostTrainingModule(pl.LightningModule):
         policy: Folder or hub id that `AutoModelForCausalLM` and `AutoTokenizer` load.
         estimator: Maps the rewards of each group to advantages.
         loss: Clipping, reduction, KL penalty and importance correction.
-        reference: What the KL is measured to; None = the policy as it was loaded. Loaded only if `loss.kl_coef` > 0.
+        reference: What the KL is measured to; None = the policy as it was loaded. Loaded only for training with
+            `loss.kl_coef` > 0.
         advantage_scale: `batch_rms` divides all advantages of a step by their root mean square over the whole batch,
             which frees the learning rate from the reward's scale; `none` leaves them.
         inner_epochs: Optimizer steps on each batch of rollouts; above 1 the ratio clipping does its work.
@@ -79,7 +80,7 @@ class PostTrainingModule(pl.LightningModule):
         self.gradient_clip_norm = gradient_clip_norm
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.load_kwargs = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        self.load_kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
         self.gradient_checkpointing = gradient_checkpointing
         self.ns = sorted(set(ns))
         self.best_of_n = torch.nn.ModuleDict(
@@ -95,16 +96,18 @@ class PostTrainingModule(pl.LightningModule):
         """The policy's tokenizer."""
         return load_tokenizer(self.policy_path, trust_remote_code=self.load_kwargs["trust_remote_code"])
 
-    def configure_model(self) -> None:
-        """Load the policy, and the reference when a KL penalty needs it. Safe to call again."""
-        if self.policy is not None:
-            return
-        self.policy = load_policy(
-            self.policy_path, gradient_checkpointing=self.gradient_checkpointing, **self.load_kwargs
-        )
-        if self.loss.kl_coef > 0:
-            reference = load_policy(self.reference_path, **self.load_kwargs)
+    def setup(self, stage: str) -> None:
+        """Load the reference if there is a KL penalty to train with. Safe to call again."""
+        if stage == "fit" and self.loss.kl_coef > 0 and not self._reference:
+            reference = load_policy(self.reference_path, argument="reference", **self.load_kwargs)
             self._reference = (reference.requires_grad_(False).eval(),)
+
+    def configure_model(self) -> None:
+        """Load the policy. Safe to call again."""
+        if self.policy is None:
+            self.policy = load_policy(
+                self.policy_path, gradient_checkpointing=self.gradient_checkpointing, **self.load_kwargs
+            )
 
     def on_fit_start(self) -> None:
         for reference in self._reference:
@@ -153,8 +156,13 @@ class PostTrainingModule(pl.LightningModule):
         return needed.nonzero().squeeze(1)
 
     def _micro_batches(self, rollouts: RolloutBatch, rows: Tensor) -> list[Tensor]:
-        lengths = rollouts.prompt_lengths + rollouts.completion_lengths
-        return split_rows(lengths, rows, max_tokens=self.micro_batch_tokens, max_rows=self.micro_batch_size)
+        return split_rows(
+            rollouts.prompt_lengths,
+            rollouts.completion_lengths,
+            rows,
+            max_tokens=self.micro_batch_tokens,
+            max_rows=self.micro_batch_size,
+        )
 
     @torch.no_grad()
     def _frozen_log_probs(self, model: Any, rollouts: RolloutBatch, rows: Tensor) -> Tensor:
@@ -277,7 +285,8 @@ class PostTrainingModule(pl.LightningModule):
     def _update_best_of_n(self, phase: str, batch: PromptBatch) -> None:
         rollouts = _rollouts_of(batch)
         keys = torch.tensor([prompt_key(i) for i in batch.ids], device=rollouts.rewards.device)
-        self.best_of_n[phase].update(rollouts.rewards, rollouts.valid, keys)
+        metric: Any = self.best_of_n[phase]
+        metric.update(rollouts.rewards, rollouts.valid, keys)
 
     def _log_best_of_n(self, phase: str) -> None:
         metric: Any = self.best_of_n[phase]

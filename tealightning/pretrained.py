@@ -10,24 +10,30 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def load_policy(
-    path: str, *, dtype: str = "float32", trust_remote_code: bool = False, gradient_checkpointing: bool = False
+    path: str,
+    *,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    gradient_checkpointing: bool = False,
+    argument: str = "policy",
 ) -> Any:
     """A causal LM in eval mode, so that training scores tokens exactly as sampling did (no dropout).
 
     Args:
         path: Folder or hub id.
         dtype: "float32", "bfloat16" or "auto" (as saved).
+        argument: What error messages call the path.
 
     Raises:
         ValueError: if there is no loadable causal LM at `path`.
     """
     from transformers import AutoModelForCausalLM
 
-    _check_exists(path)
+    _check_exists(path, argument)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ValueError(f"policy {path!r} is no folder or hub id of a causal LM: {error}") from error
+        raise ValueError(f"{argument} {path!r} is no folder or hub id of a causal LM: {error}") from error
     model.eval()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -53,11 +59,11 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def _check_exists(path: str) -> None:
+def _check_exists(path: str, argument: str = "policy") -> None:
     """Say at once what asking the hub about a mistyped folder would only say after retries."""
     if not Path(path).is_dir() and not _HUB_ID.fullmatch(path):
         raise ValueError(
-            f"policy {path!r}: there is no such folder (looked in {Path.cwd()}), and it is no hub id (`org/name`). "
+            f"{argument} {path!r}: there is no such folder (looked in {Path.cwd()}), and it is no hub id (`org/name`). "
             "`tealightning playground --out runs/playground` builds the policy of the example configs."
         )
 
@@ -67,5 +73,5 @@ def _train_mode_without_dropout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "attention_dropout") and isinstance(module.attention_dropout, float):
-            module.attention_dropout = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]

@@ -100,7 +100,7 @@ class RolloutBatch:
 
     def to(self, device: Any, non_blocking: bool = False) -> "RolloutBatch":
         """A copy with every tensor on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=non_blocking)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)

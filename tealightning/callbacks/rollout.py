@@ -52,6 +52,7 @@ class RolloutCallback(Callback):
         self.max_model_len = max_model_len
         self.rollout_step = 0
         self._collector: RolloutCollector | None = None
+        self._policy: Any = None  # what the engine was started with
         self._synced_step: int | None = None
 
     # ---------------------------------------------------------------- life cycle
@@ -79,7 +80,7 @@ class RolloutCallback(Callback):
         """Release engine and reward. Not called between stages: an engine serves fit, validate and test in turn."""
         self.engine.close()
         self.reward.close()
-        self._collector = None
+        self._collector = self._policy = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"rollout_step": self.rollout_step}
@@ -89,7 +90,7 @@ class RolloutCallback(Callback):
 
     def _start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._synced_step = None  # a stage may have loaded other weights
-        if self._collector is not None:
+        if self._policy is pl_module.policy:
             return
         self.reward.setup(pl_module.device)
         self.engine.start(
@@ -107,7 +108,9 @@ class RolloutCallback(Callback):
             reward=self.reward,
             sampling=self.sampling,
             pad_token_id=pl_module.tokenizer.pad_token_id or 0,
+            vocab_size=getattr(pl_module.policy.config, "vocab_size", None),
         )
+        self._policy = pl_module.policy
 
     def _model_len(self, trainer: pl.Trainer, pl_module: Any) -> int:
         if self.max_model_len is not None:
@@ -131,22 +134,22 @@ class RolloutCallback(Callback):
     def on_validation_batch_start(
         self,
         trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
+        pl_module: Any,
         batch: PromptBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._attach(trainer, pl_module, batch, "val", num_samples=max(pl_module.ns), step=0)  # type: ignore[call-overload]
+        self._attach(trainer, pl_module, batch, "val", num_samples=max(pl_module.ns), step=0)
 
     def on_test_batch_start(
         self,
         trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
+        pl_module: Any,
         batch: PromptBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._attach(trainer, pl_module, batch, "test", num_samples=max(pl_module.ns), step=0)  # type: ignore[call-overload]
+        self._attach(trainer, pl_module, batch, "test", num_samples=max(pl_module.ns), step=0)
 
     def _attach(
         self, trainer: pl.Trainer, pl_module: Any, batch: PromptBatch, phase: Phase, *, num_samples: int, step: int

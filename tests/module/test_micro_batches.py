@@ -8,22 +8,33 @@ from tealightning.micro_batches import score_completions, split_rows
 
 
 @given(
-    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
-    max_tokens=st.integers(1, 200),
+    lengths=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), min_size=1, max_size=40),
+    max_tokens=st.integers(1, 400),
     max_rows=st.sampled_from([None, 1, 3]),
 )
 def test_split_rows_partitions_within_the_budget(lengths, max_tokens, max_rows):
-    lengths = torch.tensor(lengths)
+    prompts, completions = torch.tensor(lengths).T
     rows = torch.arange(len(lengths))[::2]
-    splits = split_rows(lengths, rows, max_tokens=max_tokens, max_rows=max_rows)
+    splits = split_rows(prompts, completions, rows, max_tokens=max_tokens, max_rows=max_rows)
     assert sorted(torch.cat(splits).tolist()) == rows.tolist()
     for chosen in splits:
-        assert len(chosen) == 1 or len(chosen) * int(lengths[chosen].max()) <= max_tokens
+        padded = len(chosen) * int(prompts[chosen].max() + completions[chosen].max())
+        assert len(chosen) == 1 or padded <= max_tokens
         assert max_rows is None or len(chosen) <= max_rows
 
 
+def test_split_rows_counts_padding_on_both_sides():
+    """A long prompt beside a long completion pads to 9 + 9 tokens, not to the 10 of either."""
+    prompts, completions = torch.tensor([9, 1, 1]), torch.tensor([1, 9, 8])
+    splits = split_rows(prompts, completions, torch.arange(3), max_tokens=30)
+    assert [chosen.tolist() for chosen in splits] == [[0], [1, 2]]
+    splits = split_rows(prompts, completions, torch.arange(3), max_tokens=36)
+    assert [chosen.tolist() for chosen in splits] == [[0, 1], [2]]
+
+
 def test_split_rows_of_nothing_is_nothing():
-    assert split_rows(torch.tensor([3, 4]), torch.tensor([], dtype=torch.long), max_tokens=10) == []
+    lengths = torch.tensor([3, 4])
+    assert split_rows(lengths, lengths, torch.tensor([], dtype=torch.long), max_tokens=10) == []
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.6}, {"top_k": 5, "top_p": 0.8}])

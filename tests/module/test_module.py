@@ -123,8 +123,19 @@ def test_kl_penalty_pulls_back_to_the_reference(policy):
 
 def test_no_reference_is_loaded_without_a_kl_penalty(policy):
     module = module_of(policy)
-    module.configure_model()
+    module.setup("fit")
     assert module._reference == ()
+
+
+def test_no_reference_is_loaded_to_evaluate(policy):
+    module = module_of(policy, loss={"kl_coef": 0.1})
+    module.setup("validate")
+    assert module._reference == ()
+
+
+def test_a_missing_reference_is_one_clear_message(policy, tmp_path):
+    with pytest.raises(ValueError, match=r"reference .*there is no such folder"):
+        module_of(policy, loss={"kl_coef": 0.1}, reference=str(tmp_path / "nowhere")).setup("fit")
 
 
 def test_reference_is_neither_in_the_checkpoint_nor_trained(policy):
@@ -257,5 +268,5 @@ def test_bad_loss_settings_are_refused(field):
 
 
 def test_a_missing_policy_is_one_clear_message(tmp_path):
-    with pytest.raises(ValueError, match="is no folder or hub id of a causal LM"):
+    with pytest.raises(ValueError, match=r"policy .*there is no such folder"):
         module_of(str(tmp_path / "nowhere")).configure_model()
