@@ -3,8 +3,18 @@
 from pathlib import Path
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
-    """The run's own folder: the first logger's, else the trainer's root. Collective under DDP: call it on all ranks."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """The run's own folder: the first logger's, else the trainer's root. Collective under DDP: call it on all ranks.
+
+    Loggers that keep no folder of a run themselves, wandb for one, get `<save_dir>/<name>/<version>`, the place where
+    Lightning puts their checkpoints.
+    """
+    root = Path(trainer.log_dir or trainer.default_root_dir)
+    logger = trainer.logger
+    if logger is None or isinstance(logger, (CSVLogger, TensorBoardLogger)):
+        return root
+    parts = [str(part) for part in (logger.name, logger.version) if part is not None]
+    return root.joinpath(*trainer.strategy.broadcast(parts))

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from tealightning.callbacks.folders import run_folder
 from tealightning.types import PromptBatch
 
-COLUMNS = ["phase", "rollout_step", "prompt_id", "prompt", "completion", "reward", "tokens", "truncated"]
+COLUMNS = ["phase", "step", "prompt_id", "prompt", "completion", "reward", "tokens", "truncated"]
 
 
 class SampleTable(Callback):
@@ -19,7 +19,7 @@ class SampleTable(Callback):
     Of each prompt the best, the median and the worst completion by reward are shown.
 
     Args:
-        every_n_steps: Rollout steps between tables; the first batch of each validation is always shown.
+        every_n_steps: Training batches between tables; the first batch of each validation is always shown.
         num_prompts: Prompts of a batch to show.
     """
 
@@ -59,8 +59,8 @@ class SampleTable(Callback):
             if hasattr(logger, "log_table"):  # wandb
                 values = [[row[c] for c in COLUMNS] for row in rows]
                 logger.log_table(f"samples/{phase}", columns=COLUMNS, data=values, step=trainer.global_step)
-            elif hasattr(logger.experiment, "add_text"):  # TensorBoard
-                logger.experiment.add_text(f"samples/{phase}", _markdown(rows), trainer.global_step)
+            elif add_text := getattr(getattr(logger, "experiment", None), "add_text", None):  # TensorBoard
+                add_text(f"samples/{phase}", _markdown(rows), trainer.global_step)
 
 
 def table_rows(batch: PromptBatch, *, phase: str, step: int, num_prompts: int) -> list[dict[str, Any]]:
@@ -76,11 +76,11 @@ def table_rows(batch: PromptBatch, *, phase: str, step: int, num_prompts: int) -
             rows.append(
                 {
                     "phase": phase,
-                    "rollout_step": step,
+                    "step": step,
                     "prompt_id": batch.ids[p],
                     "prompt": batch.prompts[p] if isinstance(batch.prompts[p], str) else json.dumps(batch.prompts[p]),
                     "completion": rollouts.completions[row],
-                    "reward": float(rollouts.rewards[p, i]),
+                    "reward": float(rollouts.rewards[p, i]) if rollouts.valid[p, i] else None,
                     "tokens": int(rollouts.completion_lengths[row]),
                     "truncated": bool(rollouts.truncated[row]),
                 }

@@ -1,13 +1,12 @@
 """Entry point: picks the command, loads plug-ins, and turns user errors into one clear message."""
 
-import os
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import tealightning
+from tealightning.cli.console import quiet_startup
 from tealightning.cli.plugins import import_plugin
 
 USAGE = """\
@@ -47,17 +46,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         for plugin in plugins:
             import_plugin(plugin)
         _run(args[0], args[1:])
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        if debug or not _is_told_to_the_user(error):
+    except _user_errors() as error:
+        told = None if debug else _told_to_the_user(error)
+        if told is None:
             raise
-        from tealightning.cli.names import shorten_error
-
-        print(f"tealightning: error: {shorten_error(str(error))}\n(--debug shows the traceback)", file=sys.stderr)
+        hint = "\n(--debug shows the traceback)" if told.__cause__ is not None else ""
+        print(f"tealightning: error: {' '.join(str(told).split())}{hint}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
 def _run(command: str, args: list[str]) -> None:
-    _quiet_startup()
+    quiet_startup()
     if command == "playground":
         from tealightning.cli.commands import playground
 
@@ -72,11 +71,29 @@ def _run(command: str, args: list[str]) -> None:
         run_training(command, args)
 
 
-def _is_told_to_the_user(error: BaseException) -> bool:
-    """True if the error was raised on purpose: by this package, or by the parser of its settings."""
+def _user_errors() -> tuple[type[Exception], ...]:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    return (ValueError, TypeError, OSError, ImportError, RuntimeError, MisconfigurationException)
+
+
+def _told_to_the_user(error: BaseException) -> BaseException | None:
+    """`error`, or the one it wraps, that was raised on purpose: by this package, or by Lightning's and the parser's
+    checks of settings, or for a missing file; None for a defect."""
+    chain = [error]
+    while (wrapped := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(wrapped)
+    is_parsers = _raised_in(error).parent.name == "jsonargparse"  # it wraps what constructors raise
+    for candidate in chain if is_parsers else chain[:1]:
+        if _raised_in(candidate).is_relative_to(_PACKAGE):
+            return candidate
+    is_check = is_parsers or type(error).__name__ == "MisconfigurationException" or isinstance(error, FileNotFoundError)
+    return error if is_check else None
+
+
+def _raised_in(error: BaseException) -> Path:
     frames = traceback.extract_tb(error.__traceback__)
-    raised_in = Path(frames[-1].filename) if frames else Path()
-    return raised_in.is_relative_to(_PACKAGE) or raised_in.parent.name == "jsonargparse"
+    return Path(frames[-1].filename) if frames else Path()
 
 
 def _pop_flag(args: list[str], flag: str) -> tuple[bool, list[str]]:
@@ -98,13 +115,3 @@ def _pop_values(args: list[str], option: str) -> tuple[list[str], list[str]]:
         else:
             rest.append(arg)
     return values, rest
-
-
-def _quiet_startup() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
-    # Nothing is loaded by worker processes here: prompts are read from memory-mapped files.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Policies stay in eval mode on purpose: training scores tokens exactly as sampling did.
-    warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode at the start of training.*")
-    warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")

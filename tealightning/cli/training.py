@@ -6,23 +6,66 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from tealightning.callbacks import BestOfNReport, RolloutCallback
-from tealightning.cli.names import canonical_args, shorten_error
+from tealightning.callbacks.folders import run_folder
+from tealightning.cli.console import quiet_transformers
+from tealightning.cli.messages import explain
+from tealightning.cli.names import canonical_args, canonical_settings
 from tealightning.data import PromptDataModule
 from tealightning.module import PostTrainingModule
 from tealightning.registry import did_you_mean
 
-COMMANDS = ("fit", "validate", "test")
+COMMANDS = {
+    "fit": "Train a policy.",
+    "validate": "Best-of-n on the validation prompts.",
+    "test": "Best-of-n on the test prompts.",
+}
+
+_HELP = """ Sections: trainer (Lightning's), model (policy, estimator, loss, optimizer), data (prompts), rollout
+(engine, reward, group size, sampling). Arguments of a class: --model.help, --data.help, --model.estimator.help tea,
+--model.optimizer.help AdamW, --rollout.engine.help vllm_engine, --rollout.reward.help function_reward. What a command
+line amounts to: --print_config."""
+
+
+class _Refused(SystemExit):
+    """A command line that does not parse; status 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(2)
+        self.message = message
 
 
 class _Parser(LightningArgumentParser):
-    """Ends with one short message instead of usage and a nested parse trace."""
+    """Takes registered names in config files, and ends with the bare message instead of usage and message."""
+
+    def parse_string(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Any:
+        settings = _load_yaml(content, str(path) or "config")
+        canonical = canonical_settings(settings)
+        # The text as it is where nothing was renamed: YAML dialects differ in numbers such as 1e-3.
+        text = content if canonical == settings and settings else yaml.safe_dump(canonical)
+        return super().parse_string(text, path, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
-        print(f"tealightning: error: {shorten_error(message)}", file=sys.stderr)
-        raise SystemExit(2)
+        raise _Refused(message) from ex
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Saves the resolved config into the run's own folder, whatever the logger; without one there is no such folder."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if not trainer.loggers:
+            return
+        file = run_folder(trainer) / self.config_filename
+        if self.already_saved or not trainer.is_global_zero:
+            return
+        if file.exists() and trainer.ckpt_path is None:
+            raise ValueError(f"{file} is another run's. Let trainer.logger write elsewhere, or delete that folder.")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, str(file), skip_none=False, overwrite=True, multifile=False)
+        self.already_saved = True
 
 
 class TrainingCLI(LightningCLI):
@@ -54,16 +97,44 @@ def run_training(command: str, args: Sequence[str]) -> None:
         raise ValueError(
             f"Unknown command {command!r}.{did_you_mean(command, [*COMMANDS, 'playground', 'estimators'])}"
         )
+    quiet_transformers()
     torch.set_float32_matmul_precision("high")
-    TrainingCLI(
-        PostTrainingModule,
-        PromptDataModule,
-        trainer_class=pl.Trainer,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        parser_class=_Parser,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        parser_kwargs={"allow_abbrev": False} | {name: {"allow_abbrev": False} for name in COMMANDS},
-        args=[command, *canonical_args(args)],
-    )
+    try:
+        TrainingCLI(
+            PostTrainingModule,
+            PromptDataModule,
+            trainer_class=pl.Trainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=_SaveConfig,
+            parser_class=_Parser,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            parser_kwargs={"allow_abbrev": False} | {name: _command_kwargs(name) for name in COMMANDS},
+            args=[command, *canonical_args(args)],
+        )
+    except _Refused as refused:
+        print(f"tealightning: error: {explain(refused.message, args)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _command_kwargs(command: str) -> dict[str, Any]:
+    usage = f"tealightning {command} [-c CONFIG]... [--setting=value]..."
+    return {"allow_abbrev": False, "usage": usage, "description": COMMANDS[command] + _HELP}
+
+
+def _load_yaml(content: str, name: str) -> dict[str, Any]:
+    """The settings in a config's text; nothing in it is no settings.
+
+    Raises:
+        ValueError: if it is no YAML, or no mapping.
+    """
+    try:
+        settings = yaml.safe_load(content)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        raise ValueError(f"{name}{line}: this is not YAML: {error.problem}.") from None
+    if settings is not None and not isinstance(settings, dict):
+        raise ValueError(f"{name}: expected settings, `name: value`, got {str(settings)[:60]!r}.")
+    return settings or {}

@@ -1,0 +1,36 @@
+"""What the command line keeps off the screen."""
+
+import logging
+import os
+import warnings
+
+_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero")
+
+
+def quiet_startup() -> None:
+    """Before anything heavy is imported: no warnings about what is done on purpose, no advertising."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
+    # Nothing is loaded by worker processes here: prompts are read from memory-mapped files.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Policies stay in eval mode on purpose: training scores tokens exactly as sampling did.
+    warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode at the start of training.*")
+    warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(is_no_advertisement)  # the same filter is added once
+
+
+def is_no_advertisement(record: logging.LogRecord) -> bool:
+    """False for Lightning's recommendations of further products ("💡 Tip: ...")."""
+    return "💡 Tip" not in record.getMessage()
+
+
+def quiet_transformers() -> None:
+    """No progress bars for reading and writing weights; downloads from the hub keep theirs."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    were_disabled = are_progress_bars_disabled()
+    disable_progress_bar()
+    if not were_disabled:
+        enable_progress_bars()
