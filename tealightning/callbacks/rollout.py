@@ -170,7 +170,8 @@ class RolloutCallback(Callback):
         prefix = "rollout" if phase == "train" else phase
         pl_module.log_dict(
             {f"{prefix}/{name}": float(value) for name, value in metrics.items()},
-            batch_size=len(batch),
+            # A float, because Lightning averages the ranks' batch sizes in the type that they have: 6 and 5 gave 5.
+            batch_size=float(len(batch)),  # type: ignore[arg-type]
             sync_dist=trainer.world_size > 1,
             on_step=phase == "train",
             on_epoch=phase != "train",
