@@ -1,0 +1,168 @@
+"""Overrides, overlays and plug-ins: what the command line resolves to."""
+
+import sys
+
+import pytest
+import yaml
+from command_line import CONFIGS, QUICKSTART, overlay, resolved, run
+from run_records import quickstart_args
+
+from tealightning.estimators import ESTIMATORS, estimator_names
+
+
+def estimator_of(config):
+    return config["model"]["init_args"]["estimator"]
+
+
+@pytest.mark.parametrize("name", ["TEA", "tea", "tealightning.estimators.TEA"])
+@pytest.mark.parametrize("key", ["model.estimator", "model.init_args.estimator"])
+def test_an_estimator_by_class_name_registered_name_and_path(name, key):
+    config = resolved("-c", QUICKSTART, f"--{key}={name}", f"--{key}.target_n=64")
+    assert estimator_of(config)["class_path"].rpartition(".")[2] == "TEA"
+    assert estimator_of(config)["init_args"]["target_n"] == 64
+
+
+@pytest.mark.parametrize("name", estimator_names())
+def test_every_registered_estimator_by_name(name):
+    config = resolved("-c", QUICKSTART, f"--model.estimator={name}")
+    assert estimator_of(config)["class_path"].rpartition(".")[2] == ESTIMATORS.get(name).__name__
+
+
+def test_an_option_in_two_words():
+    assert estimator_of(resolved("-c", QUICKSTART, "--model.estimator", "grpo"))["init_args"] == {"eps": 1e-4}
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    ["prefix_tea", {"class_path": "prefix_tea"}, {"class_path": "PrefixTEA", "init_args": {"rotations": 4}}],
+)
+def test_registered_names_in_yaml(tmp_path, estimator):
+    file = overlay(tmp_path, {"model": {"init_args": {"estimator": estimator}}})
+    assert estimator_of(resolved("-c", QUICKSTART, "-c", file))["class_path"].endswith(".PrefixTEA")
+
+
+def test_registered_names_inside_a_weighted_reward(tmp_path):
+    parts = {"root": {"class_path": "function_reward", "init_args": {"function": "math:sqrt"}}}
+    reward = {"class_path": "weighted_reward", "init_args": {"rewards": parts, "weights": {"root": 2.0}}}
+    config = resolved("-c", QUICKSTART, "-c", overlay(tmp_path, {"rollout": {"reward": reward}}))
+    inner = config["rollout"]["reward"]["init_args"]
+    assert inner["rewards"]["root"]["class_path"].endswith(".FunctionReward")
+    assert inner["weights"] == {"root": 2.0}
+
+
+def test_numbers_survive_the_renaming_of_a_file(tmp_path):
+    """Files with names in them are written anew: 1e-3, which YAML 1.1 reads as text, stays the number."""
+    file = overlay(tmp_path, "model: {init_args: {estimator: grpo, optimizer: {init_args: {lr: 1e-3}}, ns: [1, 2]}}")
+    config = resolved("-c", QUICKSTART, "-c", file)["model"]["init_args"]
+    assert config["optimizer"]["init_args"]["lr"] == 0.001
+    assert config["ns"] == [1, 2]
+
+
+def test_an_empty_overlay_changes_nothing(tmp_path):
+    file = overlay(tmp_path, "# nothing yet\n")
+    assert resolved("-c", QUICKSTART, "-c", file) == resolved("-c", QUICKSTART)
+
+
+def test_engine_and_reward():
+    config = resolved("-c", QUICKSTART, "--rollout.engine=TransformersEngine", "--rollout.engine.batch_size=3")
+    assert config["rollout"]["engine"]["class_path"].endswith(".TransformersEngine")
+    assert config["rollout"]["engine"]["init_args"] == {"batch_size": 3}
+    config = resolved("-c", QUICKSTART, "--rollout.reward=FunctionReward", "--rollout.reward.function=math:sqrt")
+    assert config["rollout"]["reward"]["init_args"] == {"function": "math:sqrt"}
+
+
+def test_optimizer_and_scheduler():
+    config = resolved(
+        *("-c", QUICKSTART, "--model.optimizer=SGD", "--model.optimizer.lr=0.1"),
+        *("--model.lr_scheduler=LinearLR", "--model.lr_scheduler.total_iters=7"),
+    )["model"]["init_args"]
+    assert config["optimizer"]["class_path"].endswith(".SGD")
+    assert config["optimizer"]["init_args"]["lr"] == 0.1
+    assert config["lr_scheduler"]["init_args"]["total_iters"] == 7
+
+
+def test_a_later_file_or_option_wins():
+    config = resolved(
+        *("-c", QUICKSTART, "-c", CONFIGS / "estimators" / "prefix_tea.yaml"),
+        *("--model.estimator.num_prefixes=2", "--model.loss.kl_coef=0", "--rollout.sampling.temperature=0.7"),
+        *("--trainer.callbacks+=SampleTable", "--trainer.callbacks.every_n_steps=5"),
+    )
+    assert estimator_of(config)["init_args"]["num_prefixes"] == 2
+    assert config["model"]["init_args"]["loss"]["kl_coef"] == 0.0
+    assert config["rollout"]["sampling"]["temperature"] == 0.7
+    assert config["rollout"]["sampling"]["max_new_tokens"] == 32
+    assert config["trainer"]["callbacks"][-1]["init_args"]["every_n_steps"] == 5
+
+
+PLUGIN = """
+from torch import Tensor
+
+from tealightning.estimators import AdvantageEstimator, register
+
+
+@register
+class Winner{name}(AdvantageEstimator):
+    '''The best rollout alone.'''
+
+    def __init__(self, *, height: float = 1.0) -> None:
+        self.height = height
+
+    def compute(self, rewards: Tensor) -> Tensor:
+        return self.height * (rewards == rewards.amax(dim=1, keepdim=True)).double()
+"""
+
+
+@pytest.fixture
+def own_file(tmp_path, monkeypatch):
+    """A file with an estimator; import it as you like, nothing of it stays."""
+    monkeypatch.setattr(ESTIMATORS, "_classes", dict(ESTIMATORS._classes))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def write(name, registered=True):
+        text = PLUGIN.format(name=name)
+        file = tmp_path / f"own_{name.lower()}.py"
+        file.write_text(text if registered else text.replace("@register\n", ""), encoding="utf-8")
+        return file
+
+    yield write
+    for module in [m for m in sys.modules if m.startswith("own_")]:
+        del sys.modules[module]
+
+
+def test_a_class_from_the_python_path(own_file, monkeypatch):
+    file = own_file("Path", registered=False)
+    monkeypatch.syspath_prepend(file.parent)
+    config = resolved("-c", QUICKSTART, "--model.estimator=own_path.WinnerPath", "--model.estimator.height=2")
+    assert estimator_of(config) == {"class_path": "own_path.WinnerPath", "init_args": {"height": 2.0}}
+
+
+def test_a_registered_class_from_an_imported_file(own_file, tmp_path):
+    file = own_file("Import")
+    args = ["--import", file, "-c", QUICKSTART]
+    config = resolved(*args, "--model.estimator=winner_import", "--model.estimator.height=3")
+    assert estimator_of(config) == {"class_path": "own_import.WinnerImport", "init_args": {"height": 3.0}}
+    in_yaml = overlay(tmp_path, {"model": {"init_args": {"estimator": "winner_import"}}})
+    assert estimator_of(resolved(*args, "-c", in_yaml))["class_path"] == "own_import.WinnerImport"
+    assert "winner_import" in run("estimators", f"--import={file}").out
+
+
+def test_an_imported_estimator_trains_and_the_saved_config_runs_again(own_file, playground, tmp_path):
+    file = own_file("Train")
+    args = quickstart_args("fit", playground, tmp_path)
+    options = ["--model.estimator=winner_train", "--rollout.engine=transformers_engine", "--model.estimator.height=2"]
+    result = run(*args, "--import", file, *options)
+    assert result.status == 0, result.err
+    saved = tmp_path / "config.yaml"
+    assert estimator_of(yaml.safe_load(saved.read_text()))["class_path"] == "own_train.WinnerTrain"
+    assert (tmp_path / "metrics.csv").read_text().count("\n") == 3  # the header and two steps
+    again = resolved("--import", file, "-c", saved)
+    assert again == resolved("--import", file, *args[1:], *options)
+
+
+def test_a_folder_is_not_used_for_two_runs(playground, tmp_path):
+    args = [*quickstart_args("fit", playground, tmp_path), "--rollout.engine=transformers_engine"]
+    (tmp_path / "config.yaml").write_text("of another run")
+    result = run(*args)
+    assert result.status == 2
+    assert f"{tmp_path}/config.yaml is another run's" in result.err
+    assert (tmp_path / "config.yaml").read_text() == "of another run"
