@@ -16,8 +16,9 @@ def clipped_policy_loss(
     clip_lower: float,
     clip_upper: float,
 ) -> tuple[Tensor, Tensor]:
-    """`-min(r A, clip(r, 1 - clip_lower, 1 + clip_upper) A)` per token, `r = pi / behaviour` (PPO, Schulman et al. 2017;
-    separate bounds as in DAPO, Yu et al. 2025).
+    """`-min(r A, clip(r, 1 - clip_lower, 1 + clip_upper) A)` per token, with `r = pi / behaviour`.
+
+    PPO (Schulman et al. 2017) with separate bounds as in DAPO (Yu et al. 2025).
 
     Args:
         policy_log_probs: [rows, T], with gradient.
