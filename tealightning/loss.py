@@ -1,5 +1,6 @@
 """Settings of the policy-gradient loss and its value on a micro-batch."""
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,8 @@ class PolicyGradientLoss:
             raise ValueError(f"loss.kl_estimator must be k1, k2 or k3, got {self.kl_estimator!r}.")
         if self.constant is not None and not self.constant > 0:
             raise ValueError(f"loss.constant must be above 0, got {self.constant}.")
+        if self.constant is not None and self.reduction != "constant":
+            warnings.warn(f"loss.constant has no effect with reduction={self.reduction!r}.", stacklevel=3)
         if self.importance_cap is not None and not self.importance_cap > 0:
             raise ValueError(f"loss.importance_cap must be above 0, got {self.importance_cap}.")
 

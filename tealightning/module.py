@@ -2,6 +2,7 @@
 `batch.rollouts` is there when `training_step` is called."""
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -68,6 +69,8 @@ class PostTrainingModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         _check_settings(advantage_scale, inner_epochs, micro_batch_tokens, micro_batch_size, gradient_clip_norm)
+        if reference is not None and not (loss and loss.kl_coef > 0):
+            warnings.warn("model.reference has no effect without a KL penalty (loss.kl_coef > 0).", stacklevel=2)
         self.automatic_optimization = False
         self.policy_path = policy
         self.reference_path = reference or policy
@@ -110,6 +113,8 @@ class PostTrainingModule(pl.LightningModule):
             )
 
     def on_fit_start(self) -> None:
+        if self.trainer.precision == "16-mixed":  # clipping would take its scaled gradients for the real ones
+            raise ValueError("trainer.precision=16-mixed is not supported: use bf16-mixed, bf16-true or 32-true.")
         for reference in self._reference:
             reference.to(self.device)
 

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -270,3 +271,17 @@ def test_bad_loss_settings_are_refused(field):
 def test_a_missing_policy_is_one_clear_message(tmp_path):
     with pytest.raises(ValueError, match=r"policy .*there is no such folder"):
         module_of(str(tmp_path / "nowhere")).configure_model()
+
+
+def test_settings_without_effect_are_warned_about():
+    with pytest.warns(UserWarning, match=r"model.reference has no effect"):
+        module_of("unused", reference="other")
+    with pytest.warns(UserWarning, match=r"loss.constant has no effect"):
+        PolicyGradientLoss(constant=3.0)
+
+
+def test_float16_mixed_precision_is_refused(policy):
+    module = module_of(policy)
+    module._trainer = SimpleNamespace(precision="16-mixed")  # a real trainer wants a GPU for it
+    with pytest.raises(ValueError, match="bf16-mixed"):
+        module.on_fit_start()
