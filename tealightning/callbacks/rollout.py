@@ -168,14 +168,17 @@ class RolloutCallback(Callback):
             metrics |= {f"{name}_seconds": value for name, value in (seconds | {"sync": sync_seconds}).items()}
             metrics["step"] = self.rollout_step
         prefix = "rollout" if phase == "train" else phase
-        pl_module.log_dict(
-            {f"{prefix}/{name}": float(value) for name, value in metrics.items()},
-            # A float, because Lightning averages the ranks' batch sizes in the type that they have: 6 and 5 gave 5.
-            batch_size=float(len(batch)),  # type: ignore[arg-type]
-            sync_dist=trainer.world_size > 1,
-            on_step=phase == "train",
-            on_epoch=phase != "train",
-        )
+        for name, value in metrics.items():
+            pl_module.log(
+                f"{prefix}/{name}",
+                float(value),
+                # A float, because Lightning averages the ranks' batch sizes in the type that they have: 6 and 5 gave 5.
+                batch_size=float(len(batch)),  # type: ignore[arg-type]
+                reduce_fx="max" if name.endswith("_max") else "mean",
+                sync_dist=trainer.world_size > 1,
+                on_step=phase == "train",
+                on_epoch=phase != "train",
+            )
         if phase == "train":
             pl_module.log("reward", metrics["reward_mean"], prog_bar=True, logger=False, batch_size=len(batch))
 
