@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def playground(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny playground, built once a session (policy/, reward_model/, prompts/*.jsonl); do not write to it."""
+    """Folder of a tiny playground (policy, reward_model, prompts), built once a session; do not write to it."""
     from tealightning.playground import build_playground
 
     return build_playground(tmp_path_factory.mktemp("playground") / "tiny", size="tiny", progress=False).path

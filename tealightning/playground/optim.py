@@ -54,9 +54,11 @@ def warmup_cosine(steps: int) -> Callable[[int], float]:
     return factor
 
 
-def _groups(model: nn.Module) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def _groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """The layers' matrices, the other matrices (embeddings and heads), the vectors."""
-    layers, matrices, vectors = [], [], []
+    layers: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             vectors.append(parameter)

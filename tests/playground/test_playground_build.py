@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from tealightning.playground import PlaygroundConfig, build_playground, load_playground
+from tealightning.playground import PlaygroundConfig, build_playground, load_playground, report
 from tealightning.playground.config import resolve_config
 
 
@@ -178,3 +178,12 @@ def test_unknown_size_names_the_presets() -> None:
 def test_config_refuses_what_cannot_be_built(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PlaygroundConfig(**change)
+
+
+def test_report_shows_the_manifest(playground: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report.main([str(playground)])
+    manifest = json.loads((playground / "playground.json").read_text())
+    printed = capsys.readouterr().out
+    assert f"| policy, parameters | {manifest['policy_parameters']:,} |" in printed
+    assert "| n | 1 | 4 | 16 | 64 | 128 |" in printed
+    assert f"{manifest['figures']['best_of_n']['128']:.2f} |" in printed
