@@ -61,7 +61,8 @@ class _SaveConfig(SaveConfigCallback):
         file = run_folder(trainer) / self.config_filename
         if self.already_saved or not trainer.is_global_zero:
             return
-        if file.exists() and trainer.ckpt_path is None:
+        is_resumed = stage == "fit" and self.config.get("ckpt_path") is not None
+        if file.exists() and not is_resumed:
             raise ValueError(f"{file} is another run's. Let trainer.logger write elsewhere, or delete that folder.")
         file.parent.mkdir(parents=True, exist_ok=True)
         self.parser.save(self.config, str(file), skip_none=False, overwrite=True, multifile=False)
@@ -77,6 +78,9 @@ class TrainingCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {name: arguments for name, arguments in LightningCLI.subcommands().items() if name in COMMANDS}
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would load the whole checkpoint to look for hyperparameters, and there are none in it."""
 
     def after_fit(self) -> None:
         """Complete a best-of-n report whose last validation is older than the last optimizer step."""
