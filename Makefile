@@ -1,8 +1,8 @@
 # Every target can be run from a bare clone, and again.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
-# Tests use small tensors and several processes: one thread each is faster, and sums do not depend on the machine.
-test test-slow: export OMP_NUM_THREADS := 1
+# Small tensors: one thread is faster than two that wait for each other, and sums do not depend on the machine.
+quickstart test test-slow: export OMP_NUM_THREADS := 1
 
 bin := .venv/bin
 
