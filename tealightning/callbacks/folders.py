@@ -13,7 +13,7 @@ def run_folder(trainer: pl.Trainer) -> Path:
     Loggers that keep no folder of a run themselves, wandb for one, get `<save_dir>/<name>/<version>`, the place where
     Lightning puts their checkpoints. A trial run (`trainer.fast_dev_run`) gets one outside the working folder.
     """
-    if trainer.fast_dev_run:
+    if trainer.fast_dev_run:  # type: ignore[attr-defined] # set by Lightning's debugging connector
         return Path(tempfile.gettempdir()) / "tealightning_dev_run"
     root = Path(trainer.log_dir or trainer.default_root_dir)
     logger = trainer.logger
