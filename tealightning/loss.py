@@ -14,6 +14,7 @@ from tealightning.functional.losses import (
     truncated_importance_weights,
 )
 from tealightning.micro_batches import CompletionScores
+from tealightning.types import RolloutBatch
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,41 +61,41 @@ class PolicyGradientLoss:
 
 
 @dataclass(kw_only=True, slots=True)
-class Denominators:
-    """Sizes of the whole batch (mean over ranks), so that no split of it changes the loss."""
+class StepBatch:
+    """What one training step works on, the same for all of its micro-batches and inner epochs.
 
+    The sizes are the whole batch's (mean over ranks), so that no split of it changes the loss.
+    """
+
+    rollouts: RolloutBatch
+    advantages: Tensor  # [B] float64
+    rows: Tensor  # [R] int64, the rollouts that a loss term needs
     num_tokens: Tensor  # scalar, completion tokens of scored rollouts
     num_sequences: Tensor  # scalar, scored rollouts
-    constant: float
+    behaviour_log_probs: Tensor | None = None  # [B, T] of the policy at the start; None = the policy itself (ratio 1)
+    ref_log_probs: Tensor | None = None  # [B, T] of the reference; None without a KL penalty
 
 
 def micro_batch_loss(
-    settings: PolicyGradientLoss,
-    scores: CompletionScores,
-    *,
-    advantages: Tensor,
-    behaviour_log_probs: Tensor | None,
-    rollout_log_probs: Tensor,
-    ref_log_probs: Tensor | None,
-    denominators: Denominators,
+    settings: PolicyGradientLoss, step: StepBatch, chosen: Tensor, scores: CompletionScores
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """This micro-batch's share of the batch loss, and sums over its tokens for the metrics.
+    """This micro-batch's share of the batch loss, and what the metrics need of it.
 
     Args:
-        advantages: [rows] float.
-        behaviour_log_probs: [rows, t] of the policy at the start of the step; None = the policy itself (ratio 1).
-        rollout_log_probs: [rows, t] of the engine.
-        ref_log_probs: [rows, t] of the reference; None without a KL penalty.
+        chosen: [rows] int64, the micro-batch's rollouts.
+        scores: Of these rollouts, with gradient; with entropies on the first pass over a batch.
 
     Returns:
-        (scalar loss with gradient, {name: scalar sum over tokens})
+        (scalar loss with gradient, {name: sum over tokens, or maximum for names that end in `_max`})
     """
     policy_log_probs, mask = scores.log_probs, scores.mask
-    behaviour = policy_log_probs.detach() if behaviour_log_probs is None else behaviour_log_probs
+    here = (chosen, slice(mask.shape[1]))
+    rollout_log_probs = step.rollouts.rollout_log_probs[here]
+    behaviour = policy_log_probs.detach() if step.behaviour_log_probs is None else step.behaviour_log_probs[here]
     token_loss, clipped = clipped_policy_loss(
         policy_log_probs,
         behaviour,
-        advantages.to(policy_log_probs.dtype),
+        step.advantages[chosen].to(policy_log_probs.dtype),
         clip_lower=settings.clip_lower,
         clip_upper=settings.clip_upper,
     )
@@ -103,21 +104,30 @@ def micro_batch_loss(
     weights = token_weights(
         mask,
         settings.reduction,
-        num_tokens=denominators.num_tokens,
-        num_sequences=denominators.num_sequences,
-        constant=denominators.constant,
+        num_tokens=step.num_tokens,
+        num_sequences=step.num_sequences,
+        constant=float(settings.constant or step.rollouts.sampling.max_new_tokens),
     )
-    policy_loss = (weights * token_loss).sum()
-    sums = {
-        "policy_loss": policy_loss.detach(),
-        "clipped": (clipped & mask).sum(),
-        "tokens": mask.sum(),
-    }
+    loss = (weights * token_loss).sum()
+    sums = {"policy_loss": loss.detach(), "clipped": (clipped & mask).sum(), "tokens": mask.sum()}
     if scores.entropy is not None:
-        sums["entropy"] = scores.entropy.sum()
-    if ref_log_probs is None:
-        return policy_loss, sums
-    penalty = kl_penalty(policy_log_probs, ref_log_probs, settings.kl_estimator)
-    with torch.no_grad():
-        sums["kl"] = (kl_estimate(policy_log_probs, ref_log_probs, settings.kl_estimator) * mask).sum()
-    return policy_loss + settings.kl_coef * (weights * penalty).sum(), sums
+        mismatch = (policy_log_probs.detach() - rollout_log_probs).abs().masked_fill(~mask, 0.0)
+        sums |= {"entropy": scores.entropy.sum(), "mismatch": mismatch.sum(), "mismatch_max": mismatch.max()}
+    if step.ref_log_probs is not None:
+        ref_log_probs = step.ref_log_probs[here]
+        loss = (
+            loss
+            + settings.kl_coef * (weights * kl_penalty(policy_log_probs, ref_log_probs, settings.kl_estimator)).sum()
+        )
+        kl = kl_estimate(policy_log_probs.detach(), ref_log_probs, settings.kl_estimator)
+        sums["kl"] = (kl * mask).sum()
+    return loss, sums
+
+
+def merge_sums(total: dict[str, Tensor], part: dict[str, Tensor]) -> None:
+    """Add a micro-batch's sums to the step's, in place; maxima stay maxima."""
+    for key, value in part.items():
+        value = value.float()
+        if key in total:
+            value = torch.maximum(total[key], value) if key.endswith("_max") else total[key] + value
+        total[key] = value

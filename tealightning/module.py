@@ -1,7 +1,6 @@
 """The LightningModule: rewards -> advantages -> loss -> optimizer step. It knows nothing of engines or rewards' makers:
 `batch.rollouts` is there when `training_step` is called."""
 
-import hashlib
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,7 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from tealightning.estimators import AdvantageEstimator
-from tealightning.loss import Denominators, PolicyGradientLoss, micro_batch_loss
+from tealightning.loss import PolicyGradientLoss, StepBatch, merge_sums, micro_batch_loss
 from tealightning.metrics import BestOfN
 from tealightning.micro_batches import score_completions, split_rows
 from tealightning.pretrained import load_policy, load_tokenizer
@@ -132,18 +131,28 @@ class PostTrainingModule(pl.LightningModule):
     # ---------------------------------------------------------------- training
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        rollouts = _rollouts_of(batch)
-        advantages = self._scaled_advantages(rollouts)
-        rows = self._rows_to_train(rollouts, advantages)
-        ref_log_probs = self._frozen_log_probs(self._reference[0], rollouts, rows) if self._reference else None
-        behaviour = self._frozen_log_probs(self.policy, rollouts, rows) if self.inner_epochs > 1 else None
+        step = self._step_batch(_rollouts_of(batch))
         sums: dict[str, Tensor] = {}
         for epoch in range(self.inner_epochs):
-            sums |= self._optimizer_step(
-                rollouts, rows, advantages.flatten(), behaviour, ref_log_probs, is_first=epoch == 0
-            )
-        self._step_scheduler()
-        self._log_step(rollouts, advantages, rows, sums)
+            sums |= self._optimizer_step(step, is_first=epoch == 0)
+        if self.lr_scheduler is not None:
+            self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+        self._log_step(step, sums)
+
+    def _step_batch(self, rollouts: RolloutBatch) -> StepBatch:
+        """Advantages, the rollouts to train on and the log-probs that stay fixed during the step."""
+        advantages = self._scaled_advantages(rollouts)
+        rows = self._rows_to_train(rollouts, advantages)
+        scored = rollouts.valid.flatten()
+        return StepBatch(
+            rollouts=rollouts,
+            advantages=advantages.flatten(),
+            rows=rows,
+            num_tokens=self._over_ranks(rollouts.completion_lengths[scored].sum()),
+            num_sequences=self._over_ranks(scored.sum()),
+            behaviour_log_probs=self._frozen_log_probs(self.policy, rollouts, rows) if self.inner_epochs > 1 else None,
+            ref_log_probs=self._frozen_log_probs(self._reference[0], rollouts, rows) if self._reference else None,
+        )
 
     def _scaled_advantages(self, rollouts: RolloutBatch) -> Tensor:
         """[P, m] float64: the estimator's, over the batch's RMS if asked for."""
@@ -178,64 +187,34 @@ class PostTrainingModule(pl.LightningModule):
             log_probs[chosen, : scores.mask.shape[1]] = scores.log_probs
         return log_probs
 
-    def _optimizer_step(
-        self,
-        rollouts: RolloutBatch,
-        rows: Tensor,
-        advantages: Tensor,
-        behaviour: Tensor | None,
-        ref_log_probs: Tensor | None,
-        *,
-        is_first: bool,
-    ) -> dict[str, Tensor]:
-        """One pass over `rows`, one optimizer step; returns the metrics' sums over this rank.
-
-        Entropy and the engine/trainer mismatch are those of the sampling weights: of the first inner epoch only.
-        """
+    def _optimizer_step(self, step: StepBatch, *, is_first: bool) -> dict[str, Tensor]:
+        """One pass over the step's rollouts, one optimizer step; returns the metrics' sums over this rank."""
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        denominators = self._denominators(rollouts)
-        # A rank with nothing to train still has to meet the others in backward: one rollout, weighted by 0.
-        splits = self._micro_batches(rollouts, rows) or [torch.zeros(1, dtype=torch.long, device=self.device)]
-        nothing = len(rows) == 0
-        sums: dict[str, Tensor] = {}
-        for index, chosen in enumerate(splits):
-            is_last = index == len(splits) - 1
-            with nullcontext() if is_last else self._no_gradient_sync():
-                scores = score_completions(self.policy, rollouts, chosen, with_entropy=is_first)
-                length = scores.mask.shape[1]
-                loss, partial = micro_batch_loss(
-                    self.loss,
-                    scores,
-                    advantages=advantages[chosen],
-                    behaviour_log_probs=None if behaviour is None else behaviour[chosen, :length],
-                    rollout_log_probs=rollouts.rollout_log_probs[chosen, :length],
-                    ref_log_probs=None if ref_log_probs is None else ref_log_probs[chosen, :length],
-                    denominators=denominators,
-                )
-                self.manual_backward(loss * 0 if nothing else loss)
-            if nothing:
-                continue
-            if is_first:
-                mismatch = (scores.log_probs.detach() - rollouts.rollout_log_probs[chosen, :length]).abs()
-                mismatch = mismatch.masked_fill(~scores.mask, 0.0)
-                partial["mismatch"] = mismatch.sum()
-                sums["mismatch_max"] = torch.maximum(sums.get("mismatch_max", mismatch.max()), mismatch.max())
-            for key, value in partial.items():
-                sums[key] = sums.get(key, 0) + value.float()
+        sums = self._backward(step, is_first=is_first)
         max_norm = self.gradient_clip_norm if self.gradient_clip_norm is not None else float("inf")
         sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), max_norm)
         optimizer.step()
         return sums
 
-    def _denominators(self, rollouts: RolloutBatch) -> Denominators:
-        scored = rollouts.valid.flatten()
-        constant = self.loss.constant if self.loss.constant is not None else rollouts.sampling.max_new_tokens
-        return Denominators(
-            num_tokens=self._over_ranks(rollouts.completion_lengths[scored].sum()),
-            num_sequences=self._over_ranks(scored.sum()),
-            constant=float(constant),
-        )
+    def _backward(self, step: StepBatch, *, is_first: bool) -> dict[str, Tensor]:
+        """Add up the gradient over micro-batches; ranks meet in the last one's backward.
+
+        Entropy and the engine/trainer mismatch are those of the sampling weights: of the first inner epoch only.
+        """
+        nothing = len(step.rows) == 0
+        # A rank with nothing to train still has to meet the others in backward: one rollout, weighted by 0.
+        splits = self._micro_batches(step.rollouts, step.rows) or [step.rows.new_zeros(1)]
+        sums: dict[str, Tensor] = {}
+        for index, chosen in enumerate(splits):
+            is_last = index == len(splits) - 1
+            with nullcontext() if is_last else self._no_gradient_sync():
+                scores = score_completions(self.policy, step.rollouts, chosen, with_entropy=is_first)
+                loss, part = micro_batch_loss(self.loss, step, chosen, scores)
+                self.manual_backward(loss * 0 if nothing else loss)
+            if not nothing:
+                merge_sums(sums, part)
+        return sums
 
     def _over_ranks(self, value: Tensor, op: str = "mean") -> Tensor:
         """`value` reduced over ranks. The mean fits data parallelism, which averages the ranks' gradients."""
@@ -245,33 +224,29 @@ class PostTrainingModule(pl.LightningModule):
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
         return block() if block is not None else nullcontext()
 
-    def _step_scheduler(self) -> None:
-        if self.lr_scheduler is not None:
-            self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
-
-    def _log_step(self, rollouts: RolloutBatch, advantages: Tensor, rows: Tensor, sums: dict[str, Tensor]) -> None:
+    def _log_step(self, step: StepBatch, sums: dict[str, Tensor]) -> None:
         """Log the step's metrics, reduced over ranks."""
         zero = torch.zeros((), device=self.device)
         keys = ["policy_loss", "clipped", "entropy", "kl", "mismatch", "tokens"]
         totals = self._over_ranks(torch.stack([sums.get(k, zero).double() for k in keys]), "sum")
         total = dict(zip(keys, totals, strict=True))
         tokens = total["tokens"].clamp(min=1)
-        small = (rollouts.valid.sum(dim=1) < self.estimator.min_group_size).double().mean()
+        small = (step.rollouts.valid.sum(dim=1) < self.estimator.min_group_size).double().mean()
         metrics = {
             "train/policy_loss": total["policy_loss"] / self.trainer.world_size,
             "train/clip_fraction": total["clipped"] / tokens,
             "train/entropy": total["entropy"] / tokens,
             "train/grad_norm": sums["grad_norm"],
             "train/lr": self.optimizers().param_groups[0]["lr"],  # type: ignore[union-attr]
-            "train/advantage_std": self._over_ranks(advantages.std()),
-            "train/rollouts_skipped": self._over_ranks(zero + 1 - len(rows) / advantages.numel()),
+            "train/advantage_std": self._over_ranks(step.advantages.std()),
+            "train/rollouts_skipped": self._over_ranks(zero + 1 - len(step.rows) / len(step.advantages)),
             "train/groups_too_small": self._over_ranks(small),
             "rollout/log_prob_abs_diff_mean": total["mismatch"] / tokens,
             "rollout/log_prob_abs_diff_max": self._over_ranks(sums.get("mismatch_max", zero), "max"),
         }
         if self._reference:
             metrics["train/kl"] = total["kl"] / tokens
-        self.log_dict({k: float(v) for k, v in metrics.items()}, batch_size=len(advantages))
+        self.log_dict({k: float(v) for k, v in metrics.items()}, batch_size=len(step.rollouts.rewards))
 
     # ---------------------------------------------------------------- evaluation
 
@@ -289,20 +264,14 @@ class PostTrainingModule(pl.LightningModule):
 
     def _update_best_of_n(self, phase: str, batch: PromptBatch) -> None:
         rollouts = _rollouts_of(batch)
-        keys = torch.tensor([prompt_key(i) for i in batch.ids], device=rollouts.rewards.device)
         metric: Any = self.best_of_n[phase]
-        metric.update(rollouts.rewards, rollouts.valid, keys)
+        metric.update(rollouts.rewards, rollouts.valid, batch.keys.to(rollouts.rewards.device))
 
     def _log_best_of_n(self, phase: str) -> None:
         metric: Any = self.best_of_n[phase]
         values = {f"{phase}/{key}": value for key, value in metric.compute().items()}
         self.log_dict(values, sync_dist=True)  # the same on all ranks already; says so to Lightning
         metric.reset()
-
-
-def prompt_key(prompt_id: str) -> int:
-    """A stable 63-bit number for a prompt id: what tensors and ranks can exchange."""
-    return int.from_bytes(hashlib.blake2b(prompt_id.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _rollouts_of(batch: PromptBatch) -> RolloutBatch:

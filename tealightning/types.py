@@ -8,6 +8,7 @@ Legend of shapes, used in every docstring of the package:
     Tp longest prompt in tokens      T  longest completion in tokens       V  vocabulary
 """
 
+import hashlib
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -121,6 +122,12 @@ class PromptBatch:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def keys(self) -> Tensor:
+        """[P] int64, a stable number for each id: what tensors and ranks can exchange."""
+        digests = [hashlib.blake2b(prompt_id.encode(), digest_size=8).digest() for prompt_id in self.ids]
+        return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests], dtype=torch.int64)
 
     def to(self, device: Any, non_blocking: bool = False) -> "PromptBatch":
         """Itself unless rollouts are attached: prompts are not tensors."""
