@@ -4,10 +4,18 @@ from typing import Any
 
 from tealightning.estimators.base import ESTIMATORS, AdvantageEstimator
 from tealightning.estimators.bon_max_mean import BonMaxMean
+from tealightning.estimators.calibrated_tea import CalibratedTEA
+from tealightning.estimators.cat_bon import CatBon
+from tealightning.estimators.chow_bon_rl import ChowBonRL
 from tealightning.estimators.direct import Direct
+from tealightning.estimators.entropic import Entropic
 from tealightning.estimators.grpo import GRPO
+from tealightning.estimators.grpo_lead import GRPOLead
+from tealightning.estimators.infalign import Infalign
 from tealightning.estimators.max_at_k import MaxAtK
 from tealightning.estimators.mean_reward import MeanReward
+from tealightning.estimators.optimal_tea import OptimalTEA
+from tealightning.estimators.pass_at_n import PassAtN
 from tealightning.estimators.prefix_tea import PrefixTEA
 from tealightning.estimators.tea import TEA
 from tealightning.registry import register
@@ -17,9 +25,17 @@ __all__ = [
     "TEA",
     "AdvantageEstimator",
     "BonMaxMean",
+    "CalibratedTEA",
+    "CatBon",
+    "ChowBonRL",
     "Direct",
+    "Entropic",
+    "GRPOLead",
+    "Infalign",
     "MaxAtK",
     "MeanReward",
+    "OptimalTEA",
+    "PassAtN",
     "PrefixTEA",
     "build_estimator",
     "estimator_names",

@@ -3,9 +3,12 @@
 import warnings
 from typing import ClassVar
 
-from tealightning.estimators._checks import check_alpha, check_integer
+from torch import Tensor
+
+from tealightning.estimators._checks import check_alpha, check_choice, check_integer
 from tealightning.estimators.base import AdvantageEstimator
 from tealightning.functional.tail import smallest_group, tail_size
+from tealightning.functional.tail_models import TAIL_MODELS, TailModel, tail_weights
 
 
 class TailEstimator(AdvantageEstimator):
@@ -20,13 +23,16 @@ class TailEstimator(AdvantageEstimator):
     """
 
     objective: ClassVar[str] = "E[max of N]"
-    min_tail: ClassVar[int] = 2
-    """Fewest rollouts in the tail that carry a signal."""
 
     def __init__(self, *, target_n: int = 128, alpha: float = 0.25) -> None:
         self.target_n = check_integer("target_n", target_n, 1)
         self.alpha = check_alpha(alpha)
         self._warned = False
+
+    @property
+    def min_tail(self) -> int:
+        """Fewest rollouts in the tail that carry a signal."""
+        return 2
 
     @property
     def min_group_size(self) -> int:
@@ -53,3 +59,22 @@ class TailEstimator(AdvantageEstimator):
                 UserWarning,
                 stacklevel=3,
             )
+
+
+class PlugInEstimator(TailEstimator):
+    """Base of estimators that plug the group's own tail into the gradient of a tail model's best-of-N.
+
+    Args:
+        target_n: N, the best-of-N budget at deployment.
+        alpha: Upper-tail level in (0, 1].
+        tail: `gaussian`; `gpd`, generalised Pareto with a shape from the group's own tail; `empirical`, no
+            extrapolation.
+    """
+
+    def __init__(self, *, target_n: int = 128, alpha: float = 0.25, tail: TailModel = "gaussian") -> None:
+        super().__init__(target_n=target_n, alpha=alpha)
+        self.tail = check_choice("tail", tail, TAIL_MODELS)
+
+    def plug_in(self, rewards: Tensor) -> Tensor:
+        """Plug-in weights of groups of any size, [P, m] -> [P, m] float64."""
+        return tail_weights(rewards, target_n=self.target_n, alpha=self.alpha, tail=self.tail)

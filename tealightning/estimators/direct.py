@@ -2,24 +2,26 @@
 
 from torch import Tensor
 
-from tealightning.estimators._tail import TailEstimator
-from tealightning.functional.tail import direct_weights
+from tealightning.estimators._tail import PlugInEstimator
 from tealightning.registry import register
 
 
 @register
-class Direct(TailEstimator):
+class Direct(PlugInEstimator):
     """Gradient weights of `mu_a + ct_N * sigma_a` with the group's own tail plugged in (arXiv 2605.10716).
 
     `A_i = (e_i/alpha) [1 + ct_N (e_i - 2 e_mean)/(2 sigma)]` for the top `k = ceil(alpha m)` rollouts, where `e` is the
     excess over the k-th reward; exactly 0 for the others (and for the k-th). See
-    `tealightning.functional.tail.direct_weights`. Biased by O(1/m). A tail without spread gets zeros.
+    `tealightning.functional.tail.direct_weights`; other tails: `tealightning.functional.tail_models`. Biased by
+    O(1/m). A tail without spread gets zeros.
 
     Args:
         target_n: N, the best-of-N budget at deployment.
         alpha: Upper-tail level in (0, 1].
+        tail: `gaussian`; `gpd`, generalised Pareto with a shape from the group's own tail; `empirical`, no
+            extrapolation.
     """
 
     def compute(self, rewards: Tensor) -> Tensor:
         """[P, m] -> [P, m]."""
-        return direct_weights(rewards, target_n=self.target_n, alpha=self.alpha)
+        return self.plug_in(rewards)

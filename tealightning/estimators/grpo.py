@@ -1,10 +1,10 @@
 """Group-relative advantages: rewards standardised within the group."""
 
-import math
 from typing import ClassVar
 
 from torch import Tensor
 
+from tealightning.estimators._checks import check_positive
 from tealightning.estimators.base import AdvantageEstimator
 from tealightning.functional.moments import centred, sample_std
 from tealightning.registry import register
@@ -24,9 +24,7 @@ class GRPO(AdvantageEstimator):
     objective: ClassVar[str] = "E[R] (standardised)"
 
     def __init__(self, *, eps: float = 1e-4) -> None:
-        if not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
-            raise ValueError(f"eps must be a finite number above 0, got {eps!r}.")
-        self.eps = float(eps)
+        self.eps = check_positive("eps", eps)
 
     @property
     def min_group_size(self) -> int:

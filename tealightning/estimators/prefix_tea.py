@@ -3,13 +3,14 @@
 from torch import Tensor
 
 from tealightning.estimators._checks import check_integer
-from tealightning.estimators._tail import TailEstimator
+from tealightning.estimators._tail import PlugInEstimator
 from tealightning.functional.jackknife import prefix_weights
+from tealightning.functional.tail_models import TailModel
 from tealightning.registry import register
 
 
 @register
-class PrefixTEA(TailEstimator):
+class PrefixTEA(PlugInEstimator):
     """`A_i = sum_j v_j (m/P_j) 1{i < P_j} w_i(first P_j rollouts)`, with `w` the weights of `Direct`.
 
     The prefixes `P_j = round(j m / num_prefixes)` have biases of known powers of `1/P_j`; the minimum-norm weights `v`
@@ -26,12 +27,21 @@ class PrefixTEA(TailEstimator):
         num_prefixes: J, number of prefixes, the whole group included.
         order: q, 1 (no debiasing) to `num_prefixes`.
         rotations: Cyclic shifts of the group to average over.
+        tail: `gaussian`; `gpd`, generalised Pareto with a shape from the group's own tail; `empirical`, no
+            extrapolation.
     """
 
     def __init__(
-        self, *, target_n: int = 128, alpha: float = 0.25, num_prefixes: int = 4, order: int = 2, rotations: int = 4
+        self,
+        *,
+        target_n: int = 128,
+        alpha: float = 0.25,
+        num_prefixes: int = 4,
+        order: int = 2,
+        rotations: int = 4,
+        tail: TailModel = "gaussian",
     ) -> None:
-        super().__init__(target_n=target_n, alpha=alpha)
+        super().__init__(target_n=target_n, alpha=alpha, tail=tail)
         self.num_prefixes = check_integer("num_prefixes", num_prefixes, 1)
         self.order = check_integer("order", order, 1)
         self.rotations = check_integer("rotations", rotations, 1)
@@ -51,10 +61,5 @@ class PrefixTEA(TailEstimator):
     def compute(self, rewards: Tensor) -> Tensor:
         """[P, m] -> [P, m]."""
         return prefix_weights(
-            rewards,
-            target_n=self.target_n,
-            alpha=self.alpha,
-            num_prefixes=self.num_prefixes,
-            order=self.order,
-            rotations=self.rotations,
+            rewards, self.plug_in, num_prefixes=self.num_prefixes, order=self.order, rotations=self.rotations
         )

@@ -5,14 +5,14 @@ from typing import Literal
 from torch import Tensor
 
 from tealightning.estimators._checks import check_choice
-from tealightning.estimators._tail import TailEstimator
+from tealightning.estimators._tail import PlugInEstimator
 from tealightning.functional.moments import centred, ratio_or_zero, root_mean_square, sample_std
-from tealightning.functional.tail import direct_weights
+from tealightning.functional.tail_models import TailModel
 from tealightning.registry import register
 
 
 @register
-class TEA(TailEstimator):
+class TEA(PlugInEstimator):
     """`A_i = (w_i - b_i) / s` with `w` the weights of `Direct`, a group baseline `b` and a group scale `s`.
 
     - `baseline`: "none" keeps `m - k + 1` rollouts at exactly 0, whose forward and backward pass training then skips;
@@ -28,6 +28,8 @@ class TEA(TailEstimator):
         alpha: Upper-tail level in (0, 1].
         baseline: What is subtracted from the weights.
         scale: What they are divided by.
+        tail: `gaussian`; `gpd`, generalised Pareto with a shape from the group's own tail; `empirical`, no
+            extrapolation.
     """
 
     def __init__(
@@ -37,15 +39,16 @@ class TEA(TailEstimator):
         alpha: float = 0.25,
         baseline: Literal["none", "mean", "loo"] = "none",
         scale: Literal["none", "reward_std", "rms"] = "reward_std",
+        tail: TailModel = "gaussian",
     ) -> None:
-        super().__init__(target_n=target_n, alpha=alpha)
+        super().__init__(target_n=target_n, alpha=alpha, tail=tail)
         self.baseline = check_choice("baseline", baseline, ("none", "mean", "loo"))
         self.scale = check_choice("scale", scale, ("none", "reward_std", "rms"))
 
     def compute(self, rewards: Tensor) -> Tensor:
         """[P, m] -> [P, m]."""
         m = rewards.shape[1]
-        weights = direct_weights(rewards, target_n=self.target_n, alpha=self.alpha)
+        weights = self.plug_in(rewards)
         advantages = weights
         if self.baseline != "none":
             advantages = centred(weights) * (m / (m - 1) if self.baseline == "loo" else 1.0)

@@ -1,12 +1,11 @@
 """Bias removal by combining the plug-in weights of growing prefixes of the group (generalised jackknife)."""
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from tealightning.functional.tail import direct_weights
 
 
 def prefix_sizes(m: int, num_prefixes: int) -> tuple[int, ...]:
@@ -32,15 +31,16 @@ def jackknife_weights(sizes: tuple[int, ...], order: int) -> tuple[float, ...]:
 
 
 def prefix_weights(
-    rewards: Tensor, *, target_n: int, alpha: float, num_prefixes: int, order: int, rotations: int
+    rewards: Tensor, plug_in: Callable[[Tensor], Tensor], *, num_prefixes: int, order: int, rotations: int
 ) -> Tensor:
-    """`A_i = sum_j v_j (m/P_j) 1{i < P_j} direct_weight_i(first P_j rollouts)`, averaged over rotations of the group.
+    """`A_i = sum_j v_j (m/P_j) 1{i < P_j} plug_in_i(first P_j rollouts)`, averaged over rotations of the group.
 
     Rotation r of R starts the order at rollout `r*m // R`: the same expectation with less variance. A prefix whose
     tail has one rollout contributes zeros.
 
     Args:
         rewards: [P, m] float64, finite, m >= num_prefixes.
+        plug_in: Weights [P, size] of groups [P, size]; biased in powers of 1/size.
 
     Returns:
         [P, m] float64.
@@ -52,7 +52,6 @@ def prefix_weights(
         rolled = rewards.roll(-start, dims=1)
         advantages = torch.zeros_like(rewards)
         for size, weight in zip(sizes, jackknife_weights(sizes, order), strict=True):
-            plug_in = direct_weights(rolled[:, :size], target_n=target_n, alpha=alpha)
-            advantages[:, :size] += weight * m / size * plug_in
+            advantages[:, :size] += plug_in(rolled[:, :size]) * (weight * m / size)
         total += advantages.roll(start, dims=1)
     return total / rotations

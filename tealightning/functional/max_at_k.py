@@ -16,7 +16,7 @@ def subset_shares(m: int, k: int) -> Tensor:
     return torch.cat([torch.tensor([float(k)], dtype=torch.float64), k * ratios.cumprod(0)]).flip(0)
 
 
-def _gaps(rewards: Tensor) -> tuple[Tensor, Tensor]:
+def gaps_and_ranks(rewards: Tensor) -> tuple[Tensor, Tensor]:
     """Gaps between neighbouring order statistics, ascending [P, m-1], and the rank of every reward [P, m]."""
     ascending, order = rewards.sort(dim=-1)
     return ascending.diff(dim=-1), order.argsort(dim=-1)
@@ -39,7 +39,7 @@ def max_at_k_weights(rewards: Tensor, k: int) -> Tensor:
     Returns:
         [P, m] float64.
     """
-    gaps, rank = _gaps(rewards)
+    gaps, rank = gaps_and_ranks(rewards)
     terms = gaps * (k - subset_shares(rewards.shape[-1], k)[:-1].to(rewards.device))
     above = terms.flip(-1).cumsum(-1).flip(-1)
     above = torch.cat([above, above.new_zeros(len(above), 1)], dim=-1)
@@ -67,7 +67,7 @@ def max_at_k_loo_weights(rewards: Tensor, k: int) -> Tensor:
     m = rewards.shape[-1]
     if k == 1:
         return centred(rewards) * (m / (m - 1))
-    gaps, rank = _gaps(rewards)
+    gaps, rank = gaps_and_ranks(rewards)
     below = (gaps * subset_shares(m, k)[1:].to(rewards.device)).cumsum(-1)
     below = torch.cat([below.new_zeros(len(below), 1), below], dim=-1)
     return below.gather(-1, rank)

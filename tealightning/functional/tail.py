@@ -112,17 +112,10 @@ def tail_statistics(rewards: Tensor, alpha: float, valid: Tensor | None = None) 
 
 
 def direct_weights(rewards: Tensor, *, target_n: int, alpha: float) -> Tensor:
-    """Plug-in weights of the surrogate's gradient, from the group's own tail.
+    """Plug-in weights of the surrogate's gradient, from the group's own tail: `gaussian_influence` of its excesses.
 
-    With `e = R - r^` the excess over the threshold `r^`, `e_mean` its mean over the top k and `sigma` its standard
-    deviation there, the influence function of `mu_a + ct_N sigma_a` is, for the top k (0 for the others),
-
-        w = (1/alpha) [ e + ct_N/(2 sigma) ((R - mu)^2 - (r^ - mu)^2) ]
-          = (e/alpha) [ 1 + ct_N (e - 2 e_mean)/(2 sigma) ]
-
-    It is negative between the threshold and about the tail mean: those rollouts hold the spread back. Ties at the
-    threshold weigh 0 whichever of them count as top k. `sigma = 0` (which includes k = 1) gives zeros, and with k = 2
-    the quadratic term vanishes.
+    Ties at the threshold weigh 0 whichever of them count as top k. `sigma = 0` (which includes k = 1) gives zeros, and
+    with k = 2 the quadratic term vanishes.
 
     Args:
         rewards: [P, m] float64, finite.
@@ -134,7 +127,25 @@ def direct_weights(rewards: Tensor, *, target_n: int, alpha: float) -> Tensor:
     """
     tail = tail_statistics(rewards, alpha)
     excess = (rewards - tail.threshold).clamp(min=0)
-    curvature = ratio_or_zero(excess - 2 * tail.mean_excess, tail.std)
+    return gaussian_influence(excess, tail.mean_excess, tail.std, target_n=target_n, alpha=alpha)
+
+
+def gaussian_influence(excess: Tensor, mean_excess: Tensor, std: Tensor, *, target_n: int, alpha: float) -> Tensor:
+    """Influence function of `mu_a + ct_N sigma_a` at a reward, 0 at and below the threshold.
+
+    With `e = u - r` the excess of the reward u over the threshold r,
+
+        w(u) = (1/alpha) [ e + ct_N/(2 sigma) ((u - mu)^2 - (r - mu)^2) ]
+             = (e/alpha) [ 1 + ct_N (e - 2 e_mean)/(2 sigma) ]
+
+    It is negative between the threshold and about the tail mean: those rollouts hold the spread back.
+
+    Args:
+        excess: [P, m] float64, 0 at and below the threshold.
+        mean_excess: [P, 1], of the tail.
+        std: [P, 1], population standard deviation of the tail.
+    """
+    curvature = ratio_or_zero(excess - 2 * mean_excess, std)
     return excess * (1 + 0.5 * tail_constants(target_n, alpha).ct_n * curvature) / alpha
 
 

@@ -35,7 +35,7 @@ def test_route_a_runs_a_class_of_the_users_own_file_without_registration(tmp_pat
     sys.modules.pop("my_estimators")
 
     assert estimator.beta == 2.0
-    assert "entropic" not in estimator_names()
+    assert "exponential_tilt" not in estimator_names()
     e = torch.tensor([6.0, 2.0, 4.0, 4.0], dtype=torch.float64).exp()
     torch.testing.assert_close(estimator(REWARDS), ((4 * e / e.sum() - 1) / 2)[None])
     assert estimator(torch.full((1, 49), 0.1)).count_nonzero() == 0

@@ -33,6 +33,11 @@ from tealightning.functional.tail import tail_size
         ("prefix_tea", {"num_prefixes": 0}, "num_prefixes"),
         ("prefix_tea", {"order": 5}, "order"),
         ("prefix_tea", {"rotations": 0}, "rotations"),
+        ("direct", {"tail": "pareto"}, "tail"),
+        ("calibrated_tea", {"alpha": 2.0}, "alpha"),
+        ("optimal_tea", {"scale": "rms"}, "scale"),
+        ("optimal_tea", {"lam": -1.0}, "lam"),
+        ("optimal_tea", {"scale_weight": float("inf")}, "scale_weight"),
     ],
 )
 def test_constructor_names_the_argument_that_is_wrong(name, kwargs, argument):
@@ -68,7 +73,7 @@ def test_build_estimator_suggests_the_nearest_name():
 
 
 def test_build_estimator_names_the_parameters_of_the_estimator():
-    with pytest.raises(ValueError, match=r"no parameter 'beta'.*target_n, alpha, baseline, scale"):
+    with pytest.raises(ValueError, match=r"no parameter 'beta'.*target_n, alpha, baseline, scale, tail"):
         build_estimator("tea", beta=1.0)
 
 
@@ -82,4 +87,4 @@ def test_estimator_names_are_the_snake_case_of_the_classes():
 
 
 def test_repr_shows_the_arguments_only():
-    assert repr(Direct(target_n=64, alpha=0.5)) == "Direct(target_n=64, alpha=0.5)"
+    assert repr(Direct(target_n=64, alpha=0.5)) == "Direct(target_n=64, alpha=0.5, tail='gaussian')"

@@ -1,0 +1,45 @@
+"""Standardised rewards, weighted by how much likelier a rank is among the best of N."""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from tealightning.estimators._checks import check_integer
+from tealightning.estimators.base import AdvantageEstimator
+from tealightning.functional.moments import centred, ratio_or_zero, sample_std
+from tealightning.functional.ranks import best_of_n_rank_weights, mid_rank_quantiles
+from tealightning.registry import register
+
+
+@register
+class CatBon(AdvantageEstimator):
+    """`A_i = z_i w_i`, `z` the standardised reward and `w_i ~ N q_i^(N-1)` with mean 1 over the group.
+
+    `q` is the mid-rank quantile and `N q^(N-1)` the density ratio of the best of N to a single draw (Ousherovitch and
+    Tewari 2026, compute aligned training, arXiv 2604.24957).
+
+    Biased, whatever m: the weight of a reward r in the gradient of `E[max of N]` is `N * integral up to r of F^(N-1)`,
+    not `N F(r)^(N-1) r`, which treats the distribution F of the other N - 1 as if the policy did not move it too. With
+    `N >> m` nearly all weight falls on the best rollout. A constant group gets zeros.
+
+    Deviations: mid-ranks instead of ranks (ties share), weights normalised to mean 1 so that N does not change the step
+    size, the sample standard deviation without an added eps.
+
+    Args:
+        target_n: N, the best-of-N budget at deployment; 1 gives standardised rewards.
+    """
+
+    objective: ClassVar[str] = "E[max of N] (biased)"
+
+    def __init__(self, *, target_n: int = 128) -> None:
+        self.target_n = check_integer("target_n", target_n, 1)
+
+    @property
+    def min_group_size(self) -> int:
+        """2: one rollout has no spread."""
+        return 2
+
+    def compute(self, rewards: Tensor) -> Tensor:
+        """[P, m] -> [P, m]."""
+        standardised = ratio_or_zero(centred(rewards), sample_std(rewards))
+        return standardised * best_of_n_rank_weights(mid_rank_quantiles(rewards), self.target_n)

@@ -1,0 +1,45 @@
+"""REINFORCE on the whole group: every rollout is paid the best reward of all."""
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tealightning.estimators._checks import check_choice
+from tealightning.estimators.base import AdvantageEstimator
+from tealightning.functional.moments import centred
+from tealightning.registry import register
+
+
+@register
+class ChowBonRL(AdvantageEstimator):
+    """`A_i = m (max R - b)`, the same for every rollout (BoN-RL, Chow et al. 2024, arXiv 2412.15287).
+
+    The group is one action with reward `max R`, its score the sum of the rollouts' scores.
+
+    - `baseline="none"`: `b = 0`, unbiased for `E[max of m]`. A constant group gets m times its constant.
+    - `baseline="mean"`: `b = mean(R)`. Since `E[mean(R) sum_i S_i] = grad E[R]`, what it ascends, without bias, is
+      `E[max of m] - E[R]`: as a gradient of `E[max of m]` it is biased. A constant group gets zeros.
+
+    Deviations: the paper differentiates (an approximation of) the best-of-N distribution and samples from it; here it
+    is the plain score-function gradient over the m rollouts that were drawn, with a baseline from the group. Of its
+    variants for 0/1 rewards, which weigh by the prompt's rate of failure, `PassAtN` is the counterpart.
+
+    Args:
+        baseline: What is subtracted from the maximum.
+    """
+
+    objective: ClassVar[str] = "E[max of m] - E[R]"
+
+    def __init__(self, *, baseline: Literal["mean", "none"] = "mean") -> None:
+        self.baseline = check_choice("baseline", baseline, ("mean", "none"))
+
+    @property
+    def min_group_size(self) -> int:
+        """1 without a baseline; a single rollout never exceeds its own mean."""
+        return 1 if self.baseline == "none" else 2
+
+    def compute(self, rewards: Tensor) -> Tensor:
+        """[P, m] -> [P, m], equal within each row."""
+        paid = rewards if self.baseline == "none" else centred(rewards)
+        return rewards.shape[1] * torch.ones_like(rewards) * paid.amax(dim=1, keepdim=True)

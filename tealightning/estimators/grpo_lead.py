@@ -1,0 +1,70 @@
+"""GRPO with hard prompts counting more than easy ones."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tealightning.estimators._checks import check_finite, check_positive
+from tealightning.estimators.base import AdvantageEstimator
+from tealightning.functional.binary import difficulty_weight, successes
+from tealightning.functional.moments import centred, sample_std
+from tealightning.registry import register
+
+
+@register
+class GRPOLead(AdvantageEstimator):
+    """GRPO's advantage times `w(share)` if positive, `w(1 - share)` if negative (GRPO-LEAD, Zhang and Zuo 2025).
+
+    `share` is the share of the group whose reward exceeds `threshold`, and
+    `w(x) = low + (high - low) / (1 + exp(steepness (x - midpoint)))` (arXiv 2504.09696): successes on hard prompts and
+    failures on easy ones count most. Follows no objective without bias. A constant group gets zeros.
+
+    Deviations: only the difficulty part of the paper; its length-dependent reward and its penalty for wrong answers
+    belong to the reward. A share needs a threshold, hence neither shift- nor scale-equivariant.
+
+    Args:
+        threshold: Rewards above it are successes.
+        low: Weight of the easiest, >= 0.
+        high: Weight of the hardest, >= low.
+        steepness: How fast the weight falls with the share, > 0.
+        midpoint: Share at which it is half way.
+        eps: Added to the standard deviation, > 0, in units of reward.
+    """
+
+    objective: ClassVar[str] = "E[R] (standardised, hard prompts first)"
+
+    def __init__(
+        self,
+        *,
+        threshold: float = 0.5,
+        low: float = 0.4,
+        high: float = 1.5,
+        steepness: float = 10.0,
+        midpoint: float = 0.75,
+        eps: float = 1e-4,
+    ) -> None:
+        self.threshold = check_finite("threshold", threshold)
+        self.low = check_finite("low", low)
+        self.high = check_finite("high", high)
+        self.steepness = check_positive("steepness", steepness)
+        self.midpoint = check_finite("midpoint", midpoint)
+        self.eps = check_positive("eps", eps)
+        if low < 0:
+            raise ValueError(f"low must be at least 0 (a negative weight would punish successes), got {low!r}.")
+        if high < low:
+            raise ValueError(f"high must be at least low={low}, got {high!r}.")
+
+    @property
+    def min_group_size(self) -> int:
+        """2: one rollout has no spread."""
+        return 2
+
+    def compute(self, rewards: Tensor) -> Tensor:
+        """[P, m] -> [P, m]."""
+        share = successes(rewards, self.threshold).mean(dim=1, keepdim=True)
+        standardised = centred(rewards) / (sample_std(rewards) + self.eps)
+        return standardised * torch.where(standardised > 0, self._weight(share), self._weight(1 - share))
+
+    def _weight(self, share: Tensor) -> Tensor:
+        return difficulty_weight(share, low=self.low, high=self.high, steepness=self.steepness, midpoint=self.midpoint)

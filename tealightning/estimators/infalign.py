@@ -1,0 +1,42 @@
+"""Rewards replaced by their win rate, bent towards the top."""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from tealightning.estimators._checks import check_positive
+from tealightning.estimators.base import AdvantageEstimator
+from tealightning.functional.moments import centred
+from tealightning.functional.ranks import exponential_tilt, win_rates
+from tealightning.registry import register
+
+
+@register
+class Infalign(AdvantageEstimator):
+    """`A_i = T_i - mean(T)`, `T = (exp(t q) - 1)/(exp(t) - 1)` of the win rate q against the rest of the group.
+
+    Calibrate and transform (InfAlign-CTRL, Balashankar et al. 2024, arXiv 2412.19792): a reward counts as the share of
+    answers that it beats, and for best-of-N that share is tilted exponentially. Only the order of the rewards matters.
+    A constant group gets zeros.
+
+    Deviations: the paper calibrates each prompt offline against samples of a fixed reference policy; here the other
+    rollouts of the group stand in for them, so q follows the policy and its mean is always 1/2. The paper's transform
+    `exp(t q)` is scaled to [0, 1]. Biased: q depends on the policy, and the group's mean on the rollout itself.
+
+    Args:
+        tilt: t > 0; near 0 the plain win rate.
+    """
+
+    objective: ClassVar[str] = "E[tilted win rate] (biased)"
+
+    def __init__(self, *, tilt: float = 10.0) -> None:
+        self.tilt = check_positive("tilt", tilt)
+
+    @property
+    def min_group_size(self) -> int:
+        """2: a win rate needs an opponent."""
+        return 2
+
+    def compute(self, rewards: Tensor) -> Tensor:
+        """[P, m] -> [P, m]."""
+        return centred(exponential_tilt(win_rates(rewards), self.tilt))

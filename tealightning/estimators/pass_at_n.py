@@ -1,0 +1,80 @@
+"""The probability that at least one of N answers is right, for rewards that are 0 or 1."""
+
+import warnings
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from tealightning.estimators._checks import check_choice, check_finite, check_integer, check_positive
+from tealightning.estimators.base import AdvantageEstimator
+from tealightning.functional.binary import pass_at_n_loo_weights, pass_at_n_weights, successes
+from tealightning.registry import register
+
+
+@register
+class PassAtN(AdvantageEstimator):
+    """Gradient of `1 - (1-p)^N`, p the probability of a success, for any N; a success is a reward above `threshold`.
+
+    `grad = N (1-p)^(N-1) grad p`. The factor is replaced by its expectation given the other rollouts, under
+    `p ~ Beta(prior_successes, prior_failures)` before them: with f failures in the group, a success gets
+
+        A = N * prod_{j=0}^{N-2} (prior_failures + f + j) / (prior_successes + prior_failures + m - 1 + j)
+
+    - `baseline="none"`: failures get exactly 0. So does a group of successes only, although the formula leaves it
+      `N prod_j (prior_failures + j)/(...)`: 3e-5 at m = 8, N = 16 and below 1e-10 at N = 128, but 0.1 at m = N = 4.
+    - `baseline="loo"`: `R_i` minus the mean of the others' outcomes, times the factor that the others give. The same
+      expectation (that omission aside); smaller advantages where successes are common, much the same where they are
+      rare. Exact zeros only in groups without contrast.
+
+    Derived here. With the improper prior (0, 2 - N) the factor is the unbiased `N C(f, N-1)/C(m-1, N-1)` of max@k at
+    k = N <= m (Walder and Karkhanis 2025, arXiv 2505.15201), which is 0 as soon as f < N - 1. A proper prior biases the
+    estimate towards its own p, by less the larger m, and gives a signal for N > m. Groups without successes or without
+    failures get zeros.
+
+    Args:
+        target_n: N, the number of answers at deployment.
+        prior_successes: First parameter of the Beta prior of p, > 0.
+        prior_failures: Second, > 0.
+        threshold: Rewards above it are successes.
+        baseline: What outcomes are compared with.
+    """
+
+    objective: ClassVar[str] = "P(success in N)"
+
+    def __init__(
+        self,
+        *,
+        target_n: int = 128,
+        prior_successes: float = 1.0,
+        prior_failures: float = 1.0,
+        threshold: float = 0.5,
+        baseline: Literal["none", "loo"] = "none",
+    ) -> None:
+        self.target_n = check_integer("target_n", target_n, 1)
+        self.prior_successes = check_positive("prior_successes", prior_successes)
+        self.prior_failures = check_positive("prior_failures", prior_failures)
+        self.threshold = check_finite("threshold", threshold)
+        self.baseline = check_choice("baseline", baseline, ("none", "loo"))
+        self._warned = False
+
+    @property
+    def min_group_size(self) -> int:
+        """2: a single rollout is a group without contrast."""
+        return 2
+
+    def compute(self, rewards: Tensor) -> Tensor:
+        """[P, m] -> [P, m]; one warning if rewards are other than 0 and 1."""
+        if not self._warned and ((rewards != 0) & (rewards != 1)).any():
+            self._warned = True
+            warnings.warn(
+                f"{self.name}: rewards hold values other than 0 and 1; all that counts is whether they exceed "
+                f"threshold={self.threshold}. Use max_at_k or tea for graded rewards.",
+                UserWarning,
+                stacklevel=3,
+            )
+        outcomes = successes(rewards, self.threshold)
+        weights = pass_at_n_weights if self.baseline == "none" else pass_at_n_loo_weights
+        advantages = weights(
+            outcomes, self.target_n, prior_successes=self.prior_successes, prior_failures=self.prior_failures
+        )
+        return advantages.masked_fill(outcomes.all(dim=1, keepdim=True), 0.0)

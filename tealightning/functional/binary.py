@@ -1,0 +1,102 @@
+"""Groups of 0/1 rewards: the policy gradient of the probability that at least one of N rollouts succeeds."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+def successes(rewards: Tensor, threshold: float) -> Tensor:
+    """1 where `reward > threshold`, else 0: [P, m] float64."""
+    return (rewards > threshold).double()
+
+
+@lru_cache(maxsize=1024)
+def _miss_moments(others: int, power: int, prior_successes: float, prior_failures: float) -> tuple[float, ...]:
+    """`E[(1-p)^power]` given f = 0..others failures among `others` rollouts, `p ~ Beta(prior)` before them.
+
+        prod_{j=0}^{power-1} (prior_failures + f + j) / (prior_successes + prior_failures + others + j)
+
+    Multiplied from the last j down, so that with the prior (0, 1 - power), where one factor is exactly 0 as soon as
+    f < power, all factors before that zero are below 1 and nothing overflows.
+    """
+    failures = torch.arange(others + 1, dtype=torch.float64)[:, None]
+    step = torch.arange(power, dtype=torch.float64).flip(0)
+    factors = (prior_failures + failures + step) / (prior_successes + prior_failures + others + step)
+    if power == 0:
+        return (1.0,) * (others + 1)
+    return tuple(factors.cumprod(dim=1)[:, -1].tolist())
+
+
+def pass_at_n_factors(outcomes: Tensor, target_n: int, *, prior_successes: float, prior_failures: float) -> Tensor:
+    """`N * E[(1-p)^(N-1) | the other m-1 outcomes]` for every rollout, p ~ Beta(prior_successes, prior_failures).
+
+    `N (1-p)^(N-1)` is the derivative of pass@N, `1 - (1-p)^N`. Any real prior will do whose sum with m - 1 is positive;
+    `(0, 2 - N)` gives `N C(f, N-1)/C(m-1, N-1)` with f failures among the others, the unbiased estimate for N <= m.
+
+    Args:
+        outcomes: [P, m] float64, 0 or 1.
+        target_n: N, >= 1.
+
+    Returns:
+        [P, m] float64, in [0, N] for a positive prior.
+
+    Raises:
+        ValueError: if `prior_successes + prior_failures + m - 1 <= 0`, where the moment does not exist.
+    """
+    others = outcomes.shape[-1] - 1
+    if prior_successes + prior_failures + others <= 0:
+        raise ValueError(
+            f"prior_successes + prior_failures must be above 1 - m = {-others} for m={others + 1} rollouts, got "
+            f"{prior_successes} + {prior_failures}; the prior (0, 2 - target_n) needs target_n <= m."
+        )
+    moments = _miss_moments(others, target_n - 1, float(prior_successes), float(prior_failures))
+    table = outcomes.new_tensor(moments) * target_n
+    failed = 1 - outcomes
+    return table[(failed.sum(dim=-1, keepdim=True) - failed).long()]
+
+
+def pass_at_n_weights(outcomes: Tensor, target_n: int, *, prior_successes: float, prior_failures: float) -> Tensor:
+    """`A_i = R_i * factor_i` (see `pass_at_n_factors`): failures get exactly 0.
+
+    Args:
+        outcomes: [P, m] float64, 0 or 1.
+        target_n: N, >= 1.
+
+    Returns:
+        [P, m] float64.
+    """
+    return outcomes * pass_at_n_factors(
+        outcomes, target_n, prior_successes=prior_successes, prior_failures=prior_failures
+    )
+
+
+def pass_at_n_loo_weights(outcomes: Tensor, target_n: int, *, prior_successes: float, prior_failures: float) -> Tensor:
+    """`A_i = (R_i - mean of the others' outcomes) * factor_i`: the expectation of `pass_at_n_weights`.
+
+    The factor and the baseline of rollout i know the other rollouts only. Zeros if all outcomes are equal. Where p is
+    large the weights become smaller; where it is small they hardly change, as the others seldom succeed.
+
+    Args:
+        outcomes: [P, m] float64, 0 or 1, m >= 2.
+        target_n: N, >= 1.
+
+    Returns:
+        [P, m] float64.
+    """
+    others = (outcomes.sum(dim=-1, keepdim=True) - outcomes) / (outcomes.shape[-1] - 1)
+    return (outcomes - others) * pass_at_n_factors(
+        outcomes, target_n, prior_successes=prior_successes, prior_failures=prior_failures
+    )
+
+
+def difficulty_weight(share: Tensor, *, low: float, high: float, steepness: float, midpoint: float) -> Tensor:
+    """`low + (high - low) / (1 + exp(steepness (share - midpoint)))`: `high` where few succeed, `low` where most do.
+
+    Args:
+        share: [...] float64, share of successes.
+
+    Returns:
+        [...] float64.
+    """
+    return low + (high - low) * torch.sigmoid(-steepness * (share - midpoint))

@@ -1,0 +1,85 @@
+"""Exponentially tilted weights of a group, and the tilt that moves it a given distance from uniform."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tealightning.functional.leave_one_out import sum_of_others
+from tealightning.functional.moments import ratio_or_zero
+
+LARGEST_TILT = math.exp(80.0)
+"""Cap of `exp(beta R_i) / mean of the others` at a fixed beta, so that the weights still fit float32."""
+
+_LOG_BETA_BOUNDS = (math.log(1e-12), math.log(1e308))  # in units of 1/range; beyond, float64 sees no difference
+_BISECTION_STEPS = 64  # halves a width of 740 below float64's resolution
+
+
+def below_top(rewards: Tensor) -> Tensor:
+    """`(R_i - max R) / (max R - min R)`, in [-1, 0]; all 0 in a constant group.
+
+    Args:
+        rewards: [P, m] float64.
+    """
+    from_max = rewards - rewards.amax(dim=-1, keepdim=True)
+    return ratio_or_zero(from_max, -from_max.amin(dim=-1, keepdim=True))
+
+
+def kl_to_uniform(logits: Tensor) -> Tensor:
+    """`KL(softmax(logits) || uniform)` in nats over the last dimension: [P, 1], from 0 to `ln m`.
+
+    Args:
+        logits: [P, m] float64, finite.
+    """
+    log_probs = logits.log_softmax(dim=-1)
+    return (log_probs.exp() * log_probs).sum(dim=-1, keepdim=True) + math.log(logits.shape[-1])
+
+
+def adaptive_beta(positions: Tensor, kl_target: float) -> Tensor:
+    """The beta with `KL(softmax(beta x) || uniform) = kl_target`, by bisection of log beta: [P, 1] float64.
+
+    The divergence rises with beta from 0 to `ln(m/t)`, t the number of rollouts tied at the top; where that is not
+    above the target, the search is for nothing and beta is infinite.
+
+    Args:
+        positions: [P, m] float64 in [-1, 0], the largest 0: see `below_top`.
+        kl_target: Divergence in nats.
+    """
+    tied = (positions == 0).sum(dim=-1, keepdim=True)
+    reachable = (positions.shape[-1] / tied).log() > kl_target + 1e-12
+    low, high = (torch.full_like(positions[:, :1], bound) for bound in _LOG_BETA_BOUNDS)
+    for _ in range(_BISECTION_STEPS):
+        middle = (low + high) / 2
+        short = kl_to_uniform(middle.exp() * positions) < kl_target
+        low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+    return torch.where(reachable, high.exp(), math.inf)
+
+
+def leave_one_out_tilt(logits: Tensor) -> Tensor:
+    """`exp(l_i) / mean_{j != i} exp(l_j) - 1`, capped at `LARGEST_TILT`; exactly 0 if all are equal.
+
+    Args:
+        logits: [P, m] float64, the largest of each row 0; -inf allowed; m >= 2.
+
+    Returns:
+        [P, m] float64.
+    """
+    tilted = logits.exp()
+    return (tilted * (logits.shape[-1] - 1) / sum_of_others(tilted)).clamp(max=LARGEST_TILT) - 1
+
+
+def entropic_weights(rewards: Tensor, kl_target: float) -> Tensor:
+    """Leave-one-out tilt at the group's own beta; see `adaptive_beta`.
+
+    An infinite beta, which needs t >= 2 rollouts tied at the top, gives these `(m-1)/(t-1) - 1` and all others -1.
+
+    Args:
+        rewards: [P, m] float64, finite, `ln m > kl_target`.
+        kl_target: Divergence in nats.
+
+    Returns:
+        [P, m] float64.
+    """
+    positions = below_top(rewards)
+    beta = adaptive_beta(positions, kl_target)
+    return leave_one_out_tilt(torch.where(positions == 0, 0.0, beta * positions))
