@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tealightning.estimators import AdvantageEstimator
 from tealightning.loss import PolicyGradientLoss, StepBatch, merge_sums, micro_batch_loss
-from tealightning.metrics import BestOfN
+from tealightning.metrics import BestOfN, TailFit
 from tealightning.micro_batches import score_completions, split_rows
 from tealightning.pretrained import load_policy, load_tokenizer
 from tealightning.types import PromptBatch, RolloutBatch
@@ -88,6 +88,7 @@ class PostTrainingModule(pl.LightningModule):
         self.best_of_n = torch.nn.ModuleDict(
             {phase: BestOfN(ns=self.ns, extrapolate_ns=extrapolate_ns) for phase in ("val", "test")}
         )
+        self.tail_fit = torch.nn.ModuleDict({phase: TailFit() for phase in ("val", "test")})
         self.policy: Any = None  # a transformers.PreTrainedModel once `configure_model` ran
         self._reference: tuple[Any, ...] = ()  # in a tuple: no submodule, so neither checkpointed nor wrapped
 
@@ -251,27 +252,31 @@ class PostTrainingModule(pl.LightningModule):
     # ---------------------------------------------------------------- evaluation
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        self._update_best_of_n("val", batch)
+        self._update_metrics("val", batch)
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        self._update_best_of_n("test", batch)
+        self._update_metrics("test", batch)
 
     def on_validation_epoch_end(self) -> None:
-        self._log_best_of_n("val")
+        self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
-        self._log_best_of_n("test")
+        self._log_metrics("test")
 
-    def _update_best_of_n(self, phase: str, batch: PromptBatch) -> None:
+    def _metrics(self, phase: str) -> list[Any]:
+        return [self.best_of_n[phase], self.tail_fit[phase]]
+
+    def _update_metrics(self, phase: str, batch: PromptBatch) -> None:
         rollouts = _rollouts_of(batch)
-        metric: Any = self.best_of_n[phase]
-        metric.update(rollouts.rewards, rollouts.valid, batch.keys.to(rollouts.rewards.device))
+        keys = batch.keys.to(rollouts.rewards.device)
+        for metric in self._metrics(phase):
+            metric.update(rollouts.rewards, rollouts.valid, keys)
 
-    def _log_best_of_n(self, phase: str) -> None:
-        metric: Any = self.best_of_n[phase]
-        values = {f"{phase}/{key}": value for key, value in metric.compute().items()}
-        self.log_dict(values, sync_dist=True)  # the same on all ranks already; says so to Lightning
-        metric.reset()
+    def _log_metrics(self, phase: str) -> None:
+        for metric in self._metrics(phase):
+            values = {f"{phase}/{key}": value for key, value in metric.compute().items()}
+            self.log_dict(values, sync_dist=True)  # the same on all ranks already; says so to Lightning
+            metric.reset()
 
 
 def _rollouts_of(batch: PromptBatch) -> RolloutBatch:

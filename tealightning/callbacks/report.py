@@ -1,6 +1,7 @@
 """The best-of-n table and curve: before training, after it, and the paired difference."""
 
 import csv
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ class Evaluation:
     step: int  # optimizer steps
     keys: Tensor  # [Q] int64, prompt keys
     values: Tensor  # [Q, len(ns)] float64, E[max of n] of each prompt
+    rewards: Tensor  # [Q, M] float64, the scored samples of each prompt, padded with NaN
 
 
 class BestOfNReport(Callback):
-    """Keeps the first and the last validation of a run and writes `best_of_n.md`, `.csv` and `.png` into its folder;
-    prints the table when training ends.
+    """Keeps the first and the last validation of a run and writes `best_of_n.md`, `.csv` and `.png` into its folder,
+    and the rewards behind them, `rewards_before.jsonl` and `rewards_after.jsonl`; prints the table when training ends.
 
     The first validation is Lightning's sanity check if `trainer.num_sanity_val_steps` is -1 (the whole split, before
     the first step). Both evaluations use the same prompts and sampling seeds, and the difference's standard error is
@@ -40,8 +42,12 @@ class BestOfNReport(Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf"):
             return  # a glance at a few batches is no evaluation
-        keys, values = pl_module.best_of_n["val"].per_prompt()
-        evaluation = Evaluation(step=trainer.global_step, keys=keys.cpu(), values=values.cpu().double())
+        metric = pl_module.best_of_n["val"]
+        keys, values = metric.per_prompt()
+        _, rewards = metric.pooled()
+        evaluation = Evaluation(
+            step=trainer.global_step, keys=keys.cpu(), values=values.cpu().double(), rewards=rewards.cpu()
+        )
         if self.before is None:
             self.before = evaluation
         else:
@@ -101,7 +107,7 @@ class BestOfNReport(Callback):
         return "\n".join(lines)
 
     def write(self, folder: Path, ns: list[int]) -> None:
-        """Write table and curve into `folder`."""
+        """Write table, curve and rewards into `folder`."""
         assert self.before is not None and self.after is not None
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "best_of_n.md").write_text(self.table(ns) + "\n", encoding="utf-8")
@@ -110,12 +116,14 @@ class BestOfNReport(Callback):
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
+        write_rewards(self.before, folder / "rewards_before.jsonl")
+        write_rewards(self.after, folder / "rewards_after.jsonl")
         labels = {f"before (step {self.before.step})": "before", f"after (step {self.after.step})": "after"}
         plot_best_of_n(rows, labels, folder / "best_of_n.png")
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            name: None if e is None else {"step": e.step, "keys": e.keys, "values": e.values}
+            name: None if e is None else {"step": e.step, "keys": e.keys, "values": e.values, "rewards": e.rewards}
             for name, e in (("before", self.before), ("after", self.after))
         }
 
@@ -123,6 +131,13 @@ class BestOfNReport(Callback):
         for name in ("before", "after"):
             saved = state_dict[name]
             setattr(self, name, None if saved is None else Evaluation(**saved))
+
+
+def write_rewards(evaluation: Evaluation, path: Path) -> None:
+    """One line a prompt, `{"key": int, "rewards": [scored samples]}`: what `tealightning diagnose tail` reads."""
+    with path.open("w", encoding="utf-8") as file:
+        for key, rewards in zip(evaluation.keys.tolist(), evaluation.rewards, strict=True):
+            file.write(json.dumps({"key": key, "rewards": rewards[~rewards.isnan()].tolist()}) + "\n")
 
 
 def plot_best_of_n(rows: list[dict[str, float]], curves: dict[str, str], path: Path) -> None:

@@ -20,6 +20,7 @@ commands:
   test        best-of-n on the test prompts
   playground  build the embedded policy, reward model and prompts
   estimators  list the advantage estimators with objective and parameters
+  diagnose    gradients: how faithful the estimators are; tail: whether a reward's tail suits them
 
 options of every command:
   --import FILE_OR_MODULE  load a file with your own @register-ed classes first (repeatable)
@@ -65,6 +66,10 @@ def _run(command: str, args: list[str]) -> None:
         from tealightning.cli.commands import estimators
 
         estimators(args)
+    elif command == "diagnose":
+        from tealightning.cli.diagnose import diagnose
+
+        diagnose(args)
     else:
         from tealightning.cli.training import run_training
 

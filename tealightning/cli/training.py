@@ -90,6 +90,13 @@ class TrainingCLI(LightningCLI):
                 report.show(self.trainer, self.model)
 
 
+class _Unstarted(TrainingCLI):
+    """Builds what `fit`, `validate` or `test` would run, and leaves running it to the caller."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
+
+
 def run_training(command: str, args: Sequence[str]) -> None:
     """Parse and run `tealightning COMMAND ARGS`.
 
@@ -99,12 +106,25 @@ def run_training(command: str, args: Sequence[str]) -> None:
     """
     if command not in COMMANDS:
         raise ValueError(
-            f"Unknown command {command!r}.{did_you_mean(command, [*COMMANDS, 'playground', 'estimators'])}"
+            f"Unknown command {command!r}.{did_you_mean(command, [*COMMANDS, 'playground', 'estimators', 'diagnose'])}"
         )
+    _parse(TrainingCLI, command, args)
+
+
+def build_training(command: str, args: Sequence[str]) -> TrainingCLI:
+    """`trainer`, `model`, `datamodule` and `config` of `tealightning COMMAND ARGS`, built and not run.
+
+    Raises:
+        SystemExit: with status 2 for a config that does not parse.
+    """
+    return _parse(_Unstarted, command, args)
+
+
+def _parse(cli_class: type[TrainingCLI], command: str, args: Sequence[str]) -> TrainingCLI:
     quiet_transformers()
     torch.set_float32_matmul_precision("high")
     try:
-        TrainingCLI(
+        return cli_class(
             PostTrainingModule,
             PromptDataModule,
             trainer_class=pl.Trainer,

@@ -81,7 +81,8 @@ def _rank_means(r: float, n: int, nodes: TiltNodes, *, power: int, resolution: R
     The rank of an excess among the n is binomial given its cdf: `n * C(n-1, j-1) * (1-F)^(j-1) * F^(n-j)` is the
     density of rank j over that of one excess.
     """
-    one = tilted_excess(r, nodes.a, nodes.b, resolution.excess)
+    count = max(resolution.excess, math.ceil(12 * math.sqrt(n)))  # a rank's density narrows like 1/sqrt(n)
+    one = tilted_excess(r, nodes.a, nodes.b, count)
     mass = nodes.weight * np.exp(n * one.log_mass)
     kept = mass > 1e-18 * mass.max()
     e = one.excess[kept]

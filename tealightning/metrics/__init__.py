@@ -1,5 +1,6 @@
 """Torchmetrics shells over `tealightning.functional`."""
 
 from tealightning.metrics.best_of_n import BestOfN
+from tealightning.metrics.tail_fit import TailFit
 
-__all__ = ["BestOfN"]
+__all__ = ["BestOfN", "TailFit"]

@@ -1,4 +1,5 @@
 import csv
+import json
 import logging
 
 import pytest
@@ -8,13 +9,14 @@ from playground_fits import data_of, fit, module_of, rollout_of, trainer_of
 from run_records import metrics_of, quickstart_args
 
 from tealightning import BestOfNReport
-from tealightning.callbacks.report import Evaluation
+from tealightning.callbacks.report import Evaluation, write_rewards
 
 VALIDATION = {"num_sanity_val_steps": -1, "limit_val_batches": 2, "check_val_every_n_epoch": None}
 
 
 def evaluation(step, values):
-    return Evaluation(step=step, keys=torch.arange(len(values)), values=torch.tensor(values, dtype=torch.float64))
+    values = torch.tensor(values, dtype=torch.float64)
+    return Evaluation(step=step, keys=torch.arange(len(values)), values=values, rewards=values)
 
 
 def test_difference_is_paired_over_prompts():
@@ -36,7 +38,7 @@ def test_state_survives_a_checkpoint(tmp_path):
     torch.save(report.state_dict(), tmp_path / "state")
     copy.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
     assert copy.before is not None and copy.after is None
-    assert copy.before.step == 3 and copy.before.values.tolist() == [[1.0, 2.0]]
+    assert copy.before.step == 3 and copy.before.values.tolist() == copy.before.rewards.tolist() == [[1.0, 2.0]]
 
 
 def test_before_is_the_sanity_check_and_after_the_last_validation(playground, tmp_path):
@@ -61,6 +63,27 @@ def test_files_hold_the_rows(playground, tmp_path):
     assert written == report.rows([1, 4])
     assert (tmp_path / "best_of_n.md").read_text() == report.table([1, 4]) + "\n"
     assert (tmp_path / "best_of_n.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_rewards_are_written_a_line_a_prompt(playground, tmp_path):
+    report = BestOfNReport()
+    fit(playground, steps=1, callbacks=[report], val_check_interval=1, default_root_dir=tmp_path, **VALIDATION)
+    for name, evaluation_ in (("before", report.before), ("after", report.after)):
+        lines = [json.loads(line) for line in (tmp_path / f"rewards_{name}.jsonl").read_text().splitlines()]
+        assert [line["key"] for line in lines] == evaluation_.keys.tolist()
+        rewards = torch.tensor([line["rewards"] for line in lines], dtype=torch.float64)
+        assert rewards.shape == (8, 4)
+        torch.testing.assert_close(rewards.mean(dim=1), evaluation_.values[:, 0], rtol=1e-12, atol=0)  # best of 1
+
+
+def test_unscorable_samples_are_not_in_the_rewards_file(tmp_path):
+    rewards = torch.tensor([[1.5, float("nan"), -2.0], [0.1, 3.0, 4.0]], dtype=torch.float64)
+    written = Evaluation(step=0, keys=torch.tensor([2**62, 7]), values=torch.zeros(2, 1), rewards=rewards)
+    write_rewards(written, tmp_path / "rewards.jsonl")
+    assert (tmp_path / "rewards.jsonl").read_text().splitlines() == [
+        '{"key": 4611686018427387904, "rewards": [1.5, -2.0]}',
+        '{"key": 7, "rewards": [0.1, 3.0, 4.0]}',
+    ]
 
 
 def test_a_resumed_run_keeps_the_evaluation_before_training(playground, tmp_path):

@@ -17,7 +17,7 @@ def refused(*args):
 @pytest.mark.parametrize(
     ("option", "told"),
     [
-        ("model.estimator=TAE", "Unknown estimator 'TAE'. Did you mean 'tea'? Valid: bon_max_mean, direct"),
+        ("model.estimator=TAE", "Unknown estimator 'TAE'. Did you mean 'tea'? Valid: bon_max_mean, calibrated_tea"),
         ("rollout.engine=VLMEngine", "Unknown engine 'VLMEngine'. Did you mean 'vllm_engine'"),
         ("rollout.reward=FunctonReward", "Unknown reward 'FunctonReward'. Did you mean 'function_reward'"),
         ("model.optimizer=SGDD", "model.optimizer: there is no class 'SGDD'. Did you mean 'SGD'"),

@@ -44,4 +44,4 @@ def test_page_documents_every_parameter_with_its_default_and_a_working_snippet(n
 def test_index_lists_every_estimator():
     index = (ROOT / "docs" / "estimators" / "index.md").read_text()
     for name in NAMES:
-        assert f"| `{name}` |" in index
+        assert f"| [`{name}`]({name}.md) |" in index

@@ -11,7 +11,7 @@ from tealightning.functional.optimal_tail import noise_matrices, rank_basis, sig
 from tealightning.functional.tail import expected_max_normal
 from tealightning.functional.tail_calibration import calibrated_coefficients, calibration_matrix
 
-FINER = Resolution(threshold=64, t=80, centre=80, excess=96)
+FINER = Resolution(threshold=64, t=80, centre=72, excess=80)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,13 @@ CASES = [
 @pytest.mark.parametrize(("m", "k", "scale"), CASES)
 def test_signal_matrix_is_accurate_to_1e_6(m, k, scale):
     np.testing.assert_allclose(signal_matrix(m, k, scale), signal_matrix(m, k, scale, FINER), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("m", "k"), [(128, 128), (512, 128)])
+def test_signal_matrix_is_accurate_for_long_tails(m, k):
+    """The density of one rank among many is narrow: it needs more nodes."""
+    finer = signal_matrix(m, k, "tail_rms", Resolution(excess=300))
+    np.testing.assert_allclose(signal_matrix(m, k, "tail_rms"), finer, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize(("m", "k", "scale"), CASES)

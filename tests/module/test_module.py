@@ -1,12 +1,15 @@
 import math
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from module_fixtures import make_batch, make_rollouts, run_steps, save_tiny_policy, tiny_llama
+from torch.utils.data import DataLoader
 
 from tealightning import PolicyGradientLoss, PostTrainingModule
 from tealightning.estimators import build_estimator
+from tealightning.functional.tail_checks import check_tail, summarise
 from tealightning.micro_batches import score_completions
 
 REWARDS = [[2.0, 1.0, 0.5, -1.0], [0.0, 3.0, 0.5, 0.25]]
@@ -237,6 +240,19 @@ def test_gradient_checkpointing_changes_no_gradient(policy):
     _, (plain,) = run_steps(module_of(policy), [batch])
     _, (checkpointed,) = run_steps(module_of(policy, gradient_checkpointing=True), [batch])
     assert torch.allclose(plain, checkpointed, atol=1e-6)
+
+
+def test_validation_logs_the_tail_of_its_own_rewards_only(policy):
+    module = module_of(policy, ns=[1, 32])
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    for seed in range(2):
+        rewards = torch.randn(6, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        batches = [make_batch(make_rollouts(rewards[i : i + 3].tolist()), first_id=i) for i in (0, 3)]
+        (found,) = trainer.validate(module, DataLoader(batches, batch_size=None), verbose=False)
+        expected = summarise(check_tail(rewards))
+        assert {key for key in found if "tail" in key} == {f"val/{key}" for key in expected}
+        for key in ("tail_qq_r2", "tail_shape", "tail_shape_se", "tail_ties"):
+            assert found[f"val/{key}"] == pytest.approx(float(expected[key]), abs=1e-6), (seed, key)
 
 
 def test_a_batch_without_rollouts_says_what_is_missing(policy):

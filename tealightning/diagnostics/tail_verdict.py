@@ -1,0 +1,200 @@
+"""What the tail checks amount to: one word, why, and which estimator fits."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from scipy.stats import binom
+from scipy.stats import t as student_t
+from torch import Tensor
+
+from tealightning.functional.statistics import mean_over_prompts
+from tealightning.functional.tail_checks import MIN_TAIL, REJECTED_BELOW, TailChecks
+from tealightning.functional.tail_shape import ShapeFit
+
+Name = Literal["gaussian", "heavier", "bounded", "discrete", "binary", "undecided"]
+
+SIGNIFICANCE = 0.003
+"""Two-sided level of each test: a Gaussian reward is called something else in about 1% of the cases."""
+SMALLEST_SHAPE_DIFFERENCE = 0.05
+"""A smaller difference of the shape does not matter, however significant."""
+SMALLEST_PREDICTION_ERROR = 0.1
+"""The same for a prediction, in standard deviations of the reward."""
+SMALL_PART = 0.1
+"""A prediction error below this part of what best-of-n gains over the mean is mild."""
+LARGEST_SHAPE_ERROR = 0.06
+"""With a larger standard error a Student t with 5 degrees of freedom (0.25 above a Gaussian) could be missed."""
+MIN_PROMPTS = 10
+"""Fewer do not tell how much prompts differ."""
+TIED = 0.5
+FEW_VALUES = 10
+"""Discrete: more than the share `TIED` of a tail is tied, at no more than `FEW_VALUES` different values."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """One word on the tail, its reason in a sentence, and what to train with."""
+
+    name: Name
+    reason: str
+    estimator: str  # registered name
+    settings: dict[str, Any] = field(default_factory=dict)  # of the estimator, besides `target_n` and `alpha`
+    alternative: str = ""  # what else fits, in words
+
+
+def judge_tail(checks: TailChecks) -> Verdict:
+    """The verdict: values first (too few of them, or discrete), then the shape, the predictions, and the QQ line."""
+    with_spread = int((checks.distinct > 1).sum())
+    if with_spread == 0:
+        return _undecided("no prompt has two different rewards, so there is nothing to look at")
+    if checks.distinct_in_all == 2:
+        return _binary(checks.samples)
+    few = _discrete(checks)
+    if few is not None:
+        return few
+    shape = checks.shape
+    if shape is None:
+        return _undecided(f"a tail has {checks.tail.shape[1]} samples, and {MIN_TAIL} are needed: sample more a prompt")
+    if with_spread < MIN_PROMPTS:
+        return _undecided(f"{with_spread} prompts have different rewards, and {MIN_PROMPTS} are needed")
+    return (
+        _by_shape(checks, shape)
+        or _by_prediction(checks)
+        or _by_line(checks)
+        or _by_precision(shape)
+        or _gaussian(shape)
+    )
+
+
+def _binary(samples: Tensor) -> Verdict:
+    low, high = samples.unique().tolist()
+    return Verdict(
+        name="binary",
+        reason=f"All rewards are one of two values, {low:g} and {high:g}.",
+        estimator="pass_at_n",
+        settings={} if low <= 0.5 < high else {"threshold": (low + high) / 2},
+    )
+
+
+def _discrete(checks: TailChecks) -> Verdict | None:
+    ties = float(checks.ties.mean())
+    values = float(checks.distinct_in_tail.double().median())
+    if ties <= TIED or values > FEW_VALUES:
+        return None
+    return Verdict(
+        name="discrete",
+        reason=f"{ties:.0%} of the upper tail's samples share their value with another one of the prompt, and a tail "
+        f"has {values:.0f} different values (median): a coarse reward, or a policy that repeats its answers.",
+        estimator="tea",
+        settings={"tail": "empirical"},
+        alternative="max_at_k, if training samples as many as deployment",
+    )
+
+
+def _by_shape(checks: TailChecks, shape: ShapeFit) -> Verdict | None:
+    """Heavier or bounded if the shape is clearly not a Gaussian's."""
+    difference = float(shape.shape - shape.gaussian)
+    is_clear = two_sided(difference, float(shape.standard_error), int(shape.num_prompts)) < SIGNIFICANCE
+    if not is_clear or abs(difference) < SMALLEST_SHAPE_DIFFERENCE:
+        return None
+    side = "above" if difference > 0 else "below"
+    return _not_gaussian(checks, "heavier" if difference > 0 else "bounded", f"{_describe(shape)}, clearly {side} it")
+
+
+def _by_prediction(checks: TailChecks) -> Verdict | None:
+    """Heavier or bounded if a Gaussian tail predicts best-of-n clearly too low or too high."""
+    if checks.held_out is None:
+        return None
+    error = mean_over_prompts(checks.held_out.error[:, -1])
+    surplus = float(error.mean - checks.held_out.gaussian_error[-1])
+    is_clear = two_sided(surplus, float(error.standard_error), int(error.num_prompts)) < SIGNIFICANCE
+    if not is_clear or abs(surplus) < SMALLEST_PREDICTION_ERROR:
+        return None
+    side = "lower" if surplus < 0 else "higher"
+    return _not_gaussian(
+        checks,
+        "heavier" if surplus < 0 else "bounded",
+        f"best-of-{checks.held_out.ns[-1]} is predicted {abs(surplus):.2f} ± {float(error.standard_error):.2f} reward "
+        f"standard deviations {side}, relative to what is measured, than for Gaussian samples",
+    )
+
+
+def _not_gaussian(checks: TailChecks, name: Literal["heavier", "bounded"], reason: str) -> Verdict:
+    """What a Gaussian tail costs decides whether an estimator that assumes one is an alternative."""
+    alternative = ""
+    if checks.held_out is not None:
+        surplus = float(mean_over_prompts(checks.held_out.error[:, -1]).mean - checks.held_out.gaussian_error[-1])
+        part = abs(surplus) / float(mean_over_prompts(checks.held_out.measured[:, -1]).mean)
+        if part < SMALL_PART:
+            alternative = f"optimal_tea: best-of-{checks.held_out.ns[-1]} differs from a Gaussian's by {part:.0%} only"
+    return Verdict(
+        name=name, reason=_sentence(reason), estimator="tea", settings={"tail": "gpd"}, alternative=alternative
+    )
+
+
+def _by_line(checks: TailChecks) -> Verdict | None:
+    """Undecided if too many prompts have a bent QQ line although the shape is right on average."""
+    assert checks.qq_p is not None
+    levels = checks.qq_p[~checks.qq_p.isnan()]
+    rejected, total = int((levels < REJECTED_BELOW).sum()), len(levels)
+    if binom.sf(rejected - 1, total, REJECTED_BELOW) >= SIGNIFICANCE:
+        return None
+    return _undecided(
+        f"the shape is a Gaussian's on average, but {rejected / total:.0%} of the prompts have a tail that is not "
+        "straight (5% expected): a mixture, or prompts that differ; see the table of prompts"
+    )
+
+
+def _by_precision(shape: ShapeFit) -> Verdict | None:
+    """Undecided if a relevant difference could have been missed."""
+    error = float(shape.standard_error)
+    if error <= LARGEST_SHAPE_ERROR:
+        return None
+    needed = int(shape.num_prompts) * (error / LARGEST_SHAPE_ERROR) ** 2
+    return _undecided(
+        f"{_describe(shape)}, too uncertain to tell: about {needed:.0f} prompts, or more samples a prompt, would do"
+    )
+
+
+def _gaussian(shape: ShapeFit) -> Verdict:
+    return Verdict(
+        name="gaussian",
+        reason=_sentence(f"{_describe(shape)}, and neither the QQ lines nor the predictions speak against it"),
+        estimator="optimal_tea",
+        alternative="calibrated_tea",
+    )
+
+
+def _undecided(reason: str) -> Verdict:
+    return Verdict(
+        name="undecided",
+        reason=_sentence(reason),
+        estimator="tea",
+        settings={"tail": "empirical"},
+        alternative="any of them; nothing is known of the tail",
+    )
+
+
+def _describe(shape: ShapeFit) -> str:
+    return (
+        f"the tail's shape is {float(shape.shape):.2f} ± {float(shape.standard_error):.2f}, that of Gaussian samples "
+        f"{float(shape.gaussian):.2f}"
+    )
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def two_sided(difference: float, standard_error: float, num_prompts: int) -> float:
+    """p-value of a difference from 0 over prompts, by Student's t; a difference without any error is significant."""
+    if num_prompts < 2:
+        return 1.0
+    if standard_error == 0:
+        return 0.0 if difference != 0 else 1.0
+    return float(2 * student_t.sf(abs(difference) / standard_error, num_prompts - 1))
+
+
+def interval(mean: Tensor, standard_error: Tensor, num_prompts: Tensor) -> tuple[float, float]:
+    """95% interval of a mean over prompts, by Student's t."""
+    half = float(standard_error) * float(student_t.ppf(0.975, max(int(num_prompts) - 1, 1)))
+    return float(mean) - half, float(mean) + half

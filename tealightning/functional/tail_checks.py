@@ -1,0 +1,162 @@
+"""Is the upper tail of a reward what the tail estimators assume? All checks on the samples of many prompts."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tealightning.functional.statistics import mean_over_prompts
+from tealightning.functional.tail import tail_size
+from tealightning.functional.tail_prediction import HeldOut, held_out_best_of_n, prediction_budgets
+from tealightning.functional.tail_shape import ShapeFit, gaussian_tail_null, pooled_shape, pwm_shape, qq_r2
+
+MIN_TAIL = 4
+"""Fewest samples in a tail whose line and shape are looked at."""
+REJECTED_BELOW = 0.05
+"""A prompt's QQ line is rejected if a smaller share of Gaussian samples is less straight."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TailChecks:
+    """The checks of Q prompts with M samples each. What M is too small for is None; a prompt without spread is NaN."""
+
+    rows: Tensor  # [Q] int64, the rows of `rewards` that have at least M samples
+    samples: Tensor  # [Q, M] float64, M valid ones of each, in random order
+    tail: Tensor  # [Q, k] float64, the k = ceil(alpha * M) largest, largest first
+    ties: Tensor  # [Q] float64, share of the tail whose value another sample of the prompt has too
+    distinct: Tensor  # [Q] int64, different values among the M
+    distinct_in_tail: Tensor  # [Q] int64, the same among the tail's k
+    distinct_in_all: int  # different values among all samples of all prompts
+    qq_r2: Tensor | None  # [Q] float64
+    qq_p: Tensor | None  # [Q] float64, share of Gaussian samples whose QQ line is less straight
+    shapes: Tensor | None  # [Q] float64, `pwm_shape`, noisy and not corrected for bias
+    shape: ShapeFit | None  # pooled and corrected
+    held_out: HeldOut | None  # None if M < 2m
+
+
+def check_tail(
+    rewards: Tensor,
+    valid: Tensor | None = None,
+    *,
+    m: int = 16,
+    alpha: float = 0.25,
+    ns: Sequence[int] | None = None,
+    seed: int = 0,
+) -> TailChecks:
+    """All checks. The reference values are those of Gaussian samples of the same size, so prompts are brought to one M.
+
+    Args:
+        rewards: [P, W] float; NaN or inf = could not be scored.
+        valid: [P, W] bool, False = not a sample; None = all finite ones.
+        m: Samples that best-of-n is predicted from.
+        alpha: Upper-tail level in (0, 1].
+        ns: Budgets to predict, at most M - m; None = `prediction_budgets`.
+        seed: Which samples of a prompt form a group. Their order does not matter.
+
+    Raises:
+        ValueError: if the group is too small for a tail of 2, or a budget is larger than M - m.
+    """
+    if tail_size(alpha, m) < 2:
+        raise ValueError(f"a tail of fewer than 2 of m={m} samples has no spread at alpha={alpha}; raise m or alpha.")
+    rows, samples = equal_samples(rewards, valid, seed)
+    size = samples.shape[1]
+    k = tail_size(alpha, size)
+    tail = samples.topk(min(k, size), dim=1).values
+    has_tail, has_others = k >= MIN_TAIL, size >= 2 * m
+    budgets = tuple(ns) if ns is not None else prediction_budgets(m, size)
+    if has_others and not all(1 <= n <= size - m for n in budgets):
+        raise ValueError(f"ns must lie between 1 and M - m = {size} - {m} = {size - m}, got {list(budgets)}.")
+    line = qq_r2(tail, size) if has_tail else None
+    shapes = pwm_shape(tail) if has_tail else None
+    return TailChecks(
+        rows=rows,
+        samples=samples,
+        tail=tail,
+        ties=tied_share(samples, tail),
+        distinct=num_distinct(samples),
+        distinct_in_tail=num_distinct(tail),
+        distinct_in_all=samples.unique().numel(),
+        qq_r2=line,
+        qq_p=None if line is None else _null_level(line, gaussian_tail_null(size, k).r2),
+        shapes=shapes,
+        shape=None if shapes is None else pooled_shape(shapes, size, k),
+        held_out=held_out_best_of_n(samples, m, alpha=alpha, ns=budgets) if has_others else None,
+    )
+
+
+def equal_samples(rewards: Tensor, valid: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The same number M of valid samples from each prompt, in random order.
+
+    M is the one that keeps the most samples in all: `M * (prompts with at least M)`. Of a prompt with more, M are
+    drawn; a prompt with fewer is left out.
+
+    Args:
+        rewards: [P, W] float.
+        valid: [P, W] bool; None = all finite ones.
+        seed: Of the order, which does not depend on the order that the samples came in.
+
+    Returns:
+        Rows [Q] int64 and samples [Q, M] float64, on the CPU; M = 0 without any valid sample.
+    """
+    values = rewards.detach().double().cpu()
+    scored = torch.isfinite(values) if valid is None else torch.isfinite(values) & valid.bool().cpu()
+    counts = scored.sum(dim=1)
+    width = values.shape[1]
+    kept = torch.tensor([size * int((counts >= size).sum()) for size in range(width + 1)])
+    size = int(kept.argmax())
+    rows = (counts >= size).nonzero().squeeze(1) if size else counts.new_empty(0)
+    ascending = values.masked_fill(~scored, float("inf")).sort(dim=1).values[rows]
+    # Without the checksum every data set would have its samples of given ranks in the same groups.
+    rng = np.random.default_rng([seed, zlib.crc32(ascending.numpy().tobytes())])
+    draws = torch.from_numpy(rng.random((len(rows), width)))
+    is_padding = torch.arange(width) >= counts[rows, None]
+    order = draws.masked_fill(is_padding, 2.0).argsort(dim=1)[:, :size]
+    return rows, ascending.gather(1, order)
+
+
+def tied_share(samples: Tensor, tail: Tensor) -> Tensor:
+    """Share of each tail whose value at least one other sample of the prompt has too, [Q] float64.
+
+    Args:
+        samples: [Q, M] float64.
+        tail: [Q, k] float64, its largest.
+    """
+    ordered = samples.sort(dim=1).values
+    copies = torch.searchsorted(ordered, tail.contiguous(), right=True) - torch.searchsorted(ordered, tail.contiguous())
+    return (copies > 1).double().mean(dim=1)
+
+
+def num_distinct(samples: Tensor) -> Tensor:
+    """How many different values each row has, [Q] int64."""
+    return (samples.sort(dim=1).values.diff(dim=1) != 0).sum(dim=1) + min(samples.shape[1], 1)
+
+
+def _null_level(values: Tensor, null: Tensor) -> Tensor:
+    """Share of `null` (ascending) below each value; NaN stays."""
+    return (torch.searchsorted(null, values).double() / len(null)).masked_fill(values.isnan(), float("nan"))
+
+
+def summarise(checks: TailChecks) -> dict[str, Tensor]:
+    """The numbers of `checks` over prompts, float64 scalars; predictions at the largest n.
+
+    `metrics.TailFit` says what they mean. What M is too small for has no key.
+    """
+    result = {"tail_ties": mean_over_prompts(checks.ties).mean}
+    if checks.qq_r2 is not None and checks.qq_p is not None:
+        rejected = (checks.qq_p < REJECTED_BELOW).double().masked_fill(checks.qq_p.isnan(), float("nan"))
+        result["tail_qq_r2"] = mean_over_prompts(checks.qq_r2).mean
+        result["tail_qq_rejected"] = mean_over_prompts(rejected).mean
+    if checks.shape is not None:
+        result["tail_shape"] = checks.shape.shape
+        result["tail_shape_se"] = checks.shape.standard_error
+        result["tail_shape_gaussian"] = checks.shape.gaussian
+    if checks.held_out is not None:
+        error = mean_over_prompts(checks.held_out.error[:, -1])
+        result["tail_prediction_error"] = error.mean
+        result["tail_prediction_error_se"] = error.standard_error
+        result["tail_prediction_error_gaussian"] = checks.held_out.gaussian_error[-1]
+        result["tail_coverage"] = mean_over_prompts(checks.held_out.covered[:, -1]).mean
+    return result

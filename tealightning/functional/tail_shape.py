@@ -1,0 +1,159 @@
+"""Is the upper tail of a sample a Gaussian's? Its QQ linearity and its generalised Pareto shape, each with the values
+that Gaussian samples of the same size have."""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.special import gammaln, log_ndtr
+from torch import Tensor
+
+from tealightning.functional.moments import centred, ratio_or_zero
+from tealightning.functional.statistics import mean_over_prompts
+
+_SEED = 20_250_101  # of every simulation here: the same numbers in every process
+_SHAPES = np.concatenate([np.linspace(-3.0, -1.25, 8), np.linspace(-1.0, 0.9, 20)])  # where the PWM bias is simulated
+
+
+def num_simulations(width: int) -> int:
+    """How many samples of `width` a simulation draws: 10,000, and fewer where they are so wide that it took seconds."""
+    return int(np.clip(5_000_000 // width, 2_000, 10_000))
+
+
+@lru_cache(maxsize=64)
+def expected_normal_order_statistics(m: int, k: int) -> Tensor:
+    """`E[Z_(j)]` of the `k` largest of `m` standard normals, largest first, [k] float64, accurate to about 1e-10.
+
+        integral of x * m!/((j-1)! (m-j)!) * Phi(-x)^(j-1) * Phi(x)^(m-j) * phi(x) over x,     j = 1..k from the top
+
+    by the trapezoidal rule, which converges exponentially for such integrands: the step is a fifth of the narrowest
+    peak's width. Blom's `Phi^-1((m - j + 0.625)/(m + 0.25))` would be off by up to 0.02 at the extremes.
+    """
+    upper = math.sqrt(2 * (math.log(m) + 40))
+    x = np.linspace(-upper, upper, int(8 * upper * math.sqrt(m)) + 200)
+    rank = np.arange(1, k + 1)[:, None]
+    log_density = (rank - 1) * log_ndtr(-x) + (m - rank) * log_ndtr(x) - x**2 / 2 - math.log(2 * math.pi) / 2
+    log_density += gammaln(m + 1) - gammaln(rank) - gammaln(m - rank + 1)
+    return torch.from_numpy((np.exp(log_density) * x).sum(axis=1) * (x[1] - x[0]))
+
+
+def qq_r2(tail: Tensor, m: int) -> Tensor:
+    """Squared correlation of each sample's upper tail with the expected order statistics of `m` standard normals.
+
+    Args:
+        tail: [Q, k] float64, the k >= 3 largest of m values, largest first.
+        m: Sample size.
+
+    Returns:
+        [Q] float64, 1 = on a line; NaN for a tail without spread.
+    """
+    expected = centred(expected_normal_order_statistics(m, tail.shape[1])).to(tail.device)
+    values = centred(tail)
+    values = ratio_or_zero(values, values.abs().amax(dim=1, keepdim=True))  # squares neither over- nor underflow
+    squares = values.square().sum(dim=1)
+    return (values @ expected).square() / (squares * expected.square().sum()).masked_fill(squares == 0, float("nan"))
+
+
+def pwm_shape(tail: Tensor) -> Tensor:
+    """Shape `xi` of a generalised Pareto distribution from the excesses over the smallest value of each tail, by
+    probability-weighted moments (Hosking and Wallis 1987).
+
+        l1 = mean of e,   l2 = half the mean difference of two e,   xi = 2 - l1/l2
+
+    0 is an exponential tail, positive a power law, negative a bounded one (uniform: -1). With 20 to 200 excesses these
+    have a smaller error than maximum likelihood, always exist (xi < 1), and hold for any xi below 1/2; above,
+    the estimate is too low but keeps its order. Biased by O(1/k): see `pareto_shape_map`.
+
+    Args:
+        tail: [Q, k] float64, largest first, k >= 3; the last one is the threshold and no excess.
+
+    Returns:
+        [Q] float64; NaN where all excesses are equal.
+    """
+    excess = tail[:, :-1] - tail[:, -1:]
+    size = excess.shape[1]
+    rank_from_below = torch.arange(size - 1, -1, -1, dtype=tail.dtype, device=tail.device)
+    first = excess.mean(dim=1)
+    second = 2 * (excess * rank_from_below).mean(dim=1) / (size - 1) - first
+    degenerate = excess[:, 0] == excess[:, -1]
+    return 2 - first / second.masked_fill(degenerate, float("nan"))
+
+
+class TailNull(NamedTuple):
+    """What the top `k` of `m` standard normals have, from a seeded simulation."""
+
+    r2: Tensor  # [S] float64, `qq_r2`, ascending
+    shape: Tensor  # scalar float64, mean of `pwm_shape`
+    profile_mean: Tensor  # [k] float64, mean of `standardised_tail`
+    profile_std: Tensor  # [k] float64, its standard deviation
+
+
+@lru_cache(maxsize=16)
+def gaussian_tail_null(m: int, k: int) -> TailNull:
+    """Simulated once a process for each `(m, k)`: a tenth of a second for m = 128; 10,000 samples, so that the 5%
+    level is within 0.2%."""
+    draws = np.random.default_rng(_SEED).standard_normal((num_simulations(m), m))
+    tail = torch.from_numpy(draws).topk(k, dim=1).values
+    profile = standardised_tail(tail, m)
+    return TailNull(qq_r2(tail, m).sort().values, pwm_shape(tail).mean(), profile.mean(dim=0), profile.std(dim=0))
+
+
+def standardised_tail(tail: Tensor, m: int) -> Tensor:
+    """Each tail moved and scaled to the mean and the spread that `m` standard normals expect there, [Q, k]; NaN for one
+    without spread."""
+    expected = expected_normal_order_statistics(m, tail.shape[1]).to(tail.device)
+    spread = tail.std(dim=1, keepdim=True)
+    unit = centred(tail) / spread.masked_fill(tail[:, :1] == tail[:, -1:], float("nan"))
+    return expected.mean() + expected.std() * unit
+
+
+@lru_cache(maxsize=16)
+def pareto_shape_map(k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of `pwm_shape` over generalised Pareto tails of size `k` (ascending), and their true shapes.
+
+    Excesses over the k-th largest value of such a sample are k - 1 independent draws of the same shape; sorted uniforms
+    are drawn once and turned into each shape's quantiles `(u^-xi - 1)/xi`.
+    """
+    rng = np.random.default_rng(_SEED)
+    log_uniforms = np.log(np.sort(1 - rng.random((num_simulations(4 * k), k - 1)), axis=1))
+    means = []
+    for shape in _SHAPES:
+        excess = np.expm1(-shape * log_uniforms) / shape if abs(shape) > 1e-12 else -log_uniforms
+        tail = torch.from_numpy(np.concatenate([excess, np.zeros((len(excess), 1))], axis=1))
+        means.append(float(pwm_shape(tail).mean()))
+    return np.array(means), _SHAPES
+
+
+def without_bias(shape: Tensor, k: int) -> Tensor:
+    """The Pareto shape whose `pwm_shape` over tails of size `k` is `shape` on average; kept within [-3, 0.9]."""
+    means, shapes = pareto_shape_map(k)
+    corrected = torch.as_tensor(np.interp(shape.cpu().numpy(), means, shapes), dtype=torch.float64)
+    return corrected.masked_fill(shape.isnan().cpu(), float("nan"))
+
+
+class ShapeFit(NamedTuple):
+    """A tail shape pooled over prompts; scalars, float64."""
+
+    shape: Tensor
+    standard_error: Tensor  # with the prompt as the unit
+    gaussian: Tensor  # what Gaussian samples of the same size have by the same estimator
+    num_prompts: Tensor  # int64
+
+
+def pooled_shape(shapes: Tensor, m: int, k: int) -> ShapeFit:
+    """The mean of the prompts' `pwm_shape`, without its bias, and its error carried through the correction.
+
+    Averaging first and correcting then is right where correcting each noisy value would not be.
+
+    Args:
+        shapes: [Q] float64; NaN prompts are left out.
+        m: Samples of each prompt.
+        k: Size of each tail.
+    """
+    mean, error, num_prompts = mean_over_prompts(shapes.cpu())
+    step = 0.05
+    slope = (without_bias(mean + step, k) - without_bias(mean - step, k)) / (2 * step)
+    gaussian = without_bias(gaussian_tail_null(m, k).shape, k)
+    return ShapeFit(without_bias(mean, k), error * slope, gaussian, num_prompts)

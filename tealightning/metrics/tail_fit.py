@@ -1,0 +1,76 @@
+"""Whether the upper tail of the reward is what the tail estimators assume."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tealightning.functional.tail import smallest_group
+from tealightning.functional.tail_checks import check_tail, summarise
+from tealightning.metrics.prompt_samples import PromptSamples
+
+
+class TailFit(PromptSamples):
+    """Checks of the upper tail `k = ceil(alpha * M)` of M samples a prompt, over prompts.
+
+    `compute()` returns float64 scalars. About the tail, if `k >= 4`:
+
+    - `tail_qq_r2`: squared correlation of the tail with Gaussian order statistics;
+    - `tail_qq_rejected`: share of the prompts where it is below the 5% quantile of Gaussian samples (Gaussian: 0.05);
+    - `tail_shape`, `tail_shape_se`: generalised Pareto shape, pooled over prompts, bias-corrected;
+    - `tail_shape_gaussian`: what Gaussian samples of the same size have, about -0.26 at `alpha = 0.25`.
+
+    About best-of-n at `n = M - m`, predicted from groups of m samples and measured on the M - m others, if `M >= 2m`:
+
+    - `tail_prediction_error`, `tail_prediction_error_se`: predicted - measured, in standard deviations of the reward;
+    - `tail_prediction_error_gaussian`: what it is for Gaussian rewards: the plug-in is biased low at a finite m;
+    - `tail_coverage`: share of the groups whose 90% interval holds the measured value (Gaussian: 0.90).
+
+    Always: `tail_ties`, share of the tail's samples with a value that the prompt has more than once.
+
+    Keys for which M is too small are left out, as `BestOfN` leaves out budgets beyond the samples; before any update
+    all are NaN, and so is a standard error over a single prompt. A prompt without spread counts in the ties only.
+
+    Args:
+        m: Samples that best-of-n is predicted from; best the group size of training.
+        alpha: Upper-tail level in (0, 1].
+
+    Raises:
+        ValueError: for an alpha out of range, or an m whose tail has fewer than 2 samples.
+    """
+
+    higher_is_better = None
+
+    def __init__(self, m: int = 16, alpha: float = 0.25, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not 0 < alpha <= 1:
+            raise ValueError(f"alpha must be in (0, 1], got {alpha!r}.")
+        if isinstance(m, bool) or not isinstance(m, int) or m < smallest_group(alpha, 2):
+            raise ValueError(
+                f"m must be an integer of at least {smallest_group(alpha, 2)} at alpha={alpha}, got {m!r}."
+            )
+        self.m = m
+        self.alpha = alpha
+
+    def compute(self) -> dict[str, Tensor]:
+        """The keys that the class describes."""
+        _, samples = self._pooled()
+        if samples.isnan().all():
+            return {key: torch.full((), float("nan"), dtype=torch.float64, device=self.device) for key in KEYS}
+        found = summarise(check_tail(samples, m=self.m, alpha=self.alpha))
+        return {key: value.to(self.device) for key, value in found.items()}
+
+
+KEYS = (
+    "tail_ties",
+    "tail_qq_r2",
+    "tail_qq_rejected",
+    "tail_shape",
+    "tail_shape_se",
+    "tail_shape_gaussian",
+    "tail_prediction_error",
+    "tail_prediction_error_se",
+    "tail_prediction_error_gaussian",
+    "tail_coverage",
+)
+"""Every key, in the order of `summarise`."""

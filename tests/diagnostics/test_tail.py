@@ -1,0 +1,253 @@
+import csv
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tealightning.diagnostics.pool import RolloutPool
+from tealightning.diagnostics.reward_files import read_rewards, read_run
+from tealightning.diagnostics.tail import (
+    check_rows,
+    diagnose_pool,
+    prediction_rows,
+    prompt_rows,
+    verdict_text,
+    write_diagnosis,
+)
+from tealightning.diagnostics.tail_verdict import judge_tail, two_sided
+from tealightning.estimators import build_estimator
+from tealightning.functional.tail_checks import check_tail
+
+NAN = float("nan")
+PROVENANCE = {"command": "tealightning diagnose tail", "commit": "abc", "seed": "0", "versions": "none"}
+
+
+def draw(kind, seed, prompts=64, samples=128, location_and_scale=True):
+    """Rewards of prompts that differ in location and scale."""
+    rng = np.random.default_rng(seed)
+    location, scale = rng.normal(0, 3, (prompts, 1)), np.exp(rng.normal(0, 1, (prompts, 1)))
+    size = (prompts, samples)
+    values = {
+        "gaussian": lambda: rng.standard_normal(size),
+        "student_t3": lambda: rng.standard_t(3, size),
+        "student_t5": lambda: rng.standard_t(5, size),
+        "gpd_0.2": lambda: (rng.random(size) ** -0.2 - 1) / 0.2,
+        "gpd_0.3": lambda: (rng.random(size) ** -0.3 - 1) / 0.3,
+        "uniform": lambda: rng.random(size),
+        "beta_2_2": lambda: rng.beta(2, 2, size),
+        "sigmoid": lambda: 1 / (1 + np.exp(-2 * rng.standard_normal(size))),
+        "quarters": lambda: np.round(4 * rng.standard_normal(size)) / 4,
+        "grades": lambda: np.clip(np.round(3 + rng.standard_normal(size)), 1, 5),
+        "binary": lambda: (rng.random(size) < 0.3) * 1.0,
+    }[kind]()
+    return torch.from_numpy(values * scale + location if location_and_scale else values)
+
+
+def pool_of(rewards):
+    return RolloutPool(ids=[f"p{i}" for i in range(len(rewards))], rewards=rewards)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("gaussian", "gaussian"),
+        ("student_t3", "heavier"),
+        ("student_t5", "heavier"),
+        ("gpd_0.2", "heavier"),
+        ("gpd_0.3", "heavier"),
+        ("uniform", "bounded"),
+        ("beta_2_2", "bounded"),
+        ("sigmoid", "bounded"),
+    ],
+)
+@pytest.mark.parametrize("prompts", [64, 100])
+def test_verdict_on_continuous_rewards(kind, expected, prompts):
+    verdicts = Counter(judge_tail(check_tail(draw(kind, seed, prompts))).name for seed in range(10))
+    assert verdicts == {expected: 10}
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("quarters", "discrete"), ("grades", "discrete"), ("binary", "binary")])
+def test_verdict_on_few_values(kind, expected):
+    found = [judge_tail(check_tail(draw(kind, seed, location_and_scale=False))).name for seed in range(5)]
+    assert found == [expected] * 5
+
+
+@pytest.mark.slow
+def test_gaussian_rewards_are_called_something_else_in_about_a_percent_of_cases():
+    verdicts = Counter(judge_tail(check_tail(draw("gaussian", 1000 + seed, 80))).name for seed in range(300))
+    assert verdicts["gaussian"] >= 300 - 9  # 3 expected: more than 9 in 1 of 1000 trials
+
+
+def test_values_rounded_finer_than_the_tail_are_not_discrete():
+    rewards = draw("gaussian", 0, location_and_scale=False).mul(10).round() / 10
+    assert float(check_tail(rewards).ties.mean()) > 0.7
+    assert judge_tail(check_tail(rewards)).name == "gaussian"
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "student_t3", "uniform", "quarters", "binary"])
+def test_the_recommended_estimator_can_be_built(kind):
+    verdict = judge_tail(check_tail(draw(kind, 0, location_and_scale=False)))
+    build_estimator(verdict.estimator, target_n=128, **verdict.settings).check_group_size(16)
+
+
+def test_the_threshold_of_other_binary_rewards_lies_between_them():
+    verdict = judge_tail(check_tail(10 + 4 * draw("binary", 0, location_and_scale=False)))
+    assert (verdict.name, verdict.settings) == ("binary", {"threshold": 12.0})
+
+
+@pytest.mark.parametrize(
+    ("rewards", "reason"),
+    [
+        (torch.full((20, 64), 0.1), "No prompt has two different rewards"),
+        (torch.full((20, 64), NAN), "No prompt has two different rewards"),
+        (draw("gaussian", 0, samples=8), "A tail has 2 samples, and 4 are needed"),
+        (draw("gaussian", 0, prompts=9), "9 prompts have different rewards, and 10 are needed"),
+        (draw("gaussian", 1, prompts=12, samples=24), r"too uncertain to tell: about \d+ prompts"),
+    ],
+)
+def test_too_little_is_undecided_and_says_what_is_missing(rewards, reason):
+    verdict = judge_tail(check_tail(rewards))
+    assert verdict.name == "undecided"
+    assert re.search(reason, verdict.reason), verdict.reason
+
+
+def test_too_many_bent_lines_are_undecided_although_the_shape_is_right():
+    checks = check_tail(draw("gaussian", 0))
+    levels = torch.linspace(0.01, 0.99, 64, dtype=torch.float64)
+    assert judge_tail(replace(checks, qq_p=levels)).name == "gaussian"
+    levels[:16] = 0.0
+    verdict = judge_tail(replace(checks, qq_p=levels))
+    assert verdict.name == "undecided" and "25% of the prompts have a tail that is not straight" in verdict.reason
+
+
+def test_predictions_decide_where_the_shape_does_not():
+    checks = check_tail(draw("gaussian", 0))
+    for shift, name in ((-0.5, "heavier"), (-0.2, "heavier"), (0.15, "bounded"), (0.5, "bounded"), (0.0, "gaussian")):
+        held_out = checks.held_out._replace(error=checks.held_out.error + shift)
+        verdict = judge_tail(replace(checks, held_out=held_out))
+        assert verdict.name == name
+        assert ("optimal_tea" in (verdict.estimator, verdict.alternative[:11])) == (abs(shift) < 0.25)
+
+
+def test_p_values_of_a_mean_over_prompts():
+    assert two_sided(2.2621571628, 1.0, 10) == pytest.approx(0.05)  # Student's t with 9 degrees of freedom
+    assert two_sided(0.0, 0.0, 5) == 1.0 and two_sided(0.1, 0.0, 5) == 0.0 and two_sided(5.0, NAN, 1) == 1.0
+
+
+# ---------------------------------------------------------------- the report
+
+
+def test_report_files_hold_the_numbers(tmp_path):
+    diagnosis = diagnose_pool(pool_of(draw("student_t5", 0)))
+    files = write_diagnosis(tmp_path / "new", diagnosis, PROVENANCE)
+    assert [file.name for file in files] == ["tail.md", "tail.csv", "tail.json", "qq.png", "prediction.png"]
+    page = files[0].read_text()
+    assert (
+        page.index("Verdict: **heavier**") < page.index("| check |") < page.index("| n |") < page.index("commit: abc")
+    )
+    record = json.loads(files[2].read_text())
+    assert record["verdict"]["name"] == "heavier" and record["prompts"] == 64 and record["samples"] == 128
+    assert record["summary"]["tail_shape"] == float(diagnosis.checks.shape.shape)
+    assert record["predictions"] == prediction_rows(diagnosis)
+    with files[1].open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["id"] for row in rows] == diagnosis.ids
+    assert float(rows[3]["qq_r2"]) == float(diagnosis.checks.qq_r2[3])
+    assert all(file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for file in files[3:])
+
+
+def test_prediction_rows_are_means_over_prompts():
+    diagnosis = diagnose_pool(pool_of(draw("gaussian", 0)), m=32, ns=[8, 96])
+    rows = prediction_rows(diagnosis)
+    assert [row["n"] for row in rows] == [8, 96]
+    assert rows[1]["error"] == pytest.approx(rows[1]["predicted"] - rows[1]["measured"])
+    assert rows[1]["error"] == pytest.approx(float(diagnosis.checks.held_out.error[:, 1].mean()))
+    assert rows[1]["measured"] == pytest.approx(2.4885, abs=0.1)  # c_96: best of 96 standard normals
+    assert next(row for row in check_rows(diagnosis) if "best-of-96 from 32" in row["check"])
+
+
+@pytest.mark.parametrize("rewards", [draw("gaussian", 0, prompts=3, samples=6), torch.full((2, 40), NAN)])
+def test_a_report_on_too_little_is_written_all_the_same(tmp_path, rewards):
+    diagnosis = diagnose_pool(pool_of(rewards))
+    files = write_diagnosis(tmp_path, diagnosis, PROVENANCE)
+    assert [file.name for file in files] == ["tail.md", "tail.csv", "tail.json"]
+    assert json.loads(files[2].read_text())["verdict"]["name"] == "undecided"
+    assert "Verdict: **undecided**" in verdict_text(diagnosis)
+
+
+def test_prompts_with_too_few_samples_are_left_out_and_counted():
+    rewards = draw("gaussian", 0, prompts=12, samples=40)
+    rewards[2, 10:] = NAN
+    diagnosis = diagnose_pool(pool_of(rewards))
+    assert "11 of 12 prompts with 40 samples each" in verdict_text(diagnosis)
+    assert [row["id"] for row in prompt_rows(diagnosis)] == [f"p{i}" for i in range(12) if i != 2]
+
+
+# ---------------------------------------------------------------- files of rewards
+
+
+def test_json_lines_with_ids_keys_or_neither(tmp_path):
+    file = tmp_path / "rewards.jsonl"
+    lines = [
+        '{"id": "a", "rewards": [1, 2.5, null]}',
+        "",
+        '{"key": 7, "rewards": [3]}',
+        '{"rewards": [NaN, 4]}',
+        '{"id": "a", "rewards": [9]}',
+    ]
+    file.write_text("\n".join(lines))
+    pool = read_rewards(file)
+    assert pool.ids == ["a", "7", "line 4"]
+    expected = torch.tensor([[1, 2.5, NAN, 9], [3, NAN, NAN, NAN], [NAN, 4, NAN, NAN]], dtype=torch.float64)
+    torch.testing.assert_close(pool.rewards, expected, equal_nan=True)
+
+
+def test_csv_with_a_sample_a_line(tmp_path):
+    file = tmp_path / "rewards.csv"
+    file.write_text('prompt_id,reward,text\na,1.5,x\n"b, c",-2e-3,y\na,,z\n')
+    pool = read_rewards(file)
+    assert pool.ids == ["a", "b, c"]
+    expected = torch.tensor([[1.5, NAN], [-2e-3, NAN]], dtype=torch.float64)
+    torch.testing.assert_close(pool.rewards, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "r.jsonl",
+            '{"rewards": [1]}\n{"rewards": [1, "two"]}\n',
+            r"r\.jsonl, line 2: a reward is a number.*got 'two'",
+        ),
+        ("r.jsonl", '{"rewards": [1, true]}', r"line 1: a reward is a number.*got True"),
+        ("r.jsonl", '{"rewards": [1]}\n\n{"rewards": 1}', r'line 3: expected \{"rewards": \[numbers\]\}'),
+        ("r.jsonl", "[1, 2]", r"line 1: expected"),
+        ("r.jsonl", '{"rewards": [1]', r"line 1: this is not JSON"),
+        ("r.jsonl", "", r"r\.jsonl: there are no rewards in it"),
+        ("r.csv", "prompt,reward\na,1\n", r"r\.csv, line 1: expected columns prompt_id and reward, got \['prompt'"),
+        ("r.csv", "prompt_id,reward\na,1\nb,high\n", r"r\.csv, line 3: a reward is a number.*got 'high'"),
+        ("r.csv", "prompt_id,reward\na\n", r"line 2: expected 2 columns"),
+        ("r.csv", "prompt_id,reward\n", r"there are no rewards in it"),
+    ],
+)
+def test_what_is_no_file_of_rewards_names_the_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_rewards(tmp_path / name)
+
+
+def test_a_missing_file_and_a_run_without_rewards_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere\.jsonl: no such file"):
+        read_rewards(tmp_path / "nowhere.jsonl")
+    with pytest.raises(ValueError, match=r"rewards_before\.jsonl: no such file\. The callback BestOfNReport writes it"):
+        read_run(tmp_path, "before")
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "r.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"r\.jsonl: this is not UTF-8 text"):
+        read_rewards(tmp_path / "r.jsonl")
