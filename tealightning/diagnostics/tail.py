@@ -15,6 +15,7 @@ from tealightning.diagnostics.tables import markdown_table, write_csv
 from tealightning.diagnostics.tail_plots import plot_prediction, plot_qq
 from tealightning.diagnostics.tail_verdict import Verdict, interval, judge_tail
 from tealightning.functional.statistics import mean_over_prompts
+from tealightning.functional.tail import tail_size
 from tealightning.functional.tail_checks import TailChecks, check_tail, summarise
 from tealightning.functional.tail_shape import gaussian_tail_null
 
@@ -40,7 +41,12 @@ def diagnose_pool(
     checks = check_tail(pool.rewards, pool.valid, m=m, alpha=alpha, ns=ns, seed=seed)
     ids = [pool.ids[row] for row in checks.rows.tolist()]
     return TailDiagnosis(
-        ids=ids, num_prompts=len(pool.ids), m=m, alpha=alpha, checks=checks, verdict=judge_tail(checks)
+        ids=ids,
+        num_prompts=len(pool.ids),
+        m=m,
+        alpha=alpha,
+        checks=checks,
+        verdict=judge_tail(checks, training_tail=tail_size(alpha, m)),
     )
 
 

@@ -19,12 +19,14 @@ SMALLEST_SHAPE_DIFFERENCE = 0.05
 """A smaller difference of the shape does not matter, however significant."""
 SMALLEST_PREDICTION_ERROR = 0.1
 """The same for a prediction, in standard deviations of the reward."""
-SMALL_PART = 0.1
-"""A prediction error below this part of what best-of-n gains over the mean is mild."""
 LARGEST_SHAPE_ERROR = 0.06
 """With a larger standard error a Student t with 5 degrees of freedom (0.25 above a Gaussian) could be missed."""
 MIN_PROMPTS = 10
 """Fewer do not tell how much prompts differ."""
+LONG_TAIL = 16
+"""Rollouts in the tail of a training group from which a shape of its own pays. With fewer, a generalised Pareto fit is
+so noisy that the least noisy Gaussian estimator is closer in every analytic world, bounded and heavy ones included
+(docs/results/gradient-fidelity.md)."""
 TIED = 0.5
 FEW_VALUES = 10
 """Discrete: more than the share `TIED` of a tail is tied, at no more than `FEW_VALUES` different values."""
@@ -41,8 +43,13 @@ class Verdict:
     alternative: str = ""  # what else fits, in words
 
 
-def judge_tail(checks: TailChecks) -> Verdict:
-    """The verdict: values first (too few of them, or discrete), then the shape, the predictions, and the QQ line."""
+def judge_tail(checks: TailChecks, *, training_tail: int = 4) -> Verdict:
+    """The verdict: values first (too few of them, or discrete), then the shape, the predictions, and the QQ line.
+
+    Args:
+        checks: Of many samples a prompt.
+        training_tail: `ceil(alpha * m)`, rollouts in the tail of a group in training; decides which estimator is named.
+    """
     with_spread = int((checks.distinct > 1).sum())
     if with_spread == 0:
         return _undecided("no prompt has two different rewards, so there is nothing to look at")
@@ -57,8 +64,8 @@ def judge_tail(checks: TailChecks) -> Verdict:
     if with_spread < MIN_PROMPTS:
         return _undecided(f"{with_spread} prompts have different rewards, and {MIN_PROMPTS} are needed")
     return (
-        _by_shape(checks, shape)
-        or _by_prediction(checks)
+        _by_shape(checks, shape, training_tail)
+        or _by_prediction(checks, training_tail)
         or _by_line(checks)
         or _by_precision(shape)
         or _gaussian(shape)
@@ -90,17 +97,18 @@ def _discrete(checks: TailChecks) -> Verdict | None:
     )
 
 
-def _by_shape(checks: TailChecks, shape: ShapeFit) -> Verdict | None:
+def _by_shape(checks: TailChecks, shape: ShapeFit, training_tail: int) -> Verdict | None:
     """Heavier or bounded if the shape is clearly not a Gaussian's."""
     difference = float(shape.shape - shape.gaussian)
     is_clear = two_sided(difference, float(shape.standard_error), int(shape.num_prompts)) < SIGNIFICANCE
     if not is_clear or abs(difference) < SMALLEST_SHAPE_DIFFERENCE:
         return None
     side = "above" if difference > 0 else "below"
-    return _not_gaussian(checks, "heavier" if difference > 0 else "bounded", f"{_describe(shape)}, clearly {side} it")
+    name: Literal["heavier", "bounded"] = "heavier" if difference > 0 else "bounded"
+    return _not_gaussian(checks, name, f"{_describe(shape)}, clearly {side} it", training_tail)
 
 
-def _by_prediction(checks: TailChecks) -> Verdict | None:
+def _by_prediction(checks: TailChecks, training_tail: int) -> Verdict | None:
     """Heavier or bounded if a Gaussian tail predicts best-of-n clearly too low or too high."""
     if checks.held_out is None:
         return None
@@ -115,20 +123,23 @@ def _by_prediction(checks: TailChecks) -> Verdict | None:
         "heavier" if surplus < 0 else "bounded",
         f"best-of-{checks.held_out.ns[-1]} is predicted {abs(surplus):.2f} ± {float(error.standard_error):.2f} reward "
         f"standard deviations {side}, relative to what is measured, than for Gaussian samples",
+        training_tail,
     )
 
 
-def _not_gaussian(checks: TailChecks, name: Literal["heavier", "bounded"], reason: str) -> Verdict:
-    """What a Gaussian tail costs decides whether an estimator that assumes one is an alternative."""
-    alternative = ""
+def _not_gaussian(checks: TailChecks, name: Literal["heavier", "bounded"], reason: str, training_tail: int) -> Verdict:
+    """The same estimator as for a Gaussian tail unless a bounded one is long enough to be fitted."""
     if checks.held_out is not None:
         surplus = float(mean_over_prompts(checks.held_out.error[:, -1]).mean - checks.held_out.gaussian_error[-1])
         part = abs(surplus) / float(mean_over_prompts(checks.held_out.measured[:, -1]).mean)
-        if part < SMALL_PART:
-            alternative = f"optimal_tea: best-of-{checks.held_out.ns[-1]} differs from a Gaussian's by {part:.0%} only"
-    return Verdict(
-        name=name, reason=_sentence(reason), estimator="tea", settings={"tail": "gpd"}, alternative=alternative
-    )
+        reason = f"{reason}; best-of-{checks.held_out.ns[-1]} differs from a Gaussian's by {part:.0%} of its gain"
+    fitted = {"tail": "gpd"}
+    if name == "bounded" and training_tail >= LONG_TAIL:
+        return Verdict(
+            name=name, reason=_sentence(reason), estimator="tea", settings=fitted, alternative="optimal_tea, less noisy"
+        )
+    alternative = f"tea with tail: gpd, where groups have {LONG_TAIL} rollouts or more in the tail"
+    return Verdict(name=name, reason=_sentence(reason), estimator="optimal_tea", alternative=alternative)
 
 
 def _by_line(checks: TailChecks) -> Verdict | None:

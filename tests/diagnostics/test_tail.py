@@ -130,7 +130,15 @@ def test_predictions_decide_where_the_shape_does_not():
         held_out = checks.held_out._replace(error=checks.held_out.error + shift)
         verdict = judge_tail(replace(checks, held_out=held_out))
         assert verdict.name == name
-        assert ("optimal_tea" in (verdict.estimator, verdict.alternative[:11])) == (abs(shift) < 0.25)
+        assert verdict.estimator == "optimal_tea"
+        assert ("best-of-112 differs" in verdict.reason) == (name != "gaussian")
+
+
+@pytest.mark.parametrize(("kind", "long_tail"), [("uniform", "tea"), ("student_t3", "optimal_tea")])
+def test_a_shape_is_fitted_only_where_groups_have_a_long_bounded_tail(kind, long_tail):
+    checks = check_tail(draw(kind, 0))
+    assert judge_tail(checks, training_tail=15).estimator == "optimal_tea"
+    assert judge_tail(checks, training_tail=16).estimator == long_tail
 
 
 def test_p_values_of_a_mean_over_prompts():
