@@ -4,6 +4,7 @@
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from tealightning.pretrained import load_policy, load_tokenizer
 from tealightning.types import PromptBatch, RolloutBatch
 
 AdvantageScale = Literal["none", "batch_rms"]
+OffPolicy = Literal["clip", "exact"]
 
 
 class PostTrainingModule(pl.LightningModule):
@@ -34,6 +36,11 @@ class PostTrainingModule(pl.LightningModule):
         advantage_scale: `batch_rms` divides all advantages of a step by their root mean square over the whole batch,
             which frees the learning rate from the reward's scale; `none` leaves them.
         inner_epochs: Optimizer steps on each batch of rollouts; above 1 the ratio clipping does its work.
+        off_policy: How inner epochs after the first account for a policy that has moved since it was sampled from:
+            `clip` keeps the advantages and clips the ratio of each token (PPO); `exact` computes advantages anew from
+            the ratios of whole completions, unbiased at any distance but noisier the further it is (estimators with an
+            off-policy
+            form: max_at_k).
         micro_batch_tokens: Padded tokens of one forward and backward pass: decides memory, never the gradient.
         micro_batch_size: Most rollouts of one pass; None = as many as fit.
         gradient_clip_norm: Largest gradient norm; None = no clipping.
@@ -55,6 +62,7 @@ class PostTrainingModule(pl.LightningModule):
         reference: str | None = None,
         advantage_scale: AdvantageScale = "batch_rms",
         inner_epochs: int = 1,
+        off_policy: OffPolicy = "clip",
         micro_batch_tokens: int = 16_384,
         micro_batch_size: int | None = None,
         gradient_clip_norm: float | None = 1.0,
@@ -70,6 +78,7 @@ class PostTrainingModule(pl.LightningModule):
         _check_settings(advantage_scale, inner_epochs, micro_batch_tokens, micro_batch_size, gradient_clip_norm)
         if reference is not None and not (loss and loss.kl_coef > 0):
             warnings.warn("model.reference has no effect without a KL penalty (loss.kl_coef > 0).", stacklevel=2)
+        _check_off_policy(off_policy, estimator, loss, inner_epochs)
         self.automatic_optimization = False
         self.policy_path = policy
         self.reference_path = reference or policy
@@ -77,6 +86,7 @@ class PostTrainingModule(pl.LightningModule):
         self.loss = loss or PolicyGradientLoss()
         self.advantage_scale = advantage_scale
         self.inner_epochs = inner_epochs
+        self.is_exact_off_policy = off_policy == "exact"
         self.micro_batch_tokens = micro_batch_tokens
         self.micro_batch_size = micro_batch_size
         self.gradient_clip_norm = gradient_clip_norm
@@ -134,7 +144,11 @@ class PostTrainingModule(pl.LightningModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         step = self._step_batch(_rollouts_of(batch))
         sums: dict[str, Tensor] = {}
+        sampled_log_probs = step.behaviour_log_probs
         for epoch in range(self.inner_epochs):
+            if self.is_exact_off_policy and epoch > 0:
+                assert sampled_log_probs is not None, "there is more than one inner epoch"
+                step = self._step_moved_on(step, sampled_log_probs)
             sums |= self._optimizer_step(step, is_first=epoch == 0)
         if self.lr_scheduler is not None:
             self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
@@ -142,22 +156,35 @@ class PostTrainingModule(pl.LightningModule):
 
     def _step_batch(self, rollouts: RolloutBatch) -> StepBatch:
         """Advantages, the rollouts to train on and the log-probs that stay fixed during the step."""
-        advantages = self._scaled_advantages(rollouts)
+        advantages = self._scaled(self.estimator(rollouts.rewards, rollouts.valid), rollouts)
         rows = self._rows_to_train(rollouts, advantages)
         scored = rollouts.valid.flatten()
+        fixed = scored.nonzero().squeeze(1) if self.is_exact_off_policy else rows  # ratios of all, whoever is trained
         return StepBatch(
             rollouts=rollouts,
             advantages=advantages.flatten(),
             rows=rows,
             num_tokens=self._over_ranks(rollouts.completion_lengths[scored].sum()),
             num_sequences=self._over_ranks(scored.sum()),
-            behaviour_log_probs=self._frozen_log_probs(self.policy, rollouts, rows) if self.inner_epochs > 1 else None,
+            behaviour_log_probs=self._frozen_log_probs(self.policy, rollouts, fixed) if self.inner_epochs > 1 else None,
             ref_log_probs=self._frozen_log_probs(self._reference[0], rollouts, rows) if self._reference else None,
         )
 
-    def _scaled_advantages(self, rollouts: RolloutBatch) -> Tensor:
-        """[P, m] float64: the estimator's, over the batch's RMS if asked for."""
-        advantages = self.estimator(rollouts.rewards, rollouts.valid)
+    def _step_moved_on(self, step: StepBatch, sampled_log_probs: Tensor) -> StepBatch:
+        """The step for the policy as it is now: advantages from the ratios of whole completions, which replace those of
+        the loss."""
+        rollouts = step.rollouts
+        scored = rollouts.valid.flatten().nonzero().squeeze(1)
+        log_ratios = (self._frozen_log_probs(self.policy, rollouts, scored) - sampled_log_probs).double().sum(dim=1)
+        ratios = (
+            log_ratios.view_as(rollouts.rewards).clamp(max=700).exp()
+        )  # finite; estimators decide what is too large
+        advantages = self._scaled(self.estimator.off_policy(rollouts.rewards, ratios, rollouts.valid), rollouts)
+        rows = self._rows_to_train(rollouts, advantages)
+        return replace(step, advantages=advantages.flatten(), rows=rows, behaviour_log_probs=None)
+
+    def _scaled(self, advantages: Tensor, rollouts: RolloutBatch) -> Tensor:
+        """[P, m] float64: advantages over their RMS in the batch if asked for."""
         if self.advantage_scale == "none":
             return advantages
         square_mean = self._over_ranks((advantages**2).sum()) / self._over_ranks(rollouts.valid.sum()).clamp(min=1)
@@ -304,3 +331,20 @@ def _check_settings(
         raise ValueError(f"micro_batch_size must be at least 1 or null, got {micro_batch_size}.")
     if gradient_clip_norm is not None and not gradient_clip_norm > 0:
         raise ValueError(f"gradient_clip_norm must be above 0 or null, got {gradient_clip_norm}.")
+
+
+def _check_off_policy(
+    off_policy: str, estimator: AdvantageEstimator, loss: PolicyGradientLoss | None, inner_epochs: int
+) -> None:
+    if off_policy not in ("clip", "exact"):
+        raise ValueError(f"off_policy must be clip or exact, got {off_policy!r}.")
+    if off_policy == "clip":
+        return
+    if not estimator.has_off_policy_form:
+        raise ValueError(
+            f"off_policy=exact needs an estimator with an off-policy form (max_at_k), got {estimator.name}."
+        )
+    if loss is not None and loss.importance_cap is not None:
+        raise ValueError("off_policy=exact and loss.importance_cap both correct ratios: set one of them only.")
+    if inner_epochs == 1:
+        warnings.warn("model.off_policy=exact has no effect with inner_epochs=1.", stacklevel=3)

@@ -1,6 +1,7 @@
 """The contract of an advantage estimator."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -33,9 +34,20 @@ class AdvantageEstimator(ABC):
         """Fewest rollouts a group needs; smaller groups (after unscorable ones are left out) get zeros."""
         return 1
 
+    has_off_policy_form: ClassVar[bool] = False
+    """True: `compute_off_policy` is exact for rollouts of another policy than the one that is trained."""
+
     @abstractmethod
     def compute(self, rewards: Tensor) -> Tensor:
         """Advantages [P, m] float64 of finite rewards [P, m] float64, m >= min_group_size."""
+
+    def compute_off_policy(self, rewards: Tensor, ratios: Tensor) -> Tensor:
+        """The same for rollouts of a policy mu when pi is trained; `ratios` [P, m] float64 are `pi/mu` of completions.
+
+        Raises:
+            ValueError: unless the estimator has such a form.
+        """
+        raise ValueError(f"{self.name} has no off-policy form.")
 
     def check_group_size(self, group_size: int) -> None:
         """Raise a ValueError that says which parameter to change if `group_size` is too small."""
@@ -74,19 +86,43 @@ class AdvantageEstimator(ABC):
             raise ValueError(
                 f"{self.name}: valid must have the shape of rewards {tuple(rewards.shape)}, got {tuple(valid.shape)}."
             )
+        return self._by_group_size(rewards, valid, lambda chosen: self.compute(chosen(rewards)))
+
+    def off_policy(self, rewards: Tensor, ratios: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Advantages of every group at a policy that has moved on since the rollouts were sampled.
+
+        Args:
+            rewards: [P, m] float, as in `__call__`.
+            ratios: [P, m] float, probability of each completion now over that when it was sampled.
+            valid: [P, m] bool, as in `__call__`.
+
+        Returns:
+            [P, m]: `(1/m) sum_i A_i grad log pi(y_i | x)` estimates the gradient at the policy as it is now.
+
+        Raises:
+            ValueError: if the estimator has no off-policy form.
+        """
+        return self._by_group_size(
+            rewards, valid, lambda chosen: self.compute_off_policy(chosen(rewards), chosen(ratios))
+        )
+
+    def _by_group_size(
+        self, rewards: Tensor, valid: Tensor | None, compute: Callable[[Callable[[Tensor], Tensor]], Tensor]
+    ) -> Tensor:
+        """`compute` on the valid rollouts of the groups of each size; it gets what picks them out of a [P, m]
+        tensor."""
         self.check_group_size(rewards.shape[1])
         finite = torch.isfinite(rewards)
         usable = finite if valid is None else finite & valid.bool()
-        values = rewards.detach().double()
-        advantages = torch.zeros_like(values)
+        advantages = torch.zeros(rewards.shape, dtype=torch.float64, device=rewards.device)
         counts = usable.sum(dim=1)
         # One dense call for each number of valid rollouts (nearly always one): estimators never see a mask.
         for count in counts.unique().tolist():
             if count < self.min_group_size:
                 continue
-            rows = counts == count
-            chosen = usable & rows[:, None]
-            advantages[chosen] = self.compute(values[chosen].view(-1, count)).reshape(-1)
+            members = usable & (counts == count)[:, None]
+            found = compute(lambda values, m=members, n=count: values.detach().double()[m].view(-1, n))  # type: ignore[misc]
+            advantages[members] = found.reshape(-1)
         return advantages.to(rewards.dtype)
 
     def __repr__(self) -> str:

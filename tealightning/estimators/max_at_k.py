@@ -1,5 +1,6 @@
 """The best of k rollouts as objective, k up to the group size."""
 
+import math
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -7,6 +8,7 @@ from torch import Tensor
 from tealightning.estimators._checks import check_choice, check_integer
 from tealightning.estimators.base import AdvantageEstimator
 from tealightning.functional.max_at_k import max_at_k_loo_weights, max_at_k_weights
+from tealightning.functional.off_policy_max_at_k import off_policy_max_at_k_loo_weights, off_policy_max_at_k_weights
 from tealightning.registry import register
 
 
@@ -25,6 +27,7 @@ class MaxAtK(AdvantageEstimator):
     """
 
     objective: ClassVar[str] = "E[max of k]"
+    has_off_policy_form: ClassVar[bool] = True
 
     def __init__(self, *, k: int | None = None, baseline: Literal["loo_minus_one", "none"] = "loo_minus_one") -> None:
         self.k = None if k is None else check_integer("k", k, 1)
@@ -45,3 +48,12 @@ class MaxAtK(AdvantageEstimator):
         k = self.k or rewards.shape[1]
         weights = max_at_k_weights if self.baseline == "none" else max_at_k_loo_weights
         return weights(rewards, k)
+
+    def compute_off_policy(self, rewards: Tensor, ratios: Tensor) -> Tensor:
+        """[P, m], [P, m] -> [P, m]; exact (see `tealightning.functional.off_policy_max_at_k`).
+
+        Ratios are capped at e^(600/k), so that products of k of them stay finite.
+        """
+        k = self.k or rewards.shape[1]
+        weights = off_policy_max_at_k_weights if self.baseline == "none" else off_policy_max_at_k_loo_weights
+        return weights(rewards, ratios.clamp(max=math.exp(600 / k)), k)
