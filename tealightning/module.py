@@ -21,7 +21,7 @@ from tealightning.pretrained import load_policy, load_tokenizer
 from tealightning.types import PromptBatch, RolloutBatch
 
 AdvantageScale = Literal["none", "batch_rms"]
-OffPolicy = Literal["clip", "exact"]
+InnerEpochCorrection = Literal["clip", "exact"]
 
 
 class PostTrainingModule(pl.LightningModule):
@@ -36,10 +36,10 @@ class PostTrainingModule(pl.LightningModule):
         advantage_scale: `batch_rms` divides all advantages of a step by their root mean square over the whole batch,
             which frees the learning rate from the reward's scale; `none` leaves them.
         inner_epochs: Optimizer steps on each batch of rollouts; above 1 the ratio clipping does its work.
-        off_policy: How inner epochs after the first account for a policy that has moved since it was sampled from:
-            `clip` keeps the advantages and clips the ratio of each token (PPO); `exact` computes advantages anew from
-            the ratios of whole completions, unbiased at any distance but noisier the further it is (estimators with an
-            off-policy
+        inner_epoch_correction: How inner epochs after the first account for a policy that has moved since it was
+            sampled from: `clip` keeps the advantages and clips the ratio of each token (PPO); `exact` computes
+            advantages anew from the ratios of whole completions, unbiased at any distance but noisier the further it
+            is (estimators with an off-policy
             form: max_at_k).
         micro_batch_tokens: Padded tokens of one forward and backward pass: decides memory, never the gradient.
         micro_batch_size: Most rollouts of one pass; None = as many as fit.
@@ -62,7 +62,7 @@ class PostTrainingModule(pl.LightningModule):
         reference: str | None = None,
         advantage_scale: AdvantageScale = "batch_rms",
         inner_epochs: int = 1,
-        off_policy: OffPolicy = "clip",
+        inner_epoch_correction: InnerEpochCorrection = "clip",
         micro_batch_tokens: int = 16_384,
         micro_batch_size: int | None = None,
         gradient_clip_norm: float | None = 1.0,
@@ -78,7 +78,7 @@ class PostTrainingModule(pl.LightningModule):
         _check_settings(advantage_scale, inner_epochs, micro_batch_tokens, micro_batch_size, gradient_clip_norm)
         if reference is not None and not (loss and loss.kl_coef > 0):
             warnings.warn("model.reference has no effect without a KL penalty (loss.kl_coef > 0).", stacklevel=2)
-        _check_off_policy(off_policy, estimator, loss, inner_epochs)
+        _check_correction(inner_epoch_correction, estimator, loss, inner_epochs)
         self.automatic_optimization = False
         self.policy_path = policy
         self.reference_path = reference or policy
@@ -86,7 +86,7 @@ class PostTrainingModule(pl.LightningModule):
         self.loss = loss or PolicyGradientLoss()
         self.advantage_scale = advantage_scale
         self.inner_epochs = inner_epochs
-        self.is_exact_off_policy = off_policy == "exact"
+        self.is_exact_off_policy = inner_epoch_correction == "exact"
         self.micro_batch_tokens = micro_batch_tokens
         self.micro_batch_size = micro_batch_size
         self.gradient_clip_norm = gradient_clip_norm
@@ -333,18 +333,20 @@ def _check_settings(
         raise ValueError(f"gradient_clip_norm must be above 0 or null, got {gradient_clip_norm}.")
 
 
-def _check_off_policy(
-    off_policy: str, estimator: AdvantageEstimator, loss: PolicyGradientLoss | None, inner_epochs: int
+def _check_correction(
+    correction: str, estimator: AdvantageEstimator, loss: PolicyGradientLoss | None, inner_epochs: int
 ) -> None:
-    if off_policy not in ("clip", "exact"):
-        raise ValueError(f"off_policy must be clip or exact, got {off_policy!r}.")
-    if off_policy == "clip":
+    if correction not in ("clip", "exact"):
+        raise ValueError(f"inner_epoch_correction must be clip or exact, got {correction!r}.")
+    if correction == "clip":
         return
     if not estimator.has_off_policy_form:
         raise ValueError(
-            f"off_policy=exact needs an estimator with an off-policy form (max_at_k), got {estimator.name}."
+            f"inner_epoch_correction=exact needs an estimator with an off-policy form (max_at_k), got {estimator.name}."
         )
     if loss is not None and loss.importance_cap is not None:
-        raise ValueError("off_policy=exact and loss.importance_cap both correct ratios: set one of them only.")
+        raise ValueError(
+            "inner_epoch_correction=exact and loss.importance_cap both correct ratios: set one of them only."
+        )
     if inner_epochs == 1:
-        warnings.warn("model.off_policy=exact has no effect with inner_epochs=1.", stacklevel=3)
+        warnings.warn("model.inner_epoch_correction=exact has no effect with inner_epochs=1.", stacklevel=3)

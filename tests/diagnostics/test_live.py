@@ -12,9 +12,11 @@ import math
 import pytest
 import torch
 
-from tealightning.diagnostics.live import FidelityStudy, Half, group_gradients, regroup, split_halves
+from tealightning.diagnostics import live
+from tealightning.diagnostics.live import FidelityStudy
+from tealightning.diagnostics.live_groups import Cut, Half, group_gradients, group_weights, half_size, split_halves
 from tealightning.diagnostics.live_report import ceiling_lines, fidelity_table, plot_fidelity, write_csv_rows
-from tealightning.diagnostics.live_statistics import Gradients, estimates, oracle_estimates
+from tealightning.diagnostics.live_statistics import Estimate, Gradients, estimates, oracle_estimates
 from tealightning.diagnostics.specs import parse_estimators
 from tealightning.estimators import AdvantageEstimator, build_estimator
 from tealightning.functional.max_at_k import max_at_k_loo_weights
@@ -40,12 +42,8 @@ def measured(estimator: AdvantageEstimator, m: int, *, worlds: int = 20, **kwarg
     """Each figure of independent worlds: [worlds]."""
     found = []
     for seed in range(worlds):
-        each = study(seed, m, **kwargs)
-        groups = [
-            regroup(len(h.rewards), each.half_size, m, torch.Generator().manual_seed(i))
-            for i, h in enumerate(each.halves)
-        ]
-        found.append({name: value.value for name, value in each.measure(estimator, groups).items()})
+        _, (figures,) = study(seed, m, **kwargs).measure([(estimator, m)])
+        found.append({name: value.value for name, value in figures.items()})
     return {name: torch.tensor([each[name] for each in found], dtype=torch.float64) for name in found[0]}
 
 
@@ -117,8 +115,9 @@ def test_step_errors_are_those_of_fresh_steps():
     found = measured(estimator, m, pool=2048)
     exact = torch.tensor([sd, sd * C_N] + [0.0] * 8, dtype=torch.float64)
     rewards, scores = world(99, prompts=3200, pool=m)
-    groups = torch.arange(m).expand(3200, 1, 1, m)
-    steps = group_gradients(Half(rewards=rewards, scores=scores), groups, estimator)[:, 0, 0]
+    groups = torch.arange(m).expand(3200, 1, m)
+    fresh = Half(rewards=rewards, scores=scores)
+    steps = group_gradients(fresh, groups, group_weights(fresh, groups, estimator))[:, 0]
     errors = {
         prompts: (steps.unflatten(0, (-1, prompts)).mean(dim=1) - exact).square().sum(dim=1) for prompts in (1, 32)
     }
@@ -133,11 +132,9 @@ def test_step_errors_are_those_of_fresh_steps():
 def test_step_cosine_is_what_simulated_steps_show_of_a_large_pool():
     """The simulated ones see a noisy oracle: the square root of the ceiling below."""
     each = study(3, 8, pool=4096, prompts=4)
-    groups = [regroup(4, each.half_size, 8, torch.Generator().manual_seed(i)) for i in (0, 1)]
-    found = each.measure(build_estimator("grpo"), groups)
-    ceiling = math.sqrt(each.ceiling()["ceiling"].value)
+    ceiling, (found,) = each.measure([(build_estimator("grpo"), 8)])
     for prompts in (1, 32):
-        shown = found[f"simulated_cosine_{prompts}"].value / ceiling
+        shown = found[f"simulated_cosine_{prompts}"].value / math.sqrt(ceiling["ceiling"].value)
         assert shown == pytest.approx(found[f"step_cosine_{prompts}"].value, abs=0.04)
     assert found["step_cosine_1"].value < found["step_cosine_32"].value < found["step_cosine_256"].value
 
@@ -145,22 +142,23 @@ def test_step_cosine_is_what_simulated_steps_show_of_a_large_pool():
 def test_spread_between_prompts_turns_single_steps_away():
     """Prompts with gradients along different coordinates and no noise: cosine 1/sqrt(4) of one prompt's step."""
     oracle = torch.eye(4, dtype=torch.float64)
-    groups = [oracle[:, None, None].repeat(1, 2, 3, 1)] * 2
-    gradients = Gradients.of((oracle, oracle), groups)
-    assert gradients.noise.tolist() == [0, 0, 0, 0]
+    gradients = Gradients.of((oracle, oracle), (oracle, oracle), noise=torch.zeros(4, dtype=torch.float64))
     found = estimates(gradients, seed=0)
     assert found["cosine"].value == pytest.approx(1)
     assert found["step_cosine_1"].value == pytest.approx(0.5)
 
 
 def test_ceiling_is_the_cosine_of_the_two_oracles_and_admits_defeat():
-    first = torch.tensor([[3.0, 4.0], [3.0, 4.0]], dtype=torch.float64)
-    found = oracle_estimates(first, torch.tensor([[5.0, 0.0], [5.0, 0.0]], dtype=torch.float64), seed=0)
-    assert found["ceiling"].value == pytest.approx(0.6)
-    assert found["norm"].value == pytest.approx(math.sqrt(15))
-    opposed = oracle_estimates(first, -first, seed=0)
+    def found(first, second):
+        oracles = [torch.tensor([row] * 2, dtype=torch.float64) for row in (first, second)]
+        return oracle_estimates(Gradients.of(oracles, oracles, torch.zeros(2, dtype=torch.float64)), seed=0)
+
+    agreeing = found([3.0, 4.0], [5.0, 0.0])
+    assert agreeing["ceiling"].value == pytest.approx(0.6)
+    assert agreeing["norm"].value == pytest.approx(math.sqrt(15))
+    opposed = found([3.0, 4.0], [-3.0, -4.0])
     assert math.isnan(opposed["norm"].value)
-    assert "too small to see the gradient" in ceiling_lines(opposed)
+    assert "too small to see the gradient" in ceiling_lines(opposed | {"sign_agreement": Estimate(0.0)})
 
 
 def test_intervals_cover_the_truth():
@@ -168,45 +166,76 @@ def test_intervals_cover_the_truth():
     truth = 1 / math.sqrt(1 + C_N**2)
     hits = 0
     for seed in range(40):
-        each = study(seed, 8, prompts=12, pool=256)
-        groups = [regroup(12, each.half_size, 8, torch.Generator().manual_seed(i)) for i in (0, 1)]
-        cosine = each.measure(build_estimator("mean_reward"), groups)["cosine"]
+        _, (found,) = study(seed, 8, prompts=12, pool=256).measure([(build_estimator("mean_reward"), 8)])
+        cosine = found["cosine"]
         hits += cosine.low <= truth <= cosine.high
     assert hits >= 33
 
 
-def test_halves_leave_out_what_could_not_be_scored():
+def test_intervals_lie_around_their_figures():
+    """Also those of raw cosines, where noise is most of the length: a prompt drawn twice must not bring it twice."""
+    inside = []
+    for seed in range(10):
+        ceiling, (found,) = study(seed, 16, prompts=24, pool=64, noise=5.0).measure([(build_estimator("grpo"), 16)])
+        for each in (ceiling["ceiling"], found["cosine_raw"]):
+            inside.append((each.value - each.low) / (each.high - each.low))
+    assert 0.4 < sum(inside) / len(inside) < 0.6
+    assert all(0.2 < each < 0.8 for each in inside)
+
+
+def test_halves_are_disjoint_and_leave_out_what_could_not_be_scored():
     rewards = torch.tensor([[0.0, float("nan"), 2.0, 3.0, 4.0, 5.0], [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]])
     scores = torch.arange(6.0).expand(2, 6)[..., None]
-    first, second = split_halves(rewards, scores, smallest=2)
-    assert first.rewards.tolist() == [[0, 2], [0, 1]] and second.rewards.tolist() == [[3, 4], [2, 3]]
-    for half in (first, second):
-        assert torch.equal(half.scores[..., 0].double(), half.rewards)
+    assert half_size(rewards, smallest=2) == 2
+    orders = set()
+    for seed in range(20):
+        halves = split_halves(rewards, scores, 2, torch.Generator().manual_seed(seed))
+        members = torch.cat([half.rewards for half in halves], dim=1)
+        assert all(len(set(row.tolist())) == 4 for row in members) and members.isfinite().all()
+        assert all(torch.equal(half.scores[..., 0].double(), half.rewards) for half in halves)
+        orders.add(tuple(members.flatten().tolist()))
+    assert len(orders) > 10
     with pytest.raises(ValueError, match=r"halves of 3 scored rollouts .* got 2: raise --pool to 6"):
-        split_halves(rewards, scores, smallest=3)
+        half_size(rewards, smallest=3)
 
 
-def test_regrouping_uses_every_rollout_once_a_time():
-    groups = regroup(3, 11, 5, torch.Generator().manual_seed(0))
-    assert groups.shape == (3, 4, 2, 5)
-    members = groups.flatten(2)
-    assert all(len(set(row.tolist())) == 10 for row in members.flatten(0, 1))
-    assert not torch.equal(members[0, 0], members[0, 1])
+def test_averaging_splits_lowers_the_noise(monkeypatch):
+    """Each split alone is as good as any; four of them leave less to chance."""
+    estimator = build_estimator("max_at_k", k=N)
+    four = measured(estimator, 2 * N, noise=3.0)
+    monkeypatch.setattr(live, "SPLITS", 1)
+    one = measured(estimator, 2 * N, noise=3.0)
+    assert four["bias2"].std() < 0.9 * one["bias2"].std()
 
 
 def test_group_gradients_are_weighted_means_of_scores():
     rewards, scores = world(5, prompts=2, pool=12)
-    groups = regroup(2, 12, 4, torch.Generator().manual_seed(1))
-    found = group_gradients(Half(rewards=rewards, scores=scores), groups, build_estimator("max_at_k", k=2))
-    rows = groups[1, 2, 0]
+    half = Half(rewards=rewards, scores=scores)
+    groups = torch.randperm(12, generator=torch.Generator().manual_seed(1)).view(1, 3, 4).expand(2, 3, 4)
+    found = group_gradients(half, groups, group_weights(half, groups, build_estimator("max_at_k", k=2)))
+    rows = groups[1, 2]
     weights = max_at_k_loo_weights(rewards[1, rows][None], 2)[0]
-    assert torch.allclose(found[1, 2, 0], (weights[:, None] * scores[1, rows]).mean(dim=0))
+    assert torch.allclose(found[1, 2], (weights[:, None] * scores[1, rows]).mean(dim=0))
+
+
+def test_mean_and_noise_are_those_of_the_groups_gradients():
+    rewards, scores = world(6, prompts=3, pool=21)
+    half = Half(rewards=rewards, scores=scores)
+    cut = Cut.of(half, 5)
+    assert cut.groups.shape == (3, 4, 5)
+    weights = group_weights(half, cut.groups, build_estimator("grpo"))
+    gradients = group_gradients(half, cut.groups, weights)
+    mean, noise = cut.mean_and_noise(weights)
+    assert torch.allclose(mean, gradients.mean(dim=1))
+    assert torch.allclose(noise, gradients.var(dim=1).sum(dim=-1))
+    alone = Cut.of(half, 20)
+    assert alone.mean_and_noise(group_weights(half, alone.groups, build_estimator("grpo")))[1].isnan().all()
 
 
 def test_study_shows_refusals_and_pairs_its_groups():
     each = study(0, 8)
     specs = parse_estimators(["calibrated_tea", "max_at_k:k=9", "direct", "tea:scale=none"])
-    refused, too_large, direct, tea = each.rows(specs, [8])
+    refused, too_large, direct, tea = each.run(specs).rows
     assert "needs at least 9 rollouts" in refused.note and "lower k (now 9)" in too_large.note
     assert refused.values == {} == too_large.values
     assert direct.in_reward_units
@@ -216,15 +245,15 @@ def test_study_shows_refusals_and_pairs_its_groups():
 
 def test_study_is_reproducible_and_refuses_a_single_prompt():
     specs = parse_estimators(["grpo"])
-    (one,), (same,) = study(0, 8).rows(specs, [8]), study(0, 8).rows(specs, [8])
+    (one,), (same,) = study(0, 8).run(specs).rows, study(0, 8).run(specs).rows
     assert one == same
     with pytest.raises(ValueError, match="prompts must be at least 2"):
         study(0, 8, prompts=1)
 
 
 def test_report_has_every_estimator_and_reasons(tmp_path):
-    each = study(0, 8)
-    rows = list(each.rows(parse_estimators(["grpo", "mean_reward", "calibrated_tea"]), [8]))
+    report = study(0, 8).run(parse_estimators(["grpo", "mean_reward", "calibrated_tea"]))
+    rows = report.rows
     lines = fidelity_table(rows).splitlines()
     assert [line.split(" | ")[1] for line in lines[2:]] == ["grpo", "mean_reward", "calibrated_tea"]
     assert "refused: calibrated_tea needs at least 9" in lines[4]
@@ -235,5 +264,5 @@ def test_report_has_every_estimator_and_reasons(tmp_path):
     header, first = (tmp_path / "x.csv").read_text().splitlines()[:2]
     assert {"cosine", "cosine_low", "cosine_high", "rmse_raw_256", "simulated_cosine_32"} <= set(header.split(","))
     assert float(first.split(",")[header.split(",").index("cosine")]) == rows[0].values["cosine"].value
-    plot_fidelity(tmp_path / "x.png", rows, each.ceiling()["ceiling"], target_n=N)
+    plot_fidelity(tmp_path / "x.png", report, target_n=N)
     assert (tmp_path / "x.png").stat().st_size > 10_000

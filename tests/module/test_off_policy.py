@@ -19,7 +19,7 @@ def policy(tmp_path_factory):
     return save_tiny_policy(tmp_path_factory.mktemp("policy"))
 
 
-def module_of(policy, estimator, *, off_policy="exact", inner_epochs=2, **loss):
+def module_of(policy, estimator, *, correction="exact", inner_epochs=2, **loss):
     return PostTrainingModule(
         policy=policy,
         estimator=estimator,
@@ -28,7 +28,7 @@ def module_of(policy, estimator, *, off_policy="exact", inner_epochs=2, **loss):
         gradient_clip_norm=None,
         advantage_scale="none",
         inner_epochs=inner_epochs,
-        off_policy=off_policy,
+        inner_epoch_correction=correction,
     )
 
 
@@ -75,7 +75,7 @@ def test_clipping_gives_another_gradient_once_the_policy_has_moved(policy):
     batch = make_batch(make_rollouts(REWARDS))
     estimator = build_estimator("max_at_k", k=2)
     _, exact = run_steps(module_of(policy, estimator), [batch])
-    _, clipped = run_steps(module_of(policy, estimator, off_policy="clip"), [batch])
+    _, clipped = run_steps(module_of(policy, estimator, correction="clip"), [batch])
     assert torch.equal(exact[0], clipped[0])
     assert not torch.allclose(exact[1], clipped[1], rtol=0.01)
 
@@ -89,9 +89,9 @@ def test_unscorable_rollouts_take_no_part(policy):
 @pytest.mark.parametrize(
     ("estimator", "settings", "message"),
     [
-        ("grpo", {}, "off_policy=exact needs an estimator with an off-policy form"),
+        ("grpo", {}, "inner_epoch_correction=exact needs an estimator with an off-policy form"),
         ("max_at_k", {"importance_cap": 2.0}, "set one of them only"),
-        ("max_at_k", {"off_policy": "exactly"}, "off_policy must be clip or exact"),
+        ("max_at_k", {"correction": "exactly"}, "inner_epoch_correction must be clip or exact"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(policy, estimator, settings, message):

@@ -1,0 +1,181 @@
+"""Projected score vectors: what each rollout would do to the policy's weights, one short vector a rollout."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tealightning.micro_batches import score_completions, split_rows
+from tealightning.types import RolloutBatch
+
+
+class LinearProjection:
+    """A random projection of the gradient of every `nn.Linear` weight, seeded.
+
+    The gradient of a weight [out, in] for one rollout is `sum_t delta_t a_t^T` (a_t the input at token t, delta_t the
+    gradient of the log-prob by the output). With Gaussian `U [out, k]` and `V [in, k]` its projection is
+
+        U^T (sum_t delta_t a_t^T) V / k = (Delta U)^T (A V) / k,    k^2 numbers,
+
+    which never forms the gradient. Over seeds it is unbiased for inner products: `E <PG, PH> = <G, H>`, exactly.
+    Weights of other modules (embeddings, norms, biases, `Conv1D`) are left out, and so are frozen ones: all gradients
+    are compared on the subset of parameters that is covered. A weight that several modules share has one block. A head
+    tied to the embedding counts with its part as a head.
+
+    Args:
+        policy: Its `nn.Linear` modules are found here.
+        size: k; D = k^2 times the number of different weights.
+        seed: Of U and V.
+
+    Raises:
+        ValueError: if there is no trainable `nn.Linear`.
+    """
+
+    def __init__(self, policy: nn.Module, *, size: int = 8, seed: int = 0) -> None:
+        if size < 1:
+            raise ValueError(f"projection must be at least 1, got {size}.")
+        self.size = size
+        self.layers = {name: m for name, m in policy.named_modules() if isinstance(m, nn.Linear)}
+        self.layers = {name: m for name, m in self.layers.items() if m.weight.requires_grad}
+        if not self.layers:
+            raise ValueError("the policy has no trainable nn.Linear, which is what gradients are projected from.")
+        weights: dict[int, Tensor] = {}
+        self.matrices: dict[int, tuple[Tensor, Tensor]] = {}
+        for name, layer in self.layers.items():
+            key = id(layer.weight)
+            if key not in weights:
+                weights[key] = layer.weight
+                self.matrices[key] = _gaussians(layer.weight, size, f"{seed}\0{name}")
+        self._slots = {key: slot for slot, key in enumerate(weights)}
+        total = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+        self.covered = sum(weight.numel() for weight in weights.values()) / total
+        """Share of the policy's trainable parameters."""
+
+    @property
+    def num_features(self) -> int:
+        """D."""
+        return len(self._slots) * self.size**2
+
+    def slot(self, layer: nn.Linear) -> slice:
+        """Where in the D features the layer's weight is."""
+        first = self._slots[id(layer.weight)] * self.size**2
+        return slice(first, first + self.size**2)
+
+    def matrices_of(self, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+        """U [out, k] and V [in, k], V divided by k."""
+        return self.matrices[id(layer.weight)]
+
+
+def score_vectors(
+    policy: nn.Module,
+    rollouts: RolloutBatch,
+    projection: LinearProjection,
+    *,
+    max_tokens: int = 16_384,
+    on_progress: Callable[[int], Any] = lambda rows: None,
+) -> Tensor:
+    """`s_i = P grad log pi(y_i | x)` for every rollout, under the distribution that it was sampled from.
+
+    One forward and one backward pass per micro-batch: sequences never interact, so the gradients of the sum of their
+    log-probs by a layer's outputs are each rollout's own. No weight's gradient is computed.
+
+    Args:
+        policy: Run in eval mode, without gradient checkpointing; left as it was found.
+        rollouts: B rollouts; moved to the policy's device a micro-batch at a time.
+        projection: Made from this policy.
+        max_tokens: Padded tokens of a micro-batch: decides memory, not the result.
+        on_progress: Called with the number of rollouts that each micro-batch finished.
+
+    Returns:
+        [B, D] on the CPU, float32 (float64 for a float64 policy).
+
+    Raises:
+        ValueError: if a layer's input does not keep rollouts apart: [rows, ..., in] is expected.
+    """
+    dtype = torch.promote_types(next(iter(projection.layers.values())).weight.dtype, torch.float32)
+    scores = torch.zeros(len(rollouts.completion_ids), projection.num_features, dtype=dtype)
+    device = next(policy.parameters()).device
+    everything = torch.arange(len(scores))
+    with _only_activations(policy), torch.enable_grad():
+        for rows in split_rows(rollouts.prompt_lengths, rollouts.completion_lengths, everything, max_tokens=max_tokens):
+            part = _rows_of(rollouts, rows).to(device)
+            sums = torch.zeros(len(rows), projection.num_features, dtype=dtype, device=device)
+            with _adding_to(sums, projection):
+                log_probs = score_completions(policy, part, torch.arange(len(rows), device=device)).log_probs
+                log_probs.sum().backward()
+            scores[rows] = sums.cpu()
+            on_progress(len(rows))
+    return scores
+
+
+@contextmanager
+def _adding_to(sums: Tensor, projection: LinearProjection) -> Iterator[None]:
+    """Hooks that add each rollout's projected gradient to its row of `sums` [rows, D] during backward."""
+
+    def forward_hook(layer: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        activation = inputs[0].detach()
+        if activation.ndim < 3 or len(activation) != len(sums):
+            raise ValueError(
+                f"a Linear of the policy got an input of shape {tuple(activation.shape)}, and [{len(sums)}, tokens, "
+                f"{activation.shape[-1]}] was expected: policies that flatten or route tokens cannot be projected."
+            )
+        left, right = projection.matrices_of(layer)
+        seen = (activation @ right).flatten(1, -2)  # [rows, t, k]
+        if not output.requires_grad:  # the first layers: no parameter before them requires a gradient now
+            output.requires_grad_(True)
+
+        def backward_hook(delta: Tensor) -> None:
+            moved = (delta @ left).flatten(1, -2)
+            block = torch.einsum("rti,rtj->rij", moved.to(sums.dtype), seen.to(sums.dtype))
+            sums[:, projection.slot(layer)] += block.flatten(1)
+
+        output.register_hook(backward_hook)
+
+    handles = [layer.register_forward_hook(forward_hook) for layer in projection.layers.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _only_activations(policy: nn.Module) -> Iterator[None]:
+    """Eval mode (no dropout, no recomputation of activations) and no gradients of parameters."""
+    training = [module for module in policy.modules() if module.training]
+    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    policy.eval()
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+def _rows_of(rollouts: RolloutBatch, rows: Tensor) -> RolloutBatch:
+    """The rollouts `rows`, as a group of one prompt's: their rewards play no part."""
+    return RolloutBatch(
+        prompt_ids=rollouts.prompt_ids[rows],
+        prompt_lengths=rollouts.prompt_lengths[rows],
+        completion_ids=rollouts.completion_ids[rows],
+        completion_lengths=rollouts.completion_lengths[rows],
+        rollout_log_probs=rollouts.rollout_log_probs[rows],
+        truncated=rollouts.truncated[rows],
+        rewards=rollouts.rewards.flatten()[rows][None],
+        sampling=rollouts.sampling,
+    )
+
+
+def _gaussians(weight: Tensor, size: int, key: str) -> tuple[Tensor, Tensor]:
+    """U [out, k] and V [in, k] / k, from a seed that depends on the layer's name and not on the other layers."""
+    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 2
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.randn(side, size, generator=generator, dtype=torch.float64) for side in weight.shape)
+    return left.to(weight), (right / size).to(weight)

@@ -1,0 +1,112 @@
+"""`tealightning diagnose gradients -c CONFIG` on the tiny playground."""
+
+import csv
+import json
+
+import pytest
+from command_line import QUICKSTART, run
+from run_records import quickstart_args
+
+from tealightning.cli.diagnose_policy import diagnose_policy_gradients
+from tealightning.estimators import estimator_names
+
+SMALL = ["--prompts", "4", "--pool", "64", "-N", "16", "-m", "9", "--projection", "4"]
+
+
+def config_of(playground, folder, engine="transformers_engine"):
+    return [*quickstart_args("validate", playground, folder)[1:], f"--rollout.engine={engine}"]
+
+
+def measure(*args):
+    """Through the command line's entry point, as `diagnose gradients` hands it over."""
+    return run("diagnose", "gradients", *args)
+
+
+@pytest.fixture(scope="module")
+def measured(playground, tmp_path_factory):
+    """(result, folder) of a study with every estimator."""
+    folder = tmp_path_factory.mktemp("policy")
+    result = measure(*config_of(playground, folder), *SMALL, "--out", folder / "out")
+    assert result.status == 0, result.err
+    return result, folder / "out"
+
+
+def test_study_has_every_estimator_that_suits_the_rewards(measured):
+    result, folder = measured
+    with (folder / "policy_fidelity.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    binary = {"pass_at_n", "grpo_lead"} & set(estimator_names())
+    assert {row["estimator"].partition("[")[0] for row in rows} == set(estimator_names()) - binary
+    assert all(name in result.out for name in binary)
+    assert "for rewards of 0 and 1" in result.out
+    assert {row["m"] for row in rows} == {"9"}
+    assert all(-1 <= float(row["cosine_raw"]) <= 1 for row in rows if not row["note"].startswith("refused"))
+
+
+def test_study_writes_what_it_says(measured):
+    result, folder = measured
+    page = (folder / "policy_fidelity.md").read_text()
+    for told, name in (("Page", "md"), ("Figures", "csv"), ("Plot", "png")):
+        assert f"{told}: {folder / f'policy_fidelity.{name}'}" in result.out
+        assert (folder / f"policy_fidelity.{name}").stat().st_size > 0
+    table = [line for line in result.out.splitlines() if line.startswith("|")]
+    assert len(table) > 5 and "\n".join(table) in page
+    assert page.index("Noise ceiling") < page.index("| m | estimator |")
+    assert "tealightning diagnose gradients -c " in page and "- commit: " in page
+    assert "4 prompts (val) with 64 rollouts, 0 not scored, halves of 32" in page
+
+
+def test_study_saves_the_rewards_of_the_pool(measured, playground):
+    _, folder = measured
+    lines = [json.loads(line) for line in (folder / "rewards.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["val-0000", "val-0001", "val-0002", "val-0003"]
+    assert all(len(set(line["rewards"])) > 32 for line in lines)
+
+
+def test_estimators_by_name_come_with_a_refusal_or_figures(playground, tmp_path):
+    asked = ["--estimators", "grpo_lead", "tea:scale=none", "max_at_k:k=10"]
+    result = measure(*config_of(playground, tmp_path), *SMALL, "--out", tmp_path / "out", *asked)
+    assert result.status == 0, result.err
+    table = [line for line in result.out.splitlines() if line.startswith("| 9 |")]
+    assert [line.split(" | ")[1] for line in table] == ["grpo_lead", "tea[scale=none]", "max_at_k[k=10]"]
+    assert "refused: max_at_k needs at least 10 rollouts" in table[2]
+    assert "left out" not in result.out
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--pool", "255"], "--pool must be at least 256"),
+        (["-m", "1"], "-m and -N must be at least 2, got 1 and 128"),
+        (["--prompts", "1"], "--prompts must be at least 2"),
+        (["--projection", "0"], "--projection must be at least 1"),
+        (["--estimators", "te"], "Did you mean 'tea'"),
+        (["--rollout.grup_size=3"], "Unknown setting 'rollout.grup_size'"),
+    ],
+)
+def test_errors_come_before_anything_is_sampled(args, told):
+    result = measure("-c", QUICKSTART, *args)
+    assert result.status == 2
+    assert told in result.err
+
+
+def test_a_config_is_needed():
+    with pytest.raises(ValueError, match=r"add -c configs/quickstart\.yaml"):
+        diagnose_policy_gradients(["--trainer.accelerator=cpu"])
+
+
+def test_help_lists_the_options_and_says_where_the_others_go():
+    result = measure("-c", "--help")
+    assert result.status == 0
+    for option in ("-N", "--pool", "--estimators", "--projection", "--seed", "--out"):
+        assert option in result.out
+    assert "every other option go to the config" in " ".join(result.out.split())
+
+
+@pytest.mark.slow
+def test_study_with_vllm(playground, tmp_path):
+    pytest.importorskip("vllm")
+    config = config_of(playground, tmp_path, engine="vllm_engine")
+    result = measure(*config, *SMALL, "--estimators", "grpo", "--out", tmp_path / "out")
+    assert result.status == 0, result.err
+    assert "| 9 | grpo |" in result.out
