@@ -10,7 +10,7 @@ its "**When to use.**" paragraph.
     python tools/update_estimator_pages.py --results docs/results/gradient-fidelity.md
 
 fills that page instead: what stands between `<!-- include runs/.../fidelity.md -->` and `<!-- /include -->` becomes the
-text of that generated file, without its title, and the plots that it shows are copied next to the page.
+text of that generated file, without its title, and plots beside it that the page shows are copied next to the page.
 """
 
 import argparse
@@ -107,12 +107,15 @@ def update_results(page: Path, root: Path) -> list[Path]:
         source = root / match[2]
         used.append(source)
         text = source.read_text(encoding="utf-8").partition("\n")[2].strip()
-        for image in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
-            shutil.copyfile(source.parent / image, page.parent / image)
         text = re.sub(r"^#", "##", text, flags=re.MULTILINE)
         return f"{match[1]}{text}\n{match[3]}"
 
-    page.write_text(INCLUDE.sub(filled, page.read_text(encoding="utf-8")), encoding="utf-8")
+    text = INCLUDE.sub(filled, page.read_text(encoding="utf-8"))
+    page.write_text(text, encoding="utf-8")
+    for image in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
+        for source in used:
+            if (source.parent / image).is_file():
+                shutil.copyfile(source.parent / image, page.parent / image)
     return used
 
 

@@ -25,8 +25,7 @@ MIN_PROMPTS = 10
 """Fewer do not tell how much prompts differ."""
 LONG_TAIL = 16
 """Rollouts in the tail of a training group from which a shape of its own pays. With fewer, a generalised Pareto fit is
-so noisy that the least noisy Gaussian estimator is closer in every analytic world, bounded and heavy ones included
-(docs/results/gradient-fidelity.md)."""
+so noisy that a Gaussian tail comes closer in every analytic world (docs/results/gradient-fidelity.md)."""
 TIED = 0.5
 FEW_VALUES = 10
 """Discrete: more than the share `TIED` of a tail is tied, at no more than `FEW_VALUES` different values."""
@@ -128,15 +127,22 @@ def _by_prediction(checks: TailChecks, training_tail: int) -> Verdict | None:
 
 
 def _not_gaussian(checks: TailChecks, name: Literal["heavier", "bounded"], reason: str, training_tail: int) -> Verdict:
-    """The same estimator as for a Gaussian tail unless a bounded one is long enough to be fitted."""
+    """What comes closest in the analytic worlds of that kind (docs/results/gradient-fidelity.md)."""
     if checks.held_out is not None:
         surplus = float(mean_over_prompts(checks.held_out.error[:, -1]).mean - checks.held_out.gaussian_error[-1])
         part = abs(surplus) / float(mean_over_prompts(checks.held_out.measured[:, -1]).mean)
         reason = f"{reason}; best-of-{checks.held_out.ns[-1]} differs from a Gaussian's by {part:.0%} of its gain"
-    fitted = {"tail": "gpd"}
-    if name == "bounded" and training_tail >= LONG_TAIL:
+    if name == "heavier":  # dividing by the group's spread tames the outliers
         return Verdict(
-            name=name, reason=_sentence(reason), estimator="tea", settings=fitted, alternative="optimal_tea, less noisy"
+            name=name, reason=_sentence(reason), estimator="tea", alternative="optimal_tea, less biased and noisier"
+        )
+    if training_tail >= LONG_TAIL:
+        return Verdict(
+            name=name,
+            reason=_sentence(reason),
+            estimator="tea",
+            settings={"tail": "gpd"},
+            alternative="optimal_tea, more biased and less noisy",
         )
     alternative = f"tea with tail: gpd, where groups have {LONG_TAIL} rollouts or more in the tail"
     return Verdict(name=name, reason=_sentence(reason), estimator="optimal_tea", alternative=alternative)

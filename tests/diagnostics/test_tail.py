@@ -130,15 +130,15 @@ def test_predictions_decide_where_the_shape_does_not():
         held_out = checks.held_out._replace(error=checks.held_out.error + shift)
         verdict = judge_tail(replace(checks, held_out=held_out))
         assert verdict.name == name
-        assert verdict.estimator == "optimal_tea"
+        assert verdict.estimator == ("tea" if name == "heavier" else "optimal_tea")
         assert ("best-of-112 differs" in verdict.reason) == (name != "gaussian")
 
 
-@pytest.mark.parametrize(("kind", "long_tail"), [("uniform", "tea"), ("student_t3", "optimal_tea")])
-def test_a_shape_is_fitted_only_where_groups_have_a_long_bounded_tail(kind, long_tail):
-    checks = check_tail(draw(kind, 0))
-    assert judge_tail(checks, training_tail=15).estimator == "optimal_tea"
-    assert judge_tail(checks, training_tail=16).estimator == long_tail
+@pytest.mark.parametrize(("tail", "estimator", "settings"), [(15, "optimal_tea", {}), (16, "tea", {"tail": "gpd"})])
+def test_a_shape_is_fitted_only_where_groups_have_a_long_bounded_tail(tail, estimator, settings):
+    verdict = judge_tail(check_tail(draw("uniform", 0)), training_tail=tail)
+    assert (verdict.estimator, verdict.settings) == (estimator, settings)
+    assert judge_tail(check_tail(draw("student_t3", 0)), training_tail=tail).settings == {}
 
 
 def test_p_values_of_a_mean_over_prompts():
