@@ -19,7 +19,7 @@ def test_version_of_the_module_run_as_a_program():
 def test_help_lists_every_command(args):
     result = run(*args)
     assert result.status == 0
-    for command in ("fit", "validate", "test", "playground", "estimators"):
+    for command in ("fit", "validate", "test", "playground", "estimators", "diagnose"):
         assert f"\n  {command} " in result.out
 
 
@@ -84,7 +84,10 @@ def test_playground_builds_once_and_is_reused(tmp_path):
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        (["fti"], "Unknown command 'fti'. Did you mean 'fit'? Valid: estimators, fit, playground, test, validate."),
+        (
+            ["fti"],
+            "Unknown command 'fti'. Did you mean 'fit'? Valid: diagnose, estimators, fit, playground, test, validate.",
+        ),
         (["estimators", "tae"], "Unknown estimator 'tae'. Did you mean 'tea'?"),
         (["playground"], "--out"),
         (["playground", "--out", "x", "--size", "huge"], "invalid choice: 'huge'"),
