@@ -17,6 +17,8 @@ _LAZY = {
     "BestOfNReport": "tealightning.callbacks",
     "ExportPolicy": "tealightning.callbacks",
     "SampleTable": "tealightning.callbacks",
+    "EvaluationRecord": "tealightning.callbacks",
+    "Budget": "tealightning.callbacks",
     "BestOfN": "tealightning.metrics",
     "SamplingConfig": "tealightning.types",
 }

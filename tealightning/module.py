@@ -109,6 +109,11 @@ class PostTrainingModule(pl.LightningModule):
         """The policy's tokenizer."""
         return load_tokenizer(self.policy_path, trust_remote_code=self.load_kwargs["trust_remote_code"])
 
+    @property
+    def reference(self) -> Any:
+        """The frozen model that the KL penalty is measured to; None without one."""
+        return self._reference[0] if self._reference else None
+
     def setup(self, stage: str) -> None:
         """Load the reference if there is a KL penalty to train with. Safe to call again."""
         if stage == "fit" and self.loss.kl_coef > 0 and not self._reference:
@@ -145,14 +150,17 @@ class PostTrainingModule(pl.LightningModule):
         step = self._step_batch(_rollouts_of(batch))
         sums: dict[str, Tensor] = {}
         sampled_log_probs = step.behaviour_log_probs
+        trained_tokens = 0
         for epoch in range(self.inner_epochs):
             if self.is_exact_off_policy and epoch > 0:
                 assert sampled_log_probs is not None, "there is more than one inner epoch"
                 step = self._step_moved_on(step, sampled_log_probs)
-            sums |= self._optimizer_step(step, is_first=epoch == 0)
+            epoch_sums = self._optimizer_step(step, is_first=epoch == 0)
+            trained_tokens += int(epoch_sums.get("tokens", 0))
+            sums |= epoch_sums
         if self.lr_scheduler is not None:
             self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
-        self._log_step(step, sums)
+        self._log_step(step, sums, trained_tokens)
 
     def _step_batch(self, rollouts: RolloutBatch) -> StepBatch:
         """Advantages, the rollouts to train on and the log-probs that stay fixed during the step."""
@@ -252,7 +260,7 @@ class PostTrainingModule(pl.LightningModule):
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
         return block() if block is not None else nullcontext()
 
-    def _log_step(self, step: StepBatch, sums: dict[str, Tensor]) -> None:
+    def _log_step(self, step: StepBatch, sums: dict[str, Tensor], trained_tokens: int) -> None:
         """Log the step's metrics, reduced over ranks."""
         zero = torch.zeros((), device=self.device)
         keys = ["policy_loss", "clipped", "entropy", "kl", "mismatch", "tokens"]
@@ -267,6 +275,7 @@ class PostTrainingModule(pl.LightningModule):
             "train/grad_norm": sums["grad_norm"],
             "train/lr": self.optimizers().param_groups[0]["lr"],  # type: ignore[union-attr]
             "train/advantage_std": self._over_ranks(step.advantages.std()),
+            "train/trained_tokens": self._over_ranks(zero + trained_tokens, "sum"),
             "train/rollouts_skipped": self._over_ranks(zero + 1 - len(step.rows) / len(step.advantages)),
             "train/groups_too_small": self._over_ranks(small),
             "rollout/log_prob_abs_diff_mean": total["mismatch"] / tokens,

@@ -19,6 +19,7 @@ commands:
   validate    best-of-n on the validation prompts
   test        best-of-n on the test prompts
   playground  build the embedded policy, reward model and prompts
+  compare     head-to-head ablation    tealightning compare -c configs/ablations/playground.yaml
   estimators  list the advantage estimators with objective and parameters
   diagnose    gradients: how faithful the estimators are; tail: whether a reward's tail suits them
 
@@ -66,6 +67,10 @@ def _run(command: str, args: list[str]) -> None:
         from tealightning.cli.commands import estimators
 
         estimators(args)
+    elif command == "compare":
+        from tealightning.cli.compare import compare
+
+        compare(args)
     elif command == "diagnose":
         from tealightning.cli.diagnose import diagnose
 

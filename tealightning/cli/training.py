@@ -106,7 +106,7 @@ def run_training(command: str, args: Sequence[str]) -> None:
     """
     if command not in COMMANDS:
         raise ValueError(
-            f"Unknown command {command!r}.{did_you_mean(command, [*COMMANDS, 'playground', 'estimators', 'diagnose'])}"
+            f"Unknown command {command!r}.{did_you_mean(command, [*COMMANDS, 'playground', 'compare', 'estimators', 'diagnose'])}"
         )
     _parse(TrainingCLI, command, args)
 

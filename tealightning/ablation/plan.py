@@ -1,0 +1,298 @@
+"""From a spec to runs: every (variant, seed) with the configuration that `tealightning fit` would take."""
+
+import copy
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tealightning.ablation.spec import AblationSpec, filled, placeholders
+
+Resolve = Callable[[Sequence[str]], dict[str, Any]]
+"""Arguments of `tealightning fit` -> the configuration that they amount to; raises ValueError where there is none."""
+
+_SMALL_FILE_BYTES = 64 * 2**20
+
+
+@dataclass(kw_only=True, slots=True)
+class Variant:
+    """One line of the tables: a variant at one point of the grid."""
+
+    name: str  # as in tables: "tea" or "tea[m=16,n=64]"
+    base: str  # as in the spec: "tea"
+    point: dict[str, Any]  # the grid's values that it uses
+    settings: dict[str, Any]  # by dotted key
+    reference: str | None  # name of the variant that it is compared with; None = it is a reference itself
+
+
+@dataclass(kw_only=True, slots=True)
+class Job:
+    """One run: training a variant with a seed, or evaluating the policy that training starts from."""
+
+    kind: Literal["fit", "start"]
+    variant: str  # of a start: the first variant that needs it
+    seed: int
+    config: dict[str, Any]  # of `tealightning fit`, the run's folder left open
+    hash: str  # of config and local inputs
+    folder: Path
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.variant if self.kind == 'fit' else 'starting policy'}, seed {self.seed}"
+
+
+@dataclass(kw_only=True, slots=True)
+class Plan:
+    """All runs of an ablation."""
+
+    spec: AblationSpec
+    variants: list[Variant]
+    jobs: dict[tuple[str, int], Job]  # (variant, seed) -> its training run
+    starts: dict[tuple[str, int], Job]  # (variant, seed) -> the evaluation that its run is paired with
+
+    @property
+    def all_jobs(self) -> list[Job]:
+        """Every run once: evaluations of starting policies first, then seed by seed, so that an unfinished ablation has
+        whole comparisons."""
+        starts = {job.folder: job for job in self.starts.values()}
+        by_seed = sorted(self.jobs.values(), key=lambda job: self.spec.seeds.index(job.seed))
+        return [*starts.values(), *by_seed]
+
+
+def expand(spec: AblationSpec) -> list[Variant]:
+    """The variants at every point of the grid that they use.
+
+    Raises:
+        ValueError: if the reference is no variant, or uses an axis that another variant does not.
+    """
+    if spec.reference not in spec.variants:
+        raise ValueError(f"reference must be one of the variants {', '.join(spec.variants)}, got {spec.reference!r}.")
+    merged = {name: {**spec.settings, **settings} for name, settings in spec.variants.items()}
+    axes = {name: [a for a in spec.grid if a in placeholders(settings)] for name, settings in merged.items()}
+    reference_axes = axes[spec.reference]
+    variants = []
+    for name, settings in merged.items():
+        if missing := [axis for axis in reference_axes if axis not in axes[name]]:
+            raise ValueError(
+                f"the reference {spec.reference} differs along {{{missing[0]}}} and {name} does not: there is nothing "
+                "to compare it with."
+            )
+        for point in _points(spec, axes[name]):
+            reference = _named(spec.reference, {axis: point[axis] for axis in reference_axes})
+            own = _named(name, point)
+            variants.append(
+                Variant(
+                    name=own,
+                    base=name,
+                    point=point,
+                    settings=filled(settings, point),
+                    reference=None if own == reference else reference,
+                )
+            )
+    return variants
+
+
+def make_plan(spec: AblationSpec, resolve: Resolve, notify: Callable[[Variant], None] = lambda variant: None) -> Plan:
+    """Resolve and check every variant, before anything runs.
+
+    Args:
+        spec: What to compare.
+        resolve: From arguments of `fit` to a configuration.
+        notify: Called before each variant.
+
+    Raises:
+        ValueError: for a variant that cannot be run, with its name.
+    """
+    variants = expand(spec)
+    jobs: dict[tuple[str, int], Job] = {}
+    starts: dict[tuple[str, int], Job] = {}
+    fingerprints: dict[str, str] = {}
+    for variant in variants:
+        notify(variant)
+        try:
+            config = run_config(spec, resolve(arguments(spec, variant)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"variant {variant.name}: {error}") from error
+        for seed in spec.seeds:
+            seeded = with_seed(config, seed)
+            jobs[variant.name, seed] = _job(spec, "fit", variant.name, seed, seeded, fingerprints)
+            starts[variant.name, seed] = _job(spec, "start", variant.name, seed, start_config(seeded), fingerprints)
+    return Plan(spec=spec, variants=variants, jobs=jobs, starts=starts)
+
+
+def arguments(spec: AblationSpec, variant: Variant) -> list[str]:
+    """Arguments of `tealightning fit` for the variant, without what the ablation imposes."""
+    configs = [part for path in spec.base for part in ("-c", path)]
+    return [*configs, *(f"--{key}={_text(value)}" for key, value in variant.settings.items())]
+
+
+def run_config(spec: AblationSpec, config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with the ablation's evaluation and budget; loggers and seeds come later.
+
+    Raises:
+        ValueError: if rollouts_per_step does not divide, or the group is too small.
+    """
+    config = copy.deepcopy(config)
+    evaluation = spec.evaluation
+    model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
+    model["ns"] = list(evaluation.ns)
+    model["extrapolate_ns"] = []
+    data["val_batch_size"] = evaluation.batch_size
+    if (per_step := spec.equal.get("rollouts_per_step")) is not None:
+        group_size = config["rollout"]["group_size"]
+        if per_step % group_size:
+            raise ValueError(f"equal.rollouts_per_step={per_step} is no multiple of rollout.group_size={group_size}.")
+        data["batch_size"] = per_step // group_size
+    what = spec.equal_what
+    limits = {} if what == "optimizer_steps" else {what: spec.equal[what]}
+    trainer |= {
+        "max_steps": spec.equal[what] if what == "optimizer_steps" else -1,
+        "max_epochs": -1,
+        "max_time": None,
+        "num_sanity_val_steps": 0,
+        "val_check_interval": evaluation.every,
+        "check_val_every_n_epoch": None,
+        "limit_val_batches": _batches(evaluation.prompts, evaluation.batch_size),
+        "limit_test_batches": _batches(evaluation.held_out_prompts, evaluation.batch_size),
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "fast_dev_run": False,
+    }
+    if evaluation.every is None:
+        trainer |= {"val_check_interval": 1.0, "check_val_every_n_epoch": 10**9}
+    kept = [c for c in trainer.get("callbacks") or [] if not c["class_path"].endswith((".BestOfNReport", ".Budget"))]
+    trainer["callbacks"] = [
+        *kept,
+        {"class_path": "tealightning.Budget", "init_args": limits},
+        {"class_path": "tealightning.EvaluationRecord", "init_args": _record_args(spec)},
+    ]
+    return config
+
+
+def with_seed(config: dict[str, Any], seed: int) -> dict[str, Any]:
+    """`config` for one seed: of the samples and of the order of the prompts. The same for all variants, which are
+    thereby paired; evaluation seeds depend on it and on the prompt alone."""
+    config = copy.deepcopy(config)
+    config["seed_everything"] = seed
+    config["data"]["init_args"]["seed"] = seed
+    return config
+
+
+def start_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The evaluation of the policy that training with `config` starts from: nothing in it depends on training."""
+    config = copy.deepcopy(config)
+    kept = ("policy", "reference", "dtype", "trust_remote_code", "ns", "micro_batch_tokens", "micro_batch_size")
+    init_args = config["model"]["init_args"]
+    config["model"]["init_args"] = {key: init_args[key] for key in kept if key in init_args} | {
+        "estimator": {"class_path": "tealightning.estimators.MeanReward"}
+    }
+    config["model"]["init_args"]["reference"] = None
+    config["data"]["init_args"] |= {"batch_size": config["data"]["init_args"]["val_batch_size"]}
+    config["rollout"]["group_size"] = 16
+    record = config["trainer"]["callbacks"][-1]
+    config["trainer"] |= {"callbacks": [record], "max_steps": 0, "val_check_interval": None}
+    return config
+
+
+def with_folder(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`config` with the run's own folder as that of its first logger; loggers elsewhere (wandb) are kept behind it."""
+    config = copy.deepcopy(config)
+    there = config["trainer"].get("logger")
+    others = [logger for logger in (there if isinstance(there, list) else [there]) if isinstance(logger, dict)]
+    kept = [logger for logger in others if not logger["class_path"].endswith(("CSVLogger", "TensorBoardLogger"))]
+    own = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": str(folder), "name": "", "version": ""},
+    }
+    config["trainer"]["logger"] = [own, *kept]
+    return config
+
+
+def config_hash(config: Mapping[str, Any], fingerprints: dict[str, str]) -> str:
+    """12 hex digits of the configuration and of the local files that it names.
+
+    Args:
+        config: As `run_config` gives it.
+        fingerprints: Digests of files and folders seen before, by path; filled.
+    """
+    read = [config["model"], config["data"], config["rollout"], config["trainer"]["callbacks"]]  # no folder of a logger
+    paths = sorted({text for text in _texts(read) if _is_local(text)})
+    inputs = {path: fingerprints.setdefault(path, _fingerprint(Path(path))) for path in paths}
+    settings = {key: value for key, value in config.items() if key != "ckpt_path"}
+    return hashlib.sha256(json.dumps([settings, inputs], sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _job(
+    spec: AblationSpec,
+    kind: Literal["fit", "start"],
+    variant: str,
+    seed: int,
+    config: dict[str, Any],
+    fingerprints: dict[str, str],
+) -> Job:
+    digest = config_hash(config, fingerprints)
+    name = re.sub(r"[^A-Za-z0-9.+-]+", "_", variant).strip("_") if kind == "fit" else "start"
+    folder = spec.folder / "runs" / name / f"seed{seed}-{digest}"
+    return Job(kind=kind, variant=variant, seed=seed, config=config, hash=digest, folder=folder)
+
+
+def _points(spec: AblationSpec, axes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for values in itertools.product(*(spec.grid[axis] for axis in axes)):
+        yield dict(zip(axes, values, strict=True))
+
+
+def _named(base: str, point: Mapping[str, Any]) -> str:
+    return f"{base}[{','.join(f'{axis}={value}' for axis, value in point.items())}]" if point else base
+
+
+def _record_args(spec: AblationSpec) -> dict[str, Any]:
+    evaluation = spec.evaluation
+    return {
+        "gold": evaluation.gold,
+        "kl_samples": evaluation.kl_samples,
+        "diversity_samples": evaluation.diversity_samples,
+    }
+
+
+def _batches(prompts: int | None, batch_size: int) -> int | float:
+    """Lightning's limit: batches, or the whole split."""
+    return 1.0 if prompts is None else prompts // batch_size
+
+
+def _text(value: Any) -> str:
+    """A value as the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _is_local(text: str) -> bool:
+    """True for something with a slash or a suffix that exists: not for a word that happens to be a folder's name."""
+    return bool(re.search(r"[/.]", text)) and len(text) < 4096 and "\0" not in text and Path(text).exists()
+
+
+def _fingerprint(path: Path) -> str:
+    """Digest of a file or of the files of a folder: of their contents, of very large ones of the size."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        content = file.read_bytes() if size <= _SMALL_FILE_BYTES else str(size).encode()
+        digest.update(f"{file.relative_to(path) if path.is_dir() else ''} ".encode())
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()

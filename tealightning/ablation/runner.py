@@ -1,0 +1,204 @@
+"""Runs what is missing, each run in a process of its own, several at a time."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from tealightning.ablation.plan import Job
+from tealightning.ablation.progress import Display
+from tealightning.ablation.worker import Send, describe, read_record
+
+Target = Callable[[Job, Send], Any]
+"""Does a job, in a process of its own; a function of a module, so that it can be sent there."""
+
+STOP_SECONDS = 10.0
+
+
+@dataclass(kw_only=True, slots=True)
+class Outcome:
+    """What became of a job."""
+
+    status: str  # "finished", "failed" or "missing"
+    error: str | None = None
+    record: dict[str, Any] = field(default_factory=dict)  # run.json
+
+
+@dataclass(kw_only=True, slots=True)
+class _Running:
+    job: Job
+    process: Any
+    connection: Connection
+    slot: int
+    attempt: int
+    error: str | None = None
+
+
+def outcome_of(job: Job) -> Outcome:
+    """What the job's folder says: a record of another configuration counts as none."""
+    record = read_record(job.folder)
+    if record is None or record.get("hash") != job.hash:
+        return Outcome(status="missing")
+    return Outcome(status=record["status"], error=record.get("error"), record=record)
+
+
+def unfinished(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs that are still to be run: also those that failed before."""
+    return [job for job in jobs if outcome_of(job).status != "finished"]
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    target: Target,
+    *,
+    workers: int,
+    retries: int = 0,
+    environments: Sequence[dict[str, str]] = (),
+    preload: Sequence[str] = (),
+    display: Display | None = None,
+) -> dict[Path, Outcome]:
+    """Run the jobs, `workers` at a time; one that fails is tried again `retries` times and never stops the others.
+
+    Processes are forked from one that has imported `preload` already, which saves the imports of every run. They end
+    when this process does, however it ends.
+
+    Args:
+        jobs: In this order.
+        target: Does one job.
+        workers: How many at a time.
+        retries: Further attempts of a job that failed.
+        environments: Environment variables of each worker, such as the device that it may use.
+        preload: Modules.
+        display: Shows progress.
+
+    Returns:
+        What became of each job, by its folder.
+
+    Raises:
+        KeyboardInterrupt: after the processes were ended; what had finished is kept.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    queue = deque((job, 1) for job in jobs)
+    slots = deque(range(workers))
+    running: list[_Running] = []
+    outcomes: dict[Path, Outcome] = {}
+    display = display or Display(len(jobs), workers)
+    try:
+        with display:
+            while queue or running:
+                while queue and slots:
+                    job, attempt = queue.popleft()
+                    slot = slots.popleft()
+                    environment = environments[slot % len(environments)] if environments else {}
+                    running.append(_start(context, job, target, slot, attempt, environment))
+                    display.started(job)
+                for done in _watch(running, display):
+                    running.remove(done)
+                    slots.append(done.slot)
+                    outcome = _outcome(done)
+                    if outcome.status != "finished" and done.attempt <= retries:
+                        queue.appendleft((done.job, done.attempt + 1))
+                        display.retrying(done.job, outcome.error or "")
+                        continue
+                    outcomes[done.job.folder] = outcome
+                    display.ended(done.job, outcome.status, outcome.error, outcome.record.get("wall_seconds"))
+    finally:
+        _stop(running)
+    return outcomes
+
+
+def _start(context: Any, job: Job, target: Target, slot: int, attempt: int, environment: dict[str, str]) -> _Running:
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_child, args=(job, target, theirs, environment), daemon=False)
+    process.start()
+    theirs.close()
+    return _Running(job=job, process=process, connection=ours, slot=slot, attempt=attempt)
+
+
+def _watch(running: Sequence[_Running], display: Display) -> list[_Running]:
+    """Pass on what the processes tell; those that have ended."""
+    wait([r.process.sentinel for r in running] + [r.connection for r in running if not r.connection.closed], 1.0)
+    for one in running:
+        try:
+            while not one.connection.closed and one.connection.poll():
+                message = one.connection.recv()
+                one.error = message.get("error", one.error)
+                display.progress(one.job, message)
+        except (EOFError, OSError):
+            one.connection.close()
+    display.tick()
+    return [one for one in running if one.process.exitcode is not None]
+
+
+def _outcome(done: _Running) -> Outcome:
+    done.process.join()
+    done.connection.close()
+    outcome = outcome_of(done.job)
+    if done.process.exitcode == 0 and outcome.status == "finished":
+        return outcome
+    code = done.process.exitcode
+    ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    error = done.error or (outcome.error if outcome.status == "failed" else None)
+    return Outcome(status="failed", error=error or f"The process was {ended}; see {done.job.folder / 'log.txt'}.")
+
+
+def _stop(running: Sequence[_Running]) -> None:
+    for one in running:
+        one.process.terminate()
+    deadline = time.monotonic() + STOP_SECONDS
+    for one in running:
+        one.process.join(max(0.1, deadline - time.monotonic()))
+        if one.process.is_alive():
+            one.process.kill()
+            one.process.join()
+
+
+def _child(job: Job, target: Target, connection: Connection, environment: dict[str, str]) -> None:
+    """The process of a run."""
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its runs itself
+    threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
+
+    def send(message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):
+            connection.send(message)
+
+    try:
+        _log_to(job.folder)
+        target(job, send)
+    except BaseException as error:  # whatever it was, the parent is told, and goes on with the others
+        send({"error": describe(error)})
+        with contextlib.suppress(OSError):
+            import traceback
+
+            traceback.print_exc()
+            sys.stderr.flush()
+        os._exit(1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # engines may have left threads that are not worth waiting for
+
+
+def _end_with_parent(connection: Connection) -> None:
+    """The parent never writes, so reading ends when it is gone."""
+    with contextlib.suppress(EOFError, OSError):
+        connection.recv()
+    os._exit(1)
+
+
+def _log_to(folder: Path) -> None:
+    """Everything that the process prints goes to the run's `log.txt`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)

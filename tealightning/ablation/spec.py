@@ -1,0 +1,254 @@
+"""What an ablation compares: the file behind `tealightning compare -c FILE`."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tealightning.registry import did_you_mean
+
+EQUAL = ("optimizer_steps", "rollouts", "generated_tokens", "trained_tokens")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+
+
+@dataclass(kw_only=True, slots=True)
+class Evaluation:
+    """How every policy is evaluated; the same prompts and sampling seeds for all variants.
+
+    Args:
+        ns: Best-of-n budgets; `max(ns)` completions are sampled a prompt.
+        headline_n: The n that p-values are corrected at and plots over training show; None = the largest.
+        prompts: Validation prompts, a multiple of `batch_size`; None = all. They make the main tables.
+        held_out_prompts: Test prompts, likewise, evaluated once after training; 0 = none.
+        batch_size: Prompts of a batch.
+        every: Rollout steps between evaluations during training; None = only the final one.
+        gold: A second reward that is only measured: a registered name, or `class_path` and `init_args`.
+        kl_samples: Samples a prompt for the KL to the starting policy; 0 = none.
+        diversity_samples: Samples a prompt whose diversity is measured.
+        equal_kls: Where variants are compared at equal KL, in nats a completion; None = chosen from the runs.
+    """
+
+    ns: list[int] = field(default_factory=lambda: [1, 4, 16, 64, 128])
+    headline_n: int | None = None
+    prompts: int | None = None
+    held_out_prompts: int | None = 0
+    batch_size: int = 8
+    every: int | None = None
+    gold: Any = None
+    kl_samples: int = 16
+    diversity_samples: int = 16
+    equal_kls: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        wrong = [n for n in self.ns if not _is_count(n, 1)]
+        if wrong or len(set(self.ns)) != len(self.ns) or not self.ns:
+            raise ValueError(f"evaluation.ns must hold different integers of at least 1, got {self.ns}.")
+        self.ns = sorted(self.ns)
+        self.headline_n = self.ns[-1] if self.headline_n is None else self.headline_n
+        if self.headline_n not in self.ns:
+            raise ValueError(f"evaluation.headline_n must be one of ns {self.ns}, got {self.headline_n}.")
+        for name in ("prompts", "held_out_prompts"):
+            value = getattr(self, name)
+            if value is not None and (not _is_count(value, 0) or value % self.batch_size):
+                raise ValueError(
+                    f"evaluation.{name} must be null (all) or a multiple of evaluation.batch_size "
+                    f"({self.batch_size}), got {value!r}."
+                )
+        if self.prompts == 0:
+            raise ValueError("evaluation.prompts must not be 0: there would be nothing to compare.")
+        if self.every is not None and not _is_count(self.every, 1):
+            raise ValueError(f"evaluation.every must be at least 1 or null, got {self.every!r}.")
+
+
+@dataclass(kw_only=True, slots=True)
+class AblationSpec:
+    """An ablation: variants of a base run, each trained with several seeds.
+
+    Args:
+        name: Of the ablation; letters, digits, `_ . + -`.
+        base: Config files of `tealightning fit`; later ones win.
+        variants: name -> settings by dotted key, as on the command line (`model.estimator: tea`), values of any kind.
+            `{m}` in a value stands for a grid's value.
+        reference: The variant that differences are taken to.
+        seeds: Training seeds, of sampling and of the order of the prompts. The same for all variants.
+        equal: What every run gets: exactly one of optimizer_steps, rollouts, generated_tokens, trained_tokens; and
+            optionally rollouts_per_step, from which `data.batch_size` follows as rollouts_per_step / group_size.
+        out: Folder of runs and results; None = `runs/ablations/<name>`.
+        title: Of the report; None = the name.
+        description: A paragraph for the report.
+        settings: Settings of every variant.
+        grid: name -> values. A variant that names `{m}` in its settings is run with every value of `m`.
+        labels: name -> how tables and plots call a variant.
+        playgrounds: Options of `tealightning playground`, built first where missing, for example `{out: runs/playground}`.
+        evaluation: How policies are evaluated.
+        retries: How often a failed run is tried again before it is reported.
+        confidence: Of the intervals.
+        bootstrap_samples: Resamples behind them.
+    """
+
+    name: str
+    base: list[str]
+    variants: dict[str, dict[str, Any]]
+    reference: str
+    seeds: list[int]
+    equal: dict[str, int]
+    out: str | None = None
+    title: str | None = None
+    description: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    playgrounds: list[dict[str, Any]] = field(default_factory=list)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    retries: int = 0
+    confidence: float = 0.95
+    bootstrap_samples: int = 4000
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"name must be made of letters, digits and _ . + -, got {self.name!r}.")
+        if not self.base:
+            raise ValueError("base must name at least one config file.")
+        self._check_variants()
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or not all(_is_count(s, 0) for s in self.seeds):
+            raise ValueError(f"seeds must be different integers of at least 0, got {self.seeds}.")
+        self._check_equal()
+        if not 0.5 < self.confidence < 1:
+            raise ValueError(f"confidence must be between 0.5 and 1, got {self.confidence!r}.")
+        for name, least in (("retries", 0), ("bootstrap_samples", 100)):
+            if not _is_count(getattr(self, name), least):
+                raise ValueError(f"{name} must be an integer of at least {least}, got {getattr(self, name)!r}.")
+
+    @property
+    def folder(self) -> Path:
+        """Where runs and results go."""
+        return Path(self.out) if self.out is not None else Path("runs") / "ablations" / self.name
+
+    @property
+    def equal_what(self) -> str:
+        """The name of what is held equal."""
+        return next(name for name in EQUAL if name in self.equal)
+
+    def _check_variants(self) -> None:
+        if not self.variants:
+            raise ValueError("variants must name at least one variant.")
+        for name, values in self.grid.items():
+            if not isinstance(values, list) or not values:
+                raise ValueError(f"grid.{name} must be a list of values, got {values!r}.")
+        for name, settings in self.variants.items():
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"a variant's name must be made of letters, digits and _ . + -, got {name!r}.")
+            if not isinstance(settings, Mapping):
+                raise ValueError(f"variants.{name} must map dotted settings to values, got {settings!r}.")
+        used = {axis for settings in [self.settings, *self.variants.values()] for axis in placeholders(settings)}
+        if unknown := sorted(used - self.grid.keys()):
+            raise ValueError(f"{{{unknown[0]}}} is used in settings, and grid has no {unknown[0]!r}.")
+        if unused := sorted(self.grid.keys() - used):
+            raise ValueError(f"grid.{unused[0]} has no effect: no setting contains {{{unused[0]}}}.")
+
+    def _check_equal(self) -> None:
+        chosen = [name for name in EQUAL if name in self.equal]
+        extra = self.equal.keys() - {*EQUAL, "rollouts_per_step"}
+        if len(chosen) != 1 or extra:
+            raise ValueError(
+                f"equal must hold exactly one of {', '.join(EQUAL)} (and, if wanted, rollouts_per_step), got "
+                f"{self.equal}."
+            )
+        for name, value in self.equal.items():
+            if not _is_count(value, 1):
+                raise ValueError(f"equal.{name} must be an integer of at least 1, got {value!r}.")
+
+
+def load_spec(path: Path | str) -> AblationSpec:
+    """The ablation in a YAML file.
+
+    Raises:
+        ValueError: naming the file, the setting, what was expected and what came.
+        FileNotFoundError: if there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no ablation at {path}; configs/ablations/ has examples.")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ValueError(f"{path}{f', line {mark.line + 1}' if mark else ''}: this is not YAML.") from error
+    try:
+        return parse_spec(settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def parse_spec(settings: Any) -> AblationSpec:
+    """The ablation that a YAML document describes.
+
+    Raises:
+        ValueError: naming the setting, what was expected and what came.
+    """
+    spec = _known(settings, AblationSpec, "an ablation")
+    if "evaluation" in spec:
+        spec["evaluation"] = Evaluation(**_known(spec["evaluation"], Evaluation, "evaluation"))
+    for name, kind in _CONTAINERS.items():
+        if name in spec and not isinstance(spec[name], kind):
+            raise ValueError(f"{name} must be a {_KINDS[kind]}, got {spec[name]!r}.")
+    return AblationSpec(**spec)
+
+
+def spec_dict(spec: AblationSpec) -> dict[str, Any]:
+    """The spec as plain values, defaults filled in."""
+    return asdict(spec)
+
+
+def placeholders(value: Any) -> set[str]:
+    """The names in braces in any text inside `value`."""
+    if isinstance(value, str):
+        return set(re.findall(r"\{(\w+)\}", value))
+    if isinstance(value, Mapping):
+        return {name for inner in value.values() for name in placeholders(inner)}
+    if isinstance(value, list):
+        return {name for inner in value for name in placeholders(inner)}
+    return set()
+
+
+def filled(value: Any, point: Mapping[str, Any]) -> Any:
+    """`value` with every `{name}` replaced; a text that is nothing but `{name}` becomes the value itself."""
+    if isinstance(value, str):
+        for name, replacement in point.items():
+            if value == f"{{{name}}}":
+                return replacement
+            value = value.replace(f"{{{name}}}", str(replacement))
+        return value
+    if isinstance(value, Mapping):
+        return {key: filled(inner, point) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [filled(inner, point) for inner in value]
+    return value
+
+
+_CONTAINERS: dict[str, type] = {
+    "base": list, "variants": dict, "seeds": list, "equal": dict, "settings": dict, "grid": dict, "labels": dict,
+    "playgrounds": list, "evaluation": Evaluation,
+}  # fmt: skip
+_KINDS = {list: "list", dict: "mapping", Evaluation: "mapping"}
+
+
+def _known(settings: Any, cls: type, what: str) -> dict[str, Any]:
+    """`settings` if it is a mapping with fields of the dataclass, all required ones among them."""
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"{what} must be a mapping of settings, got {str(settings)[:60]!r}.")
+    names = [f.name for f in fields(cls)]
+    for name in settings:
+        if name not in names:
+            raise ValueError(f"unknown setting {name!r} of {what}.{did_you_mean(str(name), names)}")
+    needed = [name for name in ("name", "base", "variants", "reference", "seeds", "equal") if name in names]
+    if missing := [name for name in needed if settings.get(name) is None]:
+        raise ValueError(f"{what} needs {', '.join(missing)}.")
+    return dict(settings)
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

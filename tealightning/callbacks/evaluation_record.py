@@ -1,0 +1,181 @@
+"""Keeps what every evaluation saw, prompt by prompt and sample by sample: what comparisons between runs are made of."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from tealightning.callbacks.folders import run_folder
+from tealightning.micro_batches import score_completions, split_rows
+from tealightning.pretrained import load_policy
+from tealightning.rewards.base import Reward
+from tealightning.types import PromptBatch, RolloutBatch
+
+FOLDER = "evaluations"
+
+
+class EvaluationRecord(Callback):
+    """Writes `evaluations/<val|test>_<optimizer step>.npz` into the run's folder after every validation and test.
+
+    The arrays of a file, a row for each of Q prompts:
+
+    - `keys` [Q] int64, the prompt (`PromptBatch.keys`);
+    - `rewards` [Q, M] float64 of all samples, NaN = could not be scored; `gold` [Q, M] likewise, with a gold reward;
+    - `lengths` [Q, M] int64 tokens, `truncated` [Q, M] bool;
+    - `kl` [Q] float64, KL of the policy to the reference in nats a completion: the mean over `kl_samples` samples of
+      the sum over tokens of the estimate k3 (Schulman 2020), which is never negative; `kl_per_token` [Q], divided by
+      the tokens. Without a KL (`kl_samples=0`) there are no such arrays;
+    - `distinct_1`, `distinct_2`, `self_similarity` [Q] of the first `diversity_samples` samples of a prompt.
+
+    Every rank writes a file of its own (`<val|test>_<step>.rank<r>.npz` from rank 1 on), with the prompts that it had.
+
+    Args:
+        gold: A second reward that is measured only, never trained on: does what the policy learns carry over?
+        kl_samples: Samples a prompt that the reference scores as well.
+        diversity_samples: Samples a prompt that are compared with each other.
+    """
+
+    def __init__(self, *, gold: Reward | None = None, kl_samples: int = 16, diversity_samples: int = 16) -> None:
+        if kl_samples < 0 or diversity_samples < 2:
+            raise ValueError(
+                f"kl_samples must be at least 0 and diversity_samples at least 2, got {kl_samples} and "
+                f"{diversity_samples}."
+            )
+        self.gold = gold
+        self.kl_samples = kl_samples
+        self.diversity_samples = diversity_samples
+        self.last_step: dict[str, int] = {}  # phase -> optimizer step of the last record
+        self._reference: Any = None
+        self._rows: list[dict[str, np.ndarray]] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.gold is not None:
+            self.gold.setup(trainer.strategy.root_device)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._reference = None
+        if self.gold is not None:
+            self.gold.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+    def is_behind(self, phase: str, global_step: int) -> bool:
+        """True if there is no record of `phase` at this optimizer step."""
+        return self.last_step.get(phase) != global_step
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._rows = []
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._rows = []
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: PromptBatch, batch_idx: int, *args: Any
+    ) -> None:
+        self._rows.append(self._measure(pl_module, batch))
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: PromptBatch, batch_idx: int, *args: Any
+    ) -> None:
+        self._rows.append(self._measure(pl_module, batch))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not (trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf")):
+            self._write(trainer, "val")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._write(trainer, "test")
+
+    def _write(self, trainer: pl.Trainer, phase: str) -> None:
+        folder = run_folder(trainer) / FOLDER
+        if self._rows:
+            rank = f".rank{trainer.global_rank}" if trainer.global_rank else ""
+            arrays = {key: np.concatenate([rows[key] for rows in self._rows]) for key in self._rows[0]}
+            save_arrays(folder / f"{phase}_{trainer.global_step:06d}{rank}.npz", arrays)
+        self._rows = []
+        self.last_step[phase] = trainer.global_step
+
+    @torch.no_grad()
+    def _measure(self, pl_module: Any, batch: PromptBatch) -> dict[str, np.ndarray]:
+        rollouts = batch.rollouts
+        assert rollouts is not None, "the rollout callback attaches them before the batch"
+        shape = tuple(rollouts.rewards.shape)
+        measured: dict[str, Tensor] = {
+            "keys": batch.keys,
+            "rewards": rollouts.rewards.masked_fill(~rollouts.valid, float("nan")),
+            "lengths": rollouts.completion_lengths.view(shape),
+            "truncated": rollouts.truncated.view(shape),
+        }
+        if self.gold is not None:
+            prompts = [prompt for prompt in batch.prompts for _ in range(shape[1])]
+            metadata = [row for row in batch.metadata for _ in range(shape[1])]
+            measured["gold"] = self.gold(prompts, rollouts.completions, metadata).total.view(shape)
+        if self.kl_samples:
+            kl, tokens = self._kl(pl_module, rollouts)
+            measured["kl"] = kl.mean(dim=1)
+            measured["kl_per_token"] = kl.sum(dim=1) / tokens.sum(dim=1)
+        from tealightning.functional.diversity import distinct_n, self_similarity
+
+        groups = _token_groups(rollouts, self.diversity_samples)
+        measured |= {f"distinct_{n}": distinct_n(groups, n) for n in (1, 2)}
+        measured["self_similarity"] = self_similarity(groups)
+        return {key: value.cpu().numpy() for key, value in measured.items()}
+
+    def _kl(self, pl_module: Any, rollouts: RolloutBatch) -> tuple[Tensor, Tensor]:
+        """KL to the reference in nats and tokens, both [P, kl_samples], of the first samples of each prompt."""
+        prompts, m = rollouts.rewards.shape
+        rows = torch.arange(prompts * m, device=rollouts.rewards.device).view(prompts, m)[:, : self.kl_samples]
+        kl = torch.zeros(prompts * m, dtype=torch.float64, device=rows.device)
+        reference = self._loaded_reference(pl_module)
+        for chosen in split_rows(
+            rollouts.prompt_lengths,
+            rollouts.completion_lengths,
+            rows.flatten(),
+            max_tokens=pl_module.micro_batch_tokens,
+        ):
+            scores = score_completions(reference, rollouts, chosen)
+            length = scores.mask.shape[1]
+            log_ratio = (scores.log_probs - rollouts.rollout_log_probs[chosen, :length]).double()
+            k3 = torch.where(scores.mask, log_ratio.exp() - 1 - log_ratio, 0.0)
+            kl[chosen] = k3.sum(dim=1)
+        return kl[rows], rollouts.completion_lengths[rows].double()
+
+    def _loaded_reference(self, pl_module: Any) -> Any:
+        """What the module trains against, or the policy as it was loaded."""
+        if self._reference is None:
+            self._reference = pl_module.reference or load_policy(
+                pl_module.reference_path, argument="reference", **pl_module.load_kwargs
+            ).to(pl_module.device)
+        return self._reference
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_step": self.last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_step = dict(state_dict["last_step"])
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write an .npz that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _token_groups(rollouts: RolloutBatch, samples: int) -> list[list[list[int]]]:
+    """Token ids of the first samples of each prompt."""
+    prompts, m = rollouts.rewards.shape
+    ids, lengths = rollouts.completion_ids.cpu(), rollouts.completion_lengths.tolist()
+    kept = range(min(samples, m))
+    return [[ids[p * m + i, : lengths[p * m + i]].tolist() for i in kept] for p in range(prompts)]

@@ -1,0 +1,272 @@
+"""`tealightning compare`: head-to-head ablations."""
+
+import argparse
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tealightning.ablation.plan import Job, Plan
+    from tealightning.ablation.worker import Send
+
+DESCRIPTION = """\
+Run what is missing of an ablation - every variant with every seed - and write tables, plots and a report.
+
+Runs that have finished are never repeated: stop at any time, and the same command goes on. A run that failed is
+reported, keeps the others going, and is tried again by the next call.
+"""
+
+EPILOG = """\
+examples:
+  tealightning compare -c configs/ablations/playground.yaml --dry-run      what would run, and for how long
+  tealightning compare -c configs/ablations/playground.yaml                run it, or go on with it
+  tealightning compare -c configs/ablations/playground.yaml --report-only  results and report again, nothing run
+  tealightning compare -c configs/ablations/playground.yaml --seeds 0 1 --variants grpo tea
+"""
+
+
+def compare(args: Sequence[str]) -> None:
+    """`tealightning compare ARGS`.
+
+    Raises:
+        ValueError: for a spec or an option that is wrong, before anything runs.
+        SystemExit: with status 1 if a run failed, after everything else was done.
+    """
+    options = parser().parse_args(list(args))
+    from tealightning.ablation.runner import outcome_of, unfinished
+    from tealightning.ablation.spec import load_spec
+
+    spec = _restricted(load_spec(options.config), options)
+    if not options.report_only:
+        build_playgrounds(spec.playgrounds)
+    plan = plan_of(spec)
+    if options.dry_run:
+        show_plan(plan, options)
+        return
+    with _alone(spec.folder):
+        missing = [] if options.report_only else unfinished(plan.all_jobs)
+        outcomes = {job.folder: outcome_of(job) for job in plan.all_jobs}
+        if missing:
+            outcomes |= run_missing(plan, missing, options)
+        elif not options.report_only:
+            print(f"All {len(plan.all_jobs)} runs have finished already.")
+        failed = report(plan, outcomes, options, args)
+    if failed:
+        raise SystemExit(1)
+
+
+def plan_of(spec: Any) -> "Plan":
+    """Every run of the ablation, checked."""
+    from rich.progress import track
+
+    from tealightning.ablation.plan import expand, make_plan
+
+    waiting = iter(track(expand(spec), description="Checking variants", transient=True))
+    next(waiting, None)
+    plan = make_plan(spec, resolve, lambda variant: next(waiting, None) and None)
+    for _ in waiting:
+        pass
+    return plan
+
+
+def resolve(args: Sequence[str]) -> dict[str, Any]:
+    """The configuration that `tealightning fit ARGS` amounts to, with everything built once to see that it can be.
+
+    Raises:
+        ValueError: if it cannot be parsed or built, or the group is too small for the estimator.
+    """
+    import contextlib
+    import io
+
+    import yaml
+
+    from tealightning.cli.training import build_training
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            cli = build_training("fit", args)
+    except SystemExit:
+        raise ValueError(said.getvalue().strip().removeprefix("tealightning: error: ")) from None
+    config = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))["fit"]
+    cli.model.estimator.check_group_size(config["rollout"]["group_size"])
+    return config
+
+
+def build_playgrounds(playgrounds: Sequence[dict[str, Any]]) -> None:
+    """Build what is missing of the worlds that the ablation runs in."""
+    from tealightning.cli.commands import playground
+
+    for settings in playgrounds:
+        playground([f"--{key}={value}" for key, value in settings.items()])
+
+
+def run_missing(plan: "Plan", missing: Sequence["Job"], options: argparse.Namespace) -> dict[Path, Any]:
+    """Run the jobs and say what is going on."""
+    from tealightning.ablation.devices import environments_of, preloaded
+    from tealightning.ablation.progress import Display
+    from tealightning.ablation.runner import run_jobs
+
+    environments = environments_of(options.workers)
+    workers = min(len(environments), len(missing))
+    display = Display(len(missing), workers, seconds_of(plan))
+    display.expect(missing)
+    print(
+        f"{len(missing)} of {len(plan.all_jobs)} runs to do, {workers} at a time, in {plan.spec.folder}/runs. "
+        "Stop at any time: the same command goes on.",
+        flush=True,
+    )
+    # Set before the process is started that runs are forked from: thread counts are read when torch is imported.
+    with _environment({"OMP_NUM_THREADS": environments[0].get("OMP_NUM_THREADS", "")}):
+        try:
+            return run_jobs(
+                missing,
+                run_job,
+                workers=workers,
+                retries=plan.spec.retries,
+                environments=environments,
+                preload=preloaded(missing),
+                display=display,
+            )
+        except KeyboardInterrupt:
+            print("\nStopped. Finished runs are kept; the same command goes on.", flush=True)
+            raise SystemExit(130) from None
+
+
+def run_job(job: "Job", send: "Send") -> None:
+    """One run, in its own process."""
+    from tealightning.ablation.worker import execute
+    from tealightning.cli.console import quiet_startup
+    from tealightning.cli.training import build_training
+
+    quiet_startup()
+    execute(job, lambda args: build_training("fit", args), send)
+
+
+def report(plan: "Plan", outcomes: dict[Path, Any], options: argparse.Namespace, args: Sequence[str]) -> int:
+    """Write results and report; the number of runs that did not finish."""
+    from tealightning.ablation.analyse import analyse
+    from tealightning.ablation.report import write_outputs
+    from tealightning.ablation.worker import write_json
+    from tealightning.diagnostics.provenance import provenance
+
+    folder = plan.spec.folder
+    failed = [job for job in plan.all_jobs if outcomes[job.folder].status != "finished"]
+    for job in failed:
+        outcome = outcomes[job.folder]
+        print(f"{outcome.status}: {job.title}: {outcome.error or 'not run yet'}")
+    results = analyse(plan, outcomes, provenance(["compare", *args], seed=plan.spec.seeds[0]))
+    write_json(folder / "results.json", results)
+    files = [folder / "results.json", *write_outputs(results, folder)]
+    print("\n" + (folder / "table.md").read_text(encoding="utf-8").split("\n## ")[0].strip() + "\n")
+    print("\n".join(str(file) for file in files if file.suffix != ".svg"))
+    if options.wandb:
+        from tealightning.ablation.upload import upload
+
+        print(upload(results, folder, project=options.wandb))
+    if failed:
+        print(
+            f"{len(failed)} of {len(plan.all_jobs)} runs are not in these results; the same command tries them again."
+        )
+    return len(failed)
+
+
+def show_plan(plan: "Plan", options: argparse.Namespace) -> None:
+    """What would run, and an estimate of the time."""
+    from tealightning.ablation.devices import environments_of
+    from tealightning.ablation.dry_run import describe_plan, measure_pilot
+
+    seconds = seconds_of(plan)
+    if not {"fit", "start"} <= seconds.keys() and not options.no_pilot:
+        print("Measuring two training steps and a batch of evaluation ...", flush=True)
+        environments = environments_of(options.workers)
+        with _environment({"OMP_NUM_THREADS": environments[0].get("OMP_NUM_THREADS", "")}):
+            seconds = measure_pilot(plan, run_job) | seconds
+    print(describe_plan(plan, seconds, len(environments_of(options.workers))))
+
+
+def seconds_of(plan: "Plan") -> dict[str, float]:
+    """Mean wall time of the finished runs of each kind."""
+    from tealightning.ablation.runner import outcome_of
+
+    taken: dict[str, list[float]] = {}
+    for job in plan.all_jobs:
+        outcome = outcome_of(job)
+        if outcome.status == "finished":
+            taken.setdefault(job.kind, []).append(outcome.record["wall_seconds"])
+    return {kind: sum(all_) / len(all_) for kind, all_ in taken.items()}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    result = argparse.ArgumentParser(
+        prog="tealightning compare",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("-c", "--config", type=Path, required=True, metavar="SPEC", help="the ablation, a YAML file")
+    result.add_argument("--dry-run", action="store_true", help="check everything and print the plan; nothing is run")
+    result.add_argument("--no-pilot", action="store_true", help="with --dry-run: do not measure how long a run takes")
+    result.add_argument("--report-only", action="store_true", help="rebuild results and report from the run folders")
+    result.add_argument(
+        "--workers", type=int, metavar="K", help="runs at a time; default: one a GPU, or one a CPU core"
+    )
+    result.add_argument("--variants", nargs="+", metavar="NAME", help="only these variants of the spec")
+    result.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="these seeds instead of the spec's")
+    result.add_argument("--out", metavar="DIR", help="folder of runs and results instead of the spec's")
+    result.add_argument(
+        "--wandb", metavar="PROJECT", help="upload tables, plots and the report to this project as well"
+    )
+    return result
+
+
+def _restricted(spec: Any, options: argparse.Namespace) -> Any:
+    """The spec with what the options change."""
+    from dataclasses import replace
+
+    from tealightning.ablation.spec import placeholders
+
+    changes: dict[str, Any] = {}
+    if options.variants is not None:
+        if unknown := [name for name in options.variants if name not in spec.variants]:
+            raise ValueError(f"--variants: the spec has no {unknown[0]!r}; it has {', '.join(spec.variants)}.")
+        kept = {*options.variants, spec.reference}
+        changes["variants"] = {name: settings for name, settings in spec.variants.items() if name in kept}
+        used = placeholders([spec.settings, *changes["variants"].values()])
+        changes["grid"] = {axis: values for axis, values in spec.grid.items() if axis in used}
+    if options.seeds is not None:
+        changes["seeds"] = options.seeds
+    if options.out is not None:
+        changes["out"] = options.out
+    if options.workers is not None and options.workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {options.workers}.")
+    return replace(spec, **changes)
+
+
+class _environment:
+    """Environment variables for a while; an empty value leaves one as it is."""
+
+    def __init__(self, values: dict[str, str]) -> None:
+        self.values = {name: value for name, value in values.items() if value}
+        self.before: dict[str, str | None] = {}
+
+    def __enter__(self) -> None:
+        self.before = {name: os.environ.get(name) for name in self.values}
+        os.environ.update(self.values)
+
+    def __exit__(self, *error: object) -> None:
+        for name, value in self.before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _alone(folder: Path) -> Any:
+    """Hold the ablation's folder: two commands would write the same results."""
+    from tealightning.ablation.devices import locked
+
+    return locked(folder, f"another `tealightning compare` is at work in {shlex.quote(str(folder))}.")
