@@ -4,10 +4,14 @@ import pytest
 import yaml
 from command_line import CONFIGS, QUICKSTART, resolved
 
+from tealightning.ablation.plan import make_plan
+from tealightning.ablation.spec import load_spec
+from tealightning.cli.compare import resolve
 from tealightning.estimators import ESTIMATORS, estimator_names
 
 OVERLAYS = sorted(CONFIGS.glob("estimators/*.yaml"))
-WHOLE = sorted(set(CONFIGS.rglob("*.yaml")) - set(OVERLAYS))
+ABLATIONS = sorted(CONFIGS.glob("ablations/*.yaml"))
+WHOLE = sorted(set(CONFIGS.rglob("*.yaml")) - set(OVERLAYS) - set(ABLATIONS))
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test"])
@@ -16,6 +20,18 @@ def test_config_parses(file, command):
     config = resolved("-c", file, command=command)
     assert config["model"]["class_path"] == "tealightning.PostTrainingModule"
     assert config["rollout"]["group_size"] == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ABLATIONS, ids=lambda f: f.stem)
+def test_ablation_resolves_every_variant(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    spec = load_spec(file)
+    plan = make_plan(spec, resolve)
+    assert len(plan.jobs) == len(plan.variants) * len(spec.seeds)
+    for (name, seed), job in plan.jobs.items():
+        assert job.config["seed_everything"] == seed, name
+        assert job.config["model"]["init_args"]["ns"] == spec.evaluation.ns
 
 
 def test_every_registered_estimator_has_an_overlay_of_its_name():

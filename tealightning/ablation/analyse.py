@@ -159,9 +159,10 @@ def _comparison(
     """`first - second`, paired by seed and prompt, a row for each n."""
     a, b = _values(first, keys, ns), _values(second, keys, ns)
     differences = estimator.interval(a - b)
-    improved = estimator(improvement(a, b))
+    improved = _probabilities(estimator(improvement(a, b)))
     pairs = zip(first, second, strict=True)
-    won = estimator(torch.stack([win_rate(_rewards(x, keys), _rewards(y, keys), ns) for x, y in pairs]))
+    won = torch.stack([win_rate(_rewards(x, keys), _rewards(y, keys), ns) for x, y in pairs])
+    wins = _probabilities(estimator(won))
     rows = estimator.rows(differences)
     return [
         {"n": n}
@@ -170,10 +171,19 @@ def _comparison(
             "p_value": numbers(differences.p_value)[i],
             "p_adjusted": None,
             "probability_of_improvement": improved[i],
-            "win_rate": won[i],
+            "win_rate": wins[i],
         }
         for i, n in enumerate(ns)
     ]
+
+
+def _probabilities(rows: list[dict[str, float | None]]) -> list[dict[str, float | None]]:
+    """Estimates whose bounds stay within 0 and 1: the interval of a mean does not know that it is a probability."""
+    for row in rows:
+        for name in ("low", "high"):
+            bound = row[name]
+            row[name] = None if bound is None else min(1.0, max(0.0, bound))
+    return rows
 
 
 def _adjust(variants: dict[str, Any], what: str, headline_n: int | None) -> None:
@@ -280,11 +290,12 @@ def _methods(plan: Plan) -> list[str]:
         "All policies were evaluated on the same prompts with the same sampling seeds. Best-of-n is the unbiased mean "
         "of the maximum over all subsets of n of a prompt's samples; n = 1 is the mean reward.",
         f"Intervals are {percent} and come from a hierarchical bootstrap that resamples seeds and prompts as crossed "
-        f"factors ({spec.bootstrap_samples} resamples), scaled to the unbiased variance of the mean and widened for the "
-        "small number of seeds. They tell how far other seeds and other prompts would move a figure.",
+        f"factors ({spec.bootstrap_samples} resamples), scaled to the unbiased variance of the mean and widened for "
+        "the small number of seeds. They tell how far other seeds and other prompts would move a figure.",
         "Differences are paired by seed and prompt. The probability of improvement is the share of (seed, prompt) "
-        "pairs whose expected best-of-n is higher, ties counting half. The win rate is the probability that the best of n "
-        "samples of one policy has a higher reward than the best of n of the other on the same prompt, ties split.",
+        "pairs whose expected best-of-n is higher, ties counting half. The win rate is the probability that the best "
+        "of n samples of one policy has a higher reward than the best of n of the other on the same prompt, ties "
+        "split.",
         f"Adjusted p-values are Holm's over all variants at n = {spec.evaluation.headline_n} (family-wise error); "
         "intervals and the other p-values are not adjusted.",
         "The starting policy was evaluated once for each seed; differences to it are paired likewise.",

@@ -1,5 +1,6 @@
 """What changes during training: best-of-n against KL, metrics against steps; and rewards before and after."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def training_curves(folders: Sequence[Path], estimator: Estimator) -> dict[str, 
     if not steps:
         return {}
     result: dict[str, Any] = {"step": list(range(1, steps + 1))}
-    for column, name in TRAINING_METRICS.items():
+    for column, name in (TRAINING_METRICS | _components(runs[0])).items():
         if all(column in run and np.isfinite(run[column][:steps]).all() for run in runs):
             interval = estimator.interval(torch.tensor(np.stack([run[column][:steps] for run in runs]))[:, None, :])
             result[name] = {
@@ -103,6 +104,12 @@ def training_curves(folders: Sequence[Path], estimator: Estimator) -> dict[str, 
                 "high": numbers(interval.high),
             }
     return result
+
+
+def _components(run: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Columns of the parts of a weighted reward, where there are several."""
+    names = [match[1] for column in run if (match := re.fullmatch(r"rollout/reward_(.+)_mean", column))]
+    return {f"rollout/reward_{name}_mean": f"reward_{name}" for name in names} if len(names) > 1 else {}
 
 
 def histograms(runs: Mapping[str, tuple[Sequence[EvaluationData], Sequence[EvaluationData]]]) -> dict[str, Any]:

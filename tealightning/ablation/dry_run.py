@@ -45,8 +45,8 @@ def describe_plan(plan: Plan, seconds: Mapping[str, float], workers: int) -> str
     lines = [
         f"{spec.title or spec.name}: {len(plan.all_jobs)} runs, {len(plan.all_jobs) - len(missing)} finished, "
         f"{len(missing)} to do",
-        f"Equal for all: {spec.equal_what} = {spec.equal[spec.equal_what]}. Evaluation: {max(evaluation.ns)} samples of "
-        f"{evaluation.prompts or 'all'} validation and {_held_out(evaluation.held_out_prompts)} test prompts.",
+        f"Equal for all: {spec.equal_what} = {spec.equal[spec.equal_what]}. Evaluation: {max(evaluation.ns)} samples "
+        f"of {evaluation.prompts or 'all'} validation and {_held_out(evaluation.held_out_prompts)} test prompts.",
         "",
         markdown_table(rows),
         "",
@@ -73,7 +73,7 @@ def measure_pilot(plan: Plan, target: Target) -> dict[str, float]:
     taken, config = outcome.record["seconds"], whole.config
     steps = _steps(config, outcome.record)
     batch = taken["evaluation"] / 2
-    evaluation, held_out = _batches(spec.evaluation.prompts), _batches(spec.evaluation.held_out_prompts)
+    evaluation, held_out = _count(spec.evaluation.prompts), _count(spec.evaluation.held_out_prompts)
     per_evaluation = batch * evaluation / spec.evaluation.batch_size
     during = steps // spec.evaluation.every if spec.evaluation.every else 0
     last = batch * held_out / spec.evaluation.batch_size
@@ -102,7 +102,7 @@ def _steps(config: dict[str, Any], pilot: Mapping[str, Any]) -> int:
     return math.ceil(limit / max(1.0, pilot[name] / PILOT_STEPS))
 
 
-def _batches(prompts: int | None) -> int:
+def _count(prompts: int | None) -> int:
     return 100 if prompts is None else prompts
 
 

@@ -25,8 +25,8 @@ def upload(results: dict[str, Any], folder: Path, *, project: str) -> str:
         raise ValueError("--wandb needs wandb: pip install 'tealightning[wandb]'.") from error
     with wandb.init(project=project, name=results["name"], config=results["spec"], job_type="compare") as run:
         for split, content in results["splits"].items():
-            columns = ["variant", *(f"best_of_{n}" for n in results["ns"])]
-            rows = [
+            columns: list[Any] = ["variant", *(f"best_of_{n}" for n in results["ns"])]
+            rows: list[list[Any]] = [
                 [name, *(row["mean"] for row in content["variants"][name]["best_of_n"])] for name in results["variants"]
             ]
             run.log({f"{split}/best_of_n": wandb.Table(columns=columns, data=rows)})

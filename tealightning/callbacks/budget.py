@@ -42,9 +42,9 @@ class Budget(Callback):
         rollouts = batch.rollouts
         assert rollouts is not None, "the rollout callback attaches them before the batch"
         counts = torch.stack([torch.tensor(rollouts.rewards.numel()), rollouts.completion_lengths.sum().cpu()])
-        counts = trainer.strategy.reduce(counts.to(pl_module.device), reduce_op="sum").tolist()
+        totals = trainer.strategy.reduce(counts.to(pl_module.device), reduce_op="sum").tolist()
         trained = trainer.callback_metrics["train/trained_tokens"]  # over ranks already
-        for name, count in zip(COUNTED, (*counts, float(trained)), strict=True):
+        for name, count in zip(COUNTED, (*totals, float(trained)), strict=True):
             self.spent[name] += round(count)
             pl_module.log(f"train/total_{name}", float(self.spent[name]))
         if any(limit is not None and self.spent[name] >= limit for name, limit in self.limits.items()):

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from tealightning.callbacks.folders import run_folder
+from tealightning.functional.diversity import distinct_n, self_similarity
 from tealightning.micro_batches import score_completions, split_rows
 from tealightning.pretrained import load_policy
 from tealightning.rewards.base import Reward
@@ -120,8 +121,6 @@ class EvaluationRecord(Callback):
             kl, tokens = self._kl(pl_module, rollouts)
             measured["kl"] = kl.mean(dim=1)
             measured["kl_per_token"] = kl.sum(dim=1) / tokens.sum(dim=1)
-        from tealightning.functional.diversity import distinct_n, self_similarity
-
         groups = _token_groups(rollouts, self.diversity_samples)
         measured |= {f"distinct_{n}": distinct_n(groups, n) for n in (1, 2)}
         measured["self_similarity"] = self_similarity(groups)

@@ -8,20 +8,26 @@ from pathlib import Path
 
 def playground(args: Sequence[str]) -> None:
     """`tealightning playground --out DIR`."""
-    from tealightning.playground import build_playground
+    from tealightning.playground import STYLE_WORLDS, build_playground, build_styles
 
     parser = argparse.ArgumentParser(
         prog="tealightning playground",
-        description="Build a small policy, a reward model and prompts from the Python installation's own documentation "
-        "(no download, a few minutes on 2 cores), all in Hugging Face format.",
+        description="Build a small policy, prompts and a reward, all in Hugging Face format and without a download. "
+        "World prose: a reward model and text from the Python installation's own documentation (a few minutes on 2 "
+        "cores). Worlds styles and styles-budget: mean and best-of-N disagree (half a minute).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to build; a complete one is kept as it is")
+    parser.add_argument("--world", choices=["prose", *STYLE_WORLDS], default="prose", help="what is built")
     parser.add_argument("--seed", type=int, default=0, help="everything follows from it")
     parser.add_argument("--size", choices=["default", "tiny"], default="default", help="tiny: seconds, for tests")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
     options = parser.parse_args(args)
-    build_playground(options.out, seed=options.seed, size=options.size, overwrite=options.overwrite)
+    settings = {"seed": options.seed, "size": options.size, "overwrite": options.overwrite}
+    if options.world == "prose":
+        build_playground(options.out, **settings)
+    else:
+        build_styles(options.out, world=options.world, **settings)
 
 
 def estimators(args: Sequence[str]) -> None:

@@ -59,16 +59,13 @@ def compare(args: Sequence[str]) -> None:
 
 def plan_of(spec: Any) -> "Plan":
     """Every run of the ablation, checked."""
-    from rich.progress import track
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from tealightning.ablation.plan import expand, make_plan
 
-    waiting = iter(track(expand(spec), description="Checking variants", transient=True))
-    next(waiting, None)
-    plan = make_plan(spec, resolve, lambda variant: next(waiting, None) and None)
-    for _ in waiting:
-        pass
-    return plan
+    with Progress(TextColumn("Checking variants"), BarColumn(), MofNCompleteColumn(), transient=True) as bar:
+        task = bar.add_task("", total=len(expand(spec)))
+        return make_plan(spec, resolve, lambda variant: bar.advance(task))
 
 
 def resolve(args: Sequence[str]) -> dict[str, Any]:
@@ -82,11 +79,12 @@ def resolve(args: Sequence[str]) -> dict[str, Any]:
 
     import yaml
 
+    from tealightning.cli.console import without_announcements
     from tealightning.cli.training import build_training
 
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(said), without_announcements():
             cli = build_training("fit", args)
     except SystemExit:
         raise ValueError(said.getvalue().strip().removeprefix("tealightning: error: ")) from None
@@ -160,7 +158,8 @@ def report(plan: "Plan", outcomes: dict[Path, Any], options: argparse.Namespace,
     results = analyse(plan, outcomes, provenance(["compare", *args], seed=plan.spec.seeds[0]))
     write_json(folder / "results.json", results)
     files = [folder / "results.json", *write_outputs(results, folder)]
-    print("\n" + (folder / "table.md").read_text(encoding="utf-8").split("\n## ")[0].strip() + "\n")
+    main_table = (folder / "table.md").read_text(encoding="utf-8").split("\n## ")[1]
+    print(f"\n{main_table.strip()}\n")
     print("\n".join(str(file) for file in files if file.suffix != ".svg"))
     if options.wandb:
         from tealightning.ablation.upload import upload

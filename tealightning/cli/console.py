@@ -1,8 +1,10 @@
 """What the command line keeps off the screen."""
 
+import contextlib
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 
 _LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero")
 
@@ -18,6 +20,20 @@ def quiet_startup() -> None:
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
     for name in _LOGGERS:
         logging.getLogger(name).addFilter(is_no_advertisement)  # the same filter is added once
+
+
+@contextlib.contextmanager
+def without_announcements() -> Iterator[None]:
+    """Lightning does not say what it found and set: for trainers that are built to be looked at."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", *_LOGGERS)]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def is_no_advertisement(record: logging.LogRecord) -> bool:

@@ -105,9 +105,8 @@ def run_training(command: str, args: Sequence[str]) -> None:
         SystemExit: with status 2 for a config that does not parse.
     """
     if command not in COMMANDS:
-        raise ValueError(
-            f"Unknown command {command!r}.{did_you_mean(command, [*COMMANDS, 'playground', 'compare', 'estimators', 'diagnose'])}"
-        )
+        others = ["playground", "compare", "estimators", "diagnose"]
+        raise ValueError(f"Unknown command {command!r}.{did_you_mean(command, [*COMMANDS, *others])}")
     _parse(TrainingCLI, command, args)
 
 

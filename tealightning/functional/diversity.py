@@ -1,43 +1,65 @@
-"""How different the completions of a group are, by their tokens."""
+"""How much the completions of one prompt differ: distinct n-grams and pairwise overlap, of token ids."""
 
-import itertools
 from collections.abc import Sequence
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
-Groups = Sequence[Sequence[Sequence[int]]]
-"""[prompts][completions][tokens] token ids."""
+Completion = Sequence[int]
 
 
-def distinct_n(groups: Groups, n: int) -> Tensor:
-    """Share of distinct n-grams among all n-grams of a group's completions (Li et al. 2016, distinct-n).
+def distinct_n(groups: Sequence[Sequence[Completion]], n: int) -> Tensor:
+    """Distinct n-grams over all n-grams of a group of completions: 1 = none repeats, near 0 = all the same.
 
-    Returns:
-        [P] float64 in (0, 1]; NaN where no completion has n tokens.
-    """
-    values = []
-    for group in groups:
-        grams = [gram for tokens in group for gram in _n_grams(tokens, n)]
-        values.append(len(set(grams)) / len(grams) if grams else float("nan"))
-    return torch.tensor(values, dtype=torch.float64)
+    Li et al. (2016), "A diversity-promoting objective function for neural conversation models". It falls with the
+    number of completions and their length: compare groups of one size only.
 
-
-def self_similarity(groups: Groups, n: int = 2) -> Tensor:
-    """Mean Jaccard similarity of the n-gram sets of two completions of a group, over all pairs.
-
-    Completions of fewer than n tokens are compared as a whole: 1 if they are equal, else 0.
+    Args:
+        groups: Token ids of the completions of each of P prompts.
+        n: Length of an n-gram, >= 1.
 
     Returns:
-        [P] float64 in [0, 1]; NaN for a group of fewer than two.
+        [P] float64; NaN where no completion has n tokens.
     """
-    values = []
+    _check(n)
+    shares = []
     for group in groups:
-        sets = [frozenset(_n_grams(tokens, n)) or frozenset([tuple(tokens)]) for tokens in group]
-        pairs = [len(a & b) / len(a | b) for a, b in itertools.combinations(sets, 2)]
-        values.append(sum(pairs) / len(pairs) if pairs else float("nan"))
-    return torch.tensor(values, dtype=torch.float64)
+        grams = [gram for completion in group for gram in _ngrams(completion, n)]
+        shares.append(len(set(grams)) / len(grams) if grams else float("nan"))
+    return torch.tensor(shares, dtype=torch.float64)
 
 
-def _n_grams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+def self_similarity(groups: Sequence[Sequence[Completion]], n: int = 2) -> Tensor:
+    """Mean Jaccard similarity of the n-gram sets of two completions of a group: 1 = all the same, 0 = nothing shared.
+
+        mean over pairs i < j of |G_i & G_j| / |G_i | G_j|
+
+    Args:
+        groups: Token ids of the completions of each of P prompts.
+        n: Length of an n-gram, >= 1. Two completions shorter than n are 1 if they are equal, else 0.
+
+    Returns:
+        [P] float64; NaN for fewer than two completions.
+    """
+    _check(n)
+    means = []
+    for group in groups:
+        # A completion shorter than n stands for itself; by its length it equals no n-gram.
+        sets = [frozenset(_ngrams(completion, n)) or frozenset([tuple(completion)]) for completion in group]
+        total = 0.0
+        for first, second in combinations(sets, 2):
+            shared = len(first & second)
+            total += shared / (len(first) + len(second) - shared)
+        pairs = len(sets) * (len(sets) - 1) // 2
+        means.append(total / pairs if pairs else float("nan"))
+    return torch.tensor(means, dtype=torch.float64)
+
+
+def _ngrams(completion: Completion, n: int) -> list[tuple[int, ...]]:
+    return list(zip(*(completion[start:] for start in range(n)), strict=False))
+
+
+def _check(n: int) -> None:
+    if n < 1:
+        raise ValueError(f"n: expected the length of an n-gram, at least 1, got {n}")

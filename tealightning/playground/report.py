@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tealightning.playground.build import load_playground
+from tealightning.playground.folder import load_playground
 
 
 def markdown(manifest: dict[str, Any]) -> str:

@@ -32,7 +32,9 @@ def logged(playground, tmp_path_factory):
     folder = tmp_path_factory.mktemp("metrics")
     logger = CSVLogger(folder, name="", version="")
     settings = {"limit_val_batches": 1, "limit_test_batches": 1, "val_check_interval": 2, "log_every_n_steps": 1}
-    trainer = trainer_of(rollout_of(playground), Budget(), max_steps=2, logger=logger, check_val_every_n_epoch=None, **settings)
+    trainer = trainer_of(
+        rollout_of(playground), Budget(), max_steps=2, logger=logger, check_val_every_n_epoch=None, **settings
+    )
     module = module_of(playground, loss=PolicyGradientLoss(kl_coef=0.1), ns=[1, 4, 32], extrapolate_ns=[64])
     data = data_of(playground)
     trainer.fit(module, datamodule=data)
