@@ -11,6 +11,8 @@ its "**When to use.**" paragraph.
 
 fills that page instead: what stands between `<!-- include runs/.../fidelity.md -->` and `<!-- /include -->` becomes the
 text of that generated file, without its title, and plots beside it that the page shows are copied next to the page.
+`<!-- include runs/ablations/NAME/table.md#SECTION -->` takes one section of the tables of an ablation, without its
+heading; a plot that the page shows as `NAME_PLOT.png` is then copied from its `plots/PLOT.png`.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from tealightning.diagnostics.tables import markdown_table
 
 WORLD, MS, TARGET_N, ALPHA = "gaussian", (16, 32), 128, 0.25
 BLOCK = re.compile(r"<!-- fidelity -->\n.*?<!-- /fidelity -->\n", re.DOTALL)
-INCLUDE = re.compile(r"(<!-- include (\S+) -->\n).*?(<!-- /include -->)", re.DOTALL)
+INCLUDE = re.compile(r"(<!-- include ([^\s#]+)(?:#([^\n]+?))? -->\n).*?(<!-- /include -->)", re.DOTALL)
 BEFORE = "**When to use.**"
 COLUMNS = ("estimator", "m", "angle error", "step cosine 1/32/256", "noise/signal", "rms(A)/signal", "bias/true")
 _TEXT = {"sweep", "world", "estimator", "units", "note", "command", "commit", "seed"}
@@ -106,17 +108,33 @@ def update_results(page: Path, root: Path) -> list[Path]:
     def filled(match: re.Match[str]) -> str:
         source = root / match[2]
         used.append(source)
-        text = source.read_text(encoding="utf-8").partition("\n")[2].strip()
+        text = source.read_text(encoding="utf-8")
+        text = section(text, match[3]) if match[3] else text.partition("\n")[2].strip()
         text = re.sub(r"^#", "##", text, flags=re.MULTILINE)
-        return f"{match[1]}{text}\n{match[3]}"
+        return f"{match[1]}{text}\n{match[4]}"
 
     text = INCLUDE.sub(filled, page.read_text(encoding="utf-8"))
     page.write_text(text, encoding="utf-8")
     for image in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
         for source in used:
-            if (source.parent / image).is_file():
-                shutil.copyfile(source.parent / image, page.parent / image)
+            plot = source.parent / "plots" / image.removeprefix(f"{source.parent.name}_")
+            for found in (source.parent / image, plot if image.startswith(f"{source.parent.name}_") else None):
+                if found is not None and found.is_file():
+                    shutil.copyfile(found, page.parent / image)
     return used
+
+
+def section(text: str, title: str) -> str:
+    """What stands under `## title`.
+
+    Raises:
+        ValueError: if there is no such section.
+    """
+    for part in text.split("\n## ")[1:]:
+        heading, _, body = part.partition("\n")
+        if heading == title:
+            return body.strip()
+    raise ValueError(f"there is no section {title!r}.")
 
 
 def main(args: Sequence[str] | None = None) -> None:

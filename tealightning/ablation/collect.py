@@ -35,16 +35,19 @@ def read_evaluations(folder: Path, split: str) -> list[EvaluationData]:
 
 
 def read_training(folder: Path) -> dict[str, np.ndarray]:
-    """The training metrics of a run's `metrics.csv`, [steps] each, NaN where a step has none; empty without a file."""
-    file = folder / "metrics.csv"
-    if not file.is_file():
-        return {}
-    with file.open(newline="", encoding="utf-8") as text:
-        rows = [row for row in csv.DictReader(text) if row.get("rollout/step")]
-    if not rows:
-        return {}
-    names = [name for name in rows[0] if name and name.startswith(("train/", "rollout/"))]
-    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in names}
+    """The training metrics of a run, [steps] each, NaN where a step has none; empty without any.
+
+    They are in `metrics.csv`, and of a run that was resumed before that in `metrics_<i>.csv`; of a step that is in
+    several files, which is one that was repeated after a checkpoint, the last one counts.
+    """
+    rows: dict[float, dict[str, str]] = {}
+    for file in [*sorted(folder.glob("metrics_*.csv")), folder / "metrics.csv"]:
+        if file.is_file():
+            with file.open(newline="", encoding="utf-8") as text:
+                rows |= {float(row["rollout/step"]): row for row in csv.DictReader(text) if row.get("rollout/step")}
+    ordered = [rows[step] for step in sorted(rows)]
+    names = dict.fromkeys(name for row in ordered for name in row if name and name.startswith(("train/", "rollout/")))
+    return {name: np.array([float(row.get(name) or "nan") for row in ordered]) for name in names}
 
 
 def common_prompts(evaluations: Sequence[EvaluationData]) -> Tensor:

@@ -62,8 +62,11 @@ def equal_kl(
     kls: Sequence[float] | None,
     estimator: Estimator,
 ) -> dict[str, Any] | None:
-    """Best-of-n of every variant at the same KL to the starting policy: each run's curve over KL, interpolated linearly
-    between its evaluations, prompt by prompt. A variant has no value where one of its seeds never got so far.
+    """Best-of-n of every variant at the same KL to the starting policy: a run's curve, interpolated linearly in the
+    square root of the KL between its evaluations, prompt by prompt. Rewards rise about like that root (Gao et al.
+    2023); interpolating in the KL itself would understate the variants that move far between two evaluations.
+
+    A variant has no value where one of its seeds never got so far.
 
     Without `kls` they are spread evenly up to the median over variants of the KL that all of a variant's seeds reached.
     """
@@ -149,12 +152,15 @@ def _kl_curve(
     kls = [float(e.columns["kl"][rows_of(e, keys)].mean()) for e in column]
     rising = [i for i, kl in enumerate(kls) if kl > max(kls[:i], default=-1.0)]
     rewards = [column[i].rewards[rows_of(column[i], keys)] for i in rising]
-    return torch.tensor([kls[i] for i in rising]), torch.stack([best_of_n(r, ns, ~r.isnan()) for r in rewards])
+    return torch.tensor([kls[i] for i in rising], dtype=torch.float64), torch.stack(
+        [best_of_n(r, ns, ~r.isnan()) for r in rewards]
+    )
 
 
 def _at(curve: tuple[Tensor, Tensor], kl: float) -> Tensor:
-    """[Q, len(ns)] best-of-n at a KL within the curve."""
+    """[Q, len(ns)] best-of-n at a KL above 0 within the curve."""
     kls, values = curve
-    after = int(torch.searchsorted(kls, torch.tensor(kl, dtype=kls.dtype)).clamp(1, len(kls) - 1))
-    share = (kl - float(kls[after - 1])) / float(kls[after] - kls[after - 1])
+    roots, root = kls.sqrt(), kl**0.5
+    after = int(torch.searchsorted(roots, torch.tensor(root, dtype=roots.dtype)).clamp(1, len(kls) - 1))
+    share = (root - float(roots[after - 1])) / float(roots[after] - roots[after - 1])
     return values[after - 1] + share * (values[after] - values[after - 1])

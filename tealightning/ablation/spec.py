@@ -59,6 +59,8 @@ class Evaluation:
                 )
         if self.prompts == 0:
             raise ValueError("evaluation.prompts must not be 0: there would be nothing to compare.")
+        if self.equal_kls is not None and not all(isinstance(kl, int | float) and kl > 0 for kl in self.equal_kls):
+            raise ValueError(f"evaluation.equal_kls must hold numbers above 0, got {self.equal_kls}.")
         if self.every is not None and not _is_count(self.every, 1):
             raise ValueError(f"evaluation.every must be at least 1 or null, got {self.every!r}.")
 

@@ -179,7 +179,8 @@ def equal_kl_table(results: Results) -> Table:
     return Table(
         key="equal_kl",
         title="Best-of-n at equal KL" + (f", {split_name(split)}" if split else ""),
-        note=f"Interpolated between evaluations during training; KL to the start in {equal.get('unit', 'nats')}. A "
+        note="Interpolated linearly in the square root of the KL between evaluations; KL to the start in "
+        f"{equal.get('unit', 'nats')}. A "
         "dash: the variant never moved that far. The highest of each column is bold.",
         columns=["variant", *(f"KL {kl:g}, n = {n}" for kl in equal["kls"] for n in ns)],
         rows=with_best(rows),

@@ -94,6 +94,8 @@ def _run(job: Job, build: Build, send: Send, started: float) -> dict[str, Any]:
     checkpoint = _checkpoint(job.folder) if job.kind == "fit" else None
     if checkpoint is None:
         _clear(job.folder)
+    else:
+        _keep_metrics(job.folder)
     file = job.folder / "settings.yaml"
     file.write_text(yaml.safe_dump(with_folder(job.config, job.folder), sort_keys=False), encoding="utf-8")
     resumed = [f"--ckpt_path={checkpoint}"] if checkpoint else []
@@ -217,6 +219,13 @@ def _clear(folder: Path) -> None:
         if path.name in ("log.txt", ".lock"):
             continue
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _keep_metrics(folder: Path) -> None:
+    """Put the metrics of the steps before the checkpoint aside: Lightning's CSV logger begins a new file."""
+    if (folder / "metrics.csv").is_file():
+        earlier = len(list(folder.glob("metrics_*.csv")))
+        os.replace(folder / "metrics.csv", folder / f"metrics_{earlier:03d}.csv")
 
 
 @contextlib.contextmanager

@@ -145,6 +145,11 @@ class _Sampler(LogitsProcessor):
             logits = filter_logits(logits, logits.argmax(dim=-1), top_k=self.sampling.top_k, top_p=self.sampling.top_p)
         probs = logits.softmax(dim=-1)
         tokens = inverse_cdf(probs, self.uniforms[:, self.steps])[:, None]
+        if int(tokens.max()) >= probs.shape[-1]:  # where nothing is larger than NaN
+            raise ValueError(
+                "the policy's logits are NaN or infinite, so there is nothing to sample from: its weights are no "
+                "numbers any more (too high a learning rate?) or were none when they were loaded."
+            )
         self.token_ids[:, self.steps] = tokens[:, 0]
         self.log_probs[:, self.steps] = probs.gather(-1, tokens)[:, 0].log()
         self.steps += 1
