@@ -189,7 +189,8 @@ def _probabilities(rows: list[dict[str, float | None]]) -> list[dict[str, float 
 def _adjust(variants: dict[str, Any], what: str, headline_n: int | None) -> None:
     """Holm's correction over variants at the headline n."""
     rows = [row for v in variants.values() for row in v[what] or [] if row["n"] == headline_n]
-    p_values = torch.tensor([float("nan") if row["p_value"] is None else row["p_value"] for row in rows]).double()
+    known = [float("nan") if row["p_value"] is None else row["p_value"] for row in rows]
+    p_values = torch.tensor(known, dtype=torch.float64)
     for row, adjusted in zip(rows, numbers(holm(p_values)) if rows else [], strict=True):
         row["p_adjusted"] = adjusted
 

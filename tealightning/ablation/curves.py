@@ -160,6 +160,8 @@ def _kl_curve(
 def _at(curve: tuple[Tensor, Tensor], kl: float) -> Tensor:
     """[Q, len(ns)] best-of-n at a KL above 0 within the curve."""
     kls, values = curve
+    if len(kls) == 1:  # a run that never moved
+        return values[0]
     roots, root = kls.sqrt(), kl**0.5
     after = int(torch.searchsorted(roots, torch.tensor(root, dtype=roots.dtype)).clamp(1, len(kls) - 1))
     share = (root - float(roots[after - 1])) / float(roots[after] - roots[after - 1])

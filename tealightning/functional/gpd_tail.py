@@ -23,6 +23,7 @@ LOWEST_SHAPE, HIGHEST_SHAPE = -1.0, 0.25
 """The weights are quadratic in the excess: their variance needs its fourth moment, which exists for xi < 1/4. Below -1
 the density would be infinite at the end point of the tail (-1 is the uniform distribution)."""
 
+_AT_THE_LIMIT = 1e-9
 _DEGREE = 48
 
 
@@ -95,7 +96,8 @@ def gpd_influence(
     q = ratio.square()
     free = (1 - q) / 2
     shape = free.clamp(LOWEST_SHAPE, HIGHEST_SHAPE)
-    clipped = free != shape
+    # Ties put samples exactly on a limit (one positive excess of three: xi = 1/4); rounding must not choose their side.
+    clipped = (free - (HIGHEST_SHAPE + LOWEST_SHAPE) / 2).abs() > (HIGHEST_SHAPE - LOWEST_SHAPE) / 2 - _AT_THE_LIMIT
     h, slope = expected_max_gpd(shape, target_n=target_n, alpha=alpha)
     scale = mean_excess * (1 - shape)
     by_mean = torch.where(clipped, (1 - shape) * h, 0.5 * ((1 + 3 * q) * h - q * (1 + q) * slope))

@@ -195,3 +195,12 @@ def test_tail_weights_of_two_tails_of_one_prompt_do_not_mix(tail):
     together = tail_weights(rewards, target_n=64, alpha=0.25, tail=tail)
     for row, weights in itertools.islice(zip(rewards, together, strict=True), 3):
         assert torch.equal(tail_weights(row[None], target_n=64, alpha=0.25, tail=tail)[0], weights)
+
+
+def test_gpd_sample_exactly_on_a_limit_of_the_shape_is_scale_equivariant():
+    """One positive excess of three has xi = 1/4: rounding decided whether the shape counted as clipped."""
+    rewards = torch.zeros(1, 12, dtype=torch.float64)
+    rewards[0, 11] = 0.0625
+    weights = gpd_weights(rewards, target_n=128, alpha=0.25)
+    for scale in (3.7, 100.0, 1e-3):
+        torch.testing.assert_close(gpd_weights(rewards * scale, target_n=128, alpha=0.25), weights * scale)
