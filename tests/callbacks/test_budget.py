@@ -4,12 +4,13 @@ from playground_fits import fit, module_of
 
 from tealightning import Budget
 
-ROLLOUTS = 32  # a step: 4 prompts, 8 samples each
+ROLLOUTS = 36  # a step: 4 prompts, 9 samples each
 NAMES = ["rollouts", "generated_tokens", "trained_tokens"]
 
 
-def settings(playground):
-    return {"module": module_of(playground, estimator="direct")}
+def settings(playground, *, estimator="direct", **module):
+    """`direct` trains on 2 of 9 rollouts: it leaves out the k-th of a tail of 3, and what is below."""
+    return {"module": module_of(playground, estimator=estimator, **module), "rollout": {"group_size": 9}}
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,8 @@ def test_rollouts_without_an_advantage_are_not_trained_on(unlimited):
 
 def test_every_inner_epoch_trains_on_the_tokens_again(playground):
     budget = Budget()
-    module = module_of(playground, estimator="mean_reward", inner_epochs=2)
-    fit(playground, steps=2, module=module, callbacks=[budget])  # two optimizer steps, one step of rollouts
+    # Two optimizer steps, one step of rollouts.
+    fit(playground, steps=2, callbacks=[budget], **settings(playground, estimator="mean_reward", inner_epochs=2))
     assert budget.spent["rollouts"] == ROLLOUTS
     assert budget.spent["trained_tokens"] == 2 * budget.spent["generated_tokens"] > 0
 
