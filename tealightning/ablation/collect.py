@@ -25,6 +25,16 @@ class EvaluationData:
     columns: dict[str, Tensor]  # [Q] or [Q, M] float64: gold, lengths, truncated, kl, ...
 
 
+@dataclass(kw_only=True, slots=True)
+class Runs:
+    """The finished runs of one variant on one split, seed by seed."""
+
+    seeds: list[int]
+    finals: list[EvaluationData]
+    starts: list[EvaluationData]  # of the same seed
+    all_points: list[list[EvaluationData]]  # every evaluation during training, by step
+
+
 def read_evaluations(folder: Path, split: str) -> list[EvaluationData]:
     """All evaluations of a run on a split ("val" or "test"), by step; the files of several ranks are joined."""
     files: dict[int, list[Path]] = {}
@@ -61,6 +71,11 @@ def common_prompts(evaluations: Sequence[EvaluationData]) -> Tensor:
 def rows_of(evaluation: EvaluationData, keys: Tensor) -> Tensor:
     """[Q] indices of the rows of `keys`, which must all be there."""
     return torch.searchsorted(evaluation.keys, keys)
+
+
+def rewards_of(evaluation: EvaluationData, keys: Tensor) -> Tensor:
+    """[Q, M] rewards of the prompts `keys`, which must all be there."""
+    return evaluation.rewards[rows_of(evaluation, keys)]
 
 
 def _joined(step: int, files: Sequence[Path]) -> EvaluationData:

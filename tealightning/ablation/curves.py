@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tealightning.ablation.collect import EvaluationData, common_prompts, read_training, rows_of
 from tealightning.ablation.estimates import Estimator, numbers
@@ -23,7 +22,6 @@ TRAINING_METRICS = {
     "train/grad_norm": "grad_norm",
     "train/rollouts_skipped": "rollouts_skipped",
 }
-NUM_KLS = 5
 BINS = 60
 
 Points = Sequence[Sequence[EvaluationData]]  # [seeds][evaluations]
@@ -54,41 +52,6 @@ def checkpoints_of(
             }
         )
     return rows
-
-
-def equal_kl(
-    runs: Mapping[str, tuple[Sequence[EvaluationData], Points]],
-    ns: Sequence[int],
-    kls: Sequence[float] | None,
-    estimator: Estimator,
-) -> dict[str, Any] | None:
-    """Best-of-n of every variant at the same KL to the starting policy: a run's curve, interpolated linearly in the
-    square root of the KL between its evaluations, prompt by prompt. Rewards rise about like that root (Gao et al.
-    2023); interpolating in the KL itself would understate the variants that move far between two evaluations.
-
-    A variant has no value where one of its seeds never got so far.
-
-    Without `kls` they are spread evenly up to the median over variants of the KL that all of a variant's seeds reached.
-    """
-    curves = {name: [_kl_curve(s, p, ns) for s, p in zip(*both, strict=True)] for name, both in runs.items()}
-    if any(curve is None for all_ in curves.values() for curve in all_):
-        return None
-    known = {name: [curve for curve in all_ if curve is not None] for name, all_ in curves.items()}
-    reach = {name: min(float(kl.max()) for kl, _ in all_) for name, all_ in known.items()}
-    if kls is None:
-        top = float(np.median(list(reach.values())))
-        kls = [float(f"{top * (i + 1) / NUM_KLS:.3g}") for i in range(NUM_KLS)] if top > 0 else []
-    if not kls:
-        return None
-    variants: dict[str, Any] = {}
-    for name, all_ in known.items():
-        variants[name] = [
-            {"kl": kl, "best_of_n": estimator.curve(torch.stack([_at(curve, kl) for curve in all_]), ns)}
-            if kl <= reach[name]
-            else None
-            for kl in kls
-        ]
-    return {"kls": list(kls), "unit": "nats a completion", "variants": variants}
 
 
 def training_curves(folders: Sequence[Path], estimator: Estimator) -> dict[str, Any]:
@@ -137,32 +100,3 @@ def histograms(runs: Mapping[str, tuple[Sequence[EvaluationData], Sequence[Evalu
         "start": density(start),
         "variants": {name: density(values) for name, values in finals.items()},
     }
-
-
-def _kl_curve(
-    start: EvaluationData, points: Sequence[EvaluationData], ns: Sequence[int]
-) -> tuple[Tensor, Tensor] | None:
-    """KL [K], never falling, and best-of-n [K, Q, len(ns)] of one run; None without KL.
-
-    Where the KL falls back below an earlier one the later point is left out: the curve ends at its furthest point."""
-    column = [start, *points]
-    if any("kl" not in e.columns for e in column):
-        return None
-    keys = common_prompts(column)
-    kls = [float(e.columns["kl"][rows_of(e, keys)].mean()) for e in column]
-    rising = [i for i, kl in enumerate(kls) if kl > max(kls[:i], default=-1.0)]
-    rewards = [column[i].rewards[rows_of(column[i], keys)] for i in rising]
-    return torch.tensor([kls[i] for i in rising], dtype=torch.float64), torch.stack(
-        [best_of_n(r, ns, ~r.isnan()) for r in rewards]
-    )
-
-
-def _at(curve: tuple[Tensor, Tensor], kl: float) -> Tensor:
-    """[Q, len(ns)] best-of-n at a KL above 0 within the curve."""
-    kls, values = curve
-    if len(kls) == 1:  # a run that never moved
-        return values[0]
-    roots, root = kls.sqrt(), kl**0.5
-    after = int(torch.searchsorted(roots, torch.tensor(root, dtype=roots.dtype)).clamp(1, len(kls) - 1))
-    share = (root - float(roots[after - 1])) / float(roots[after] - roots[after - 1])
-    return values[after - 1] + share * (values[after] - values[after - 1])

@@ -1,10 +1,7 @@
 """How many runs at a time, on which devices, and what their processes import beforehand."""
 
-import contextlib
-import fcntl
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 
@@ -34,19 +31,3 @@ def preloaded(jobs: Sequence[Job]) -> list[str]:
     """Modules that the runs import anyway: seconds each, once for all of them."""
     engines = {job.config["rollout"]["engine"]["class_path"].rpartition(".")[2] for job in jobs}
     return [*_COMMON, *(["vllm"] if "VLLMEngine" in engines else [])]
-
-
-@contextlib.contextmanager
-def locked(folder: Path, message: str) -> Iterator[None]:
-    """Hold a folder alone while this process lives.
-
-    Raises:
-        ValueError: with `message` if another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(message) from None
-        yield

@@ -1,8 +1,6 @@
 """What `tealightning compare` writes from the results of an ablation: tables, plots and a page that stands alone."""
 
 import base64
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from tealightning.ablation.reading import Results, label, main_split, split_name
 from tealightning.ablation.summary import counted, equal_words, failures, summary
 from tealightning.ablation.table_formats import interval_text, number_text, to_csv, to_latex, to_markdown
 from tealightning.ablation.tables import Table, all_tables
+from tealightning.callbacks.folders import write_whole
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,23 +56,10 @@ def write_outputs(results: Results, folder: Path) -> list[Path]:
     }
     for name, data in files.items():
         write_whole(folder / name, data)
+    for plot in (folder / "plots").glob("*.*"):  # of an earlier call, and nothing in these results any more
+        if f"plots/{plot.name}" not in files and plot.suffix in (".png", ".svg"):
+            plot.unlink()
     return [folder / name for name in files]
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is either the new one or, after any error, the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp's files are for the owner alone
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def report_html(results: Results, tables: Sequence[Table], plots: Sequence[Plot], images: dict[str, bytes]) -> str:
@@ -212,7 +198,7 @@ LAYOUT: list[Part] = [
         "At equal KL",
         "Variants that spend the same budget can move differently far from the start. Here they are compared where "
         "they have moved equally far.",
-        ["equal_kl"],
+        ["equal_kl", "equal_kl_differences"],
         ["best_of_n_against_kl", "best_of_n_against_kl_panels"],
         [],
     ),

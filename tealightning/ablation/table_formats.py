@@ -192,8 +192,9 @@ def csv_rows(results: Results) -> Iterator[dict[str, Any]]:
     split = main_split(results)
     for name, points in ((results.get("equal_kl") or {}).get("variants") or {}).items():
         for point in filter(None, points or ()):
-            place = {"split": split, "variant": name, "quantity": "equal_kl.best_of_n", "kl": point["kl"]}
-            yield from (place | estimate_row(found) for found in point["best_of_n"])
+            for quantity in ("best_of_n", "against_reference"):
+                place = {"split": split, "variant": name, "quantity": f"equal_kl.{quantity}", "kl": point["kl"]}
+                yield from (place | estimate_row(found) for found in point.get(quantity) or ())
     for name, spent in (results.get("budgets") or {}).items():
         place = {"split": "", "variant": name}
         yield from (place | {"quantity": f"budgets.{key}", "mean": spent.get(key)} for key in BUDGETS)

@@ -60,7 +60,7 @@ class Table:
 def all_tables(results: Results) -> list[Table]:
     """Every table of an ablation: those of each split, then equal KL, budgets and runs. Empty ones are left out."""
     tables = [table for split in results.get("splits") or {} for table in split_tables(results, split)]
-    tables += [equal_kl_table(results), budget_table(results), run_table(results)]
+    tables += [equal_kl_table(results), equal_kl_difference_table(results), budget_table(results), run_table(results)]
     return [table for table in tables if table.rows]
 
 
@@ -184,6 +184,25 @@ def equal_kl_table(results: Results) -> Table:
         "dash: the variant never moved that far. The highest of each column is bold.",
         columns=["variant", *(f"KL {kl:g}, n = {n}" for kl in equal["kls"] for n in ns)],
         rows=with_best(rows),
+    )
+
+
+def equal_kl_difference_table(results: Results) -> Table:
+    """Differences to the reference at the headline n where both have moved equally far from the start."""
+    equal: Mapping[str, Any] = results.get("equal_kl") or {"kls": [], "variants": {}}
+    n, reference, split = results["headline_n"], label(results, results["reference"]), main_split(results)
+    rows = []
+    for name in results["variants"]:
+        points = {p["kl"]: p.get("against_reference") for p in equal["variants"].get(name) or () if p}
+        if any(points.values()):
+            rows.append([name_cell(results, name), *(estimate_cell(at(points.get(kl), n)) for kl in equal["kls"])])
+    return Table(
+        key="equal_kl_differences",
+        title=f"Differences to {reference} at equal KL, n = {n}" + (f", {split_name(split)}" if split else ""),
+        note=f"Paired differences of best-of-{n} with {interval_name(results)} intervals, not corrected for the number "
+        f"of comparisons; KL in {equal.get('unit', 'nats')}. A dash: one of the two never moved that far.",
+        columns=["variant", *(f"KL {kl:g}" for kl in equal["kls"])],
+        rows=rows,
     )
 
 

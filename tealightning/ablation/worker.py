@@ -1,7 +1,6 @@
 """One run of an ablation, in the process that is its own."""
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -9,7 +8,7 @@ import platform
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,9 +19,12 @@ import numpy as np
 import yaml
 from lightning.pytorch.callbacks import Callback
 
-from tealightning.ablation.plan import Job, with_folder
+from tealightning.ablation.locks import locked
+from tealightning.ablation.plan import Job
+from tealightning.ablation.run_configs import with_folder
 from tealightning.callbacks import Budget, EvaluationRecord
 from tealightning.callbacks.evaluation_record import FOLDER
+from tealightning.callbacks.folders import write_whole
 from tealightning.diagnostics.provenance import commit
 from tealightning.version import __version__
 
@@ -47,8 +49,7 @@ def execute(job: Job, build: Build, send: Send) -> dict[str, Any]:
     Raises:
         Exception: whatever made the run fail, after it was recorded.
     """
-    job.folder.mkdir(parents=True, exist_ok=True)
-    with _locked(job.folder):
+    with locked(job.folder, f"another process is at work in {job.folder}.", wait_seconds=LOCK_WAIT_SECONDS):
         started = time.monotonic()
         record: dict[str, Any] = _identity(job)
         try:
@@ -80,13 +81,7 @@ def describe(error: BaseException) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    write_whole(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
 def _run(job: Job, build: Build, send: Send, started: float) -> dict[str, Any]:
@@ -226,23 +221,3 @@ def _keep_metrics(folder: Path) -> None:
     if (folder / "metrics.csv").is_file():
         earlier = len(list(folder.glob("metrics_*.csv")))
         os.replace(folder / "metrics.csv", folder / f"metrics_{earlier:03d}.csv")
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the run's folder alone.
-
-    Raises:
-        RuntimeError: if another process keeps it; one that is just ending is waited for.
-    """
-    with (folder / ".lock").open("w") as file:
-        deadline = time.monotonic() + LOCK_WAIT_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f"another process is at work in {folder}.") from None
-                time.sleep(0.2)
-        yield

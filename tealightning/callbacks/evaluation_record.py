@@ -1,6 +1,6 @@
 """Keeps what every evaluation saw, prompt by prompt and sample by sample: what comparisons between runs are made of."""
 
-import os
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from tealightning.callbacks.folders import run_folder
+from tealightning.callbacks.folders import run_folder, write_whole
 from tealightning.functional.diversity import distinct_n, self_similarity
 from tealightning.micro_batches import score_completions, split_rows
 from tealightning.pretrained import load_policy
@@ -162,14 +162,9 @@ class EvaluationRecord(Callback):
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write an .npz that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
+    write_whole(path, content.getvalue())
 
 
 def _token_groups(rollouts: RolloutBatch, samples: int) -> list[list[list[int]]]:

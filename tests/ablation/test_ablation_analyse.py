@@ -319,6 +319,16 @@ def test_equal_kl_is_interpolated_in_the_root_of_the_kl(curves):
     assert beyond is None
 
 
+def test_equal_kl_differences_are_paired_by_seed(curves):
+    found = curves([0.25, 1, 2.25])["equal_kl"]["variants"]
+    assert [row["against_reference"] for row in found["grpo"][:2]] == [None, None]
+    first, second, third = (row["against_reference"] for row in found["tea"])
+    assert first[0]["mean"] == pytest.approx((0 + (1 - 2)) / 2)  # seed 3 is equal; seed 5 has gained 1 against 2
+    assert second[1]["mean"] == pytest.approx((0 + (2 - 4)) / 2)
+    assert 0 < second[0]["p_value"] < 1 and second[0]["low"] < -1 < second[0]["high"]
+    assert third is None  # a seed of grpo ends at 1
+
+
 def test_equal_kl_is_null_where_a_seed_never_got_so_far(curves):
     first, second, *beyond = curves([0.25, 1, 2.25, 4])["equal_kl"]["variants"]["grpo"]
     assert first["best_of_n"][0]["mean"] == pytest.approx(3.25 + (1 + 2) / 2)

@@ -2,7 +2,8 @@ import copy
 
 import pytest
 
-from tealightning.ablation.plan import arguments, expand, make_plan, run_config, start_config, with_folder, with_seed
+from tealightning.ablation.plan import arguments, expand, make_plan
+from tealightning.ablation.run_configs import run_config, start_config, with_folder, with_seed
 from tealightning.ablation.spec import parse_spec
 
 CONFIG = {

@@ -1,9 +1,7 @@
 """The report stands alone, says what the numbers say, and a failed write harms no older file."""
 
-import errno
 import html
 import html.parser
-import os
 import re
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import yaml
 from ablation_results import results_of
 
 from tealightning.ablation.plots import all_plots
-from tealightning.ablation.report import report_html, write_outputs, write_whole
+from tealightning.ablation.report import report_html, write_outputs
 from tealightning.ablation.summary import summary
 from tealightning.ablation.tables import all_tables
 
@@ -212,21 +210,11 @@ def test_write_outputs_writes_every_file_and_repeats_them_exactly(tmp_path):
     assert {"table.md", "table.csv", "table.tex", "report.html"} <= {path.name for path in files}
     assert {path.suffix for path in files if path.parent.name == "plots"} == {".png", ".svg"}
     assert sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file()) == sorted(files)
+    earlier = tmp_path / "out" / "plots" / "of_an_earlier_call.png"
+    earlier.write_bytes(b"")
     write_outputs(results, tmp_path / "out")
     assert {path: path.read_bytes() for path in files} == written
-
-
-def test_full_disk_leaves_the_older_file_and_no_temporary_one(tmp_path, monkeypatch):
-    def full(handle):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    path = tmp_path / "table.md"
-    write_whole(path, b"old")
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_whole(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["table.md"]
+    assert not earlier.exists()
 
 
 def keys_of(value, path=()):

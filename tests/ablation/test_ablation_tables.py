@@ -55,6 +55,10 @@ def expected_tables(results):
         (label(n), [at(points[n][i]["best_of_n"], k) if points[n][i] else None for i in kls for k in (1, headline)])
         for n in names
     ]
+    pairs = {n: [p and p["against_reference"] for p in points[n]] for n in names if n != results["reference"]}
+    expected["equal_kl_differences"] = [
+        (label(n), [p and at(p, headline) for p in found]) for n, found in pairs.items()
+    ]
     expected["budgets"] = [(label(n), [results["budgets"][n][key] for key in BUDGETS]) for n in names]
     return expected
 
@@ -198,6 +202,8 @@ def test_csv_has_every_estimate_of_the_results_with_every_digit(results):
         for point in filter(None, points):
             for estimate in point["best_of_n"]:
                 expect("val", name, "equal_kl.best_of_n", estimate, kl=repr(point["kl"]))
+            for estimate in point["against_reference"] or ():
+                expect("val", name, "equal_kl.against_reference", estimate, kl=repr(point["kl"]))
     for name, budget in results["budgets"].items():
         for key, value in budget.items():
             expect("", name, f"budgets.{key}", {"mean": value})

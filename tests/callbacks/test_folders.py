@@ -1,10 +1,12 @@
+import errno
 import os
 from pathlib import Path
 
 import lightning.pytorch as pl
+import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from tealightning.callbacks.folders import run_folder
+from tealightning.callbacks.folders import run_folder, write_whole
 
 
 def folder_of(**kwargs):
@@ -25,3 +27,16 @@ def test_a_trial_run_leaves_nothing_in_the_working_folder(tmp_path):
     folder = folder_of(fast_dev_run=True, default_root_dir=tmp_path)
     assert not folder.is_relative_to(tmp_path)
     assert not folder.is_relative_to(Path(os.getcwd()))
+
+
+def test_full_disk_leaves_the_older_file_and_no_temporary_one(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "table.md"
+    write_whole(path, b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["table.md"]

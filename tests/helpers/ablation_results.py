@@ -156,7 +156,19 @@ def checkpoints_of(rng: np.random.Generator, gold: bool, kl: bool, steps: int) -
 
 
 def equal_kl_of(rng: np.random.Generator, names: list[str]) -> dict[str, Any]:
-    points = {name: [{"kl": kl, "best_of_n": curve(rng, 0.2 * kl)} for kl in (0.5, 1.0)] for name in names}
+    points = {
+        name: [
+            {
+                "kl": kl,
+                "best_of_n": curve(rng, 0.2 * kl),
+                "against_reference": None
+                if name == "grpo"
+                else [row | {"p_value": 0.25} for row in curve(rng, 0.01 - 0.5 * kl)],
+            }
+            for kl in (0.5, 1.0)
+        ]
+        for name in names
+    }
     return {
         "kls": [0.5, 1.0],
         "unit": "nats a completion",

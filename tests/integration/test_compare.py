@@ -149,6 +149,73 @@ def test_a_kill_costs_only_the_runs_that_were_going(playground, tmp_path, with_f
     assert "All 6 runs have finished already." in again.stdout
 
 
+def test_a_run_with_checkpoints_goes_on_where_it_was_cut_off(playground, tmp_path):
+    """The run is stopped in its third step by a reward that fails once; the next call resumes it."""
+    once = tmp_path / "once.py"
+    once.write_text(
+        "from pathlib import Path\n"
+        "calls = 0\n"
+        "def reward(prompts, completions, metadata):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        f"    mark = Path({str(tmp_path / 'failed')!r})\n"
+        "    if calls == 3 and not mark.exists() and len(completions) == 48:\n"
+        "        mark.touch()\n"
+        "        raise RuntimeError('meant to fail once')\n"
+        "    return [float(len(text) % 7) for text in completions]\n"
+    )
+    checkpoint = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"every_n_train_steps": 1, "save_last": True, "save_top_k": 0},
+    }
+    variant = {
+        "model.estimator": "grpo",
+        "rollout.reward": "function_reward",
+        "rollout.reward.function": f"{once}:reward",
+        "trainer.callbacks": [checkpoint],
+        "trainer.enable_checkpointing": True,
+    }
+
+    def compare(folder):
+        file = write_spec(folder, playground, {"grpo": variant})
+        spec = yaml.safe_load(file.read_text()) | {"seeds": [0], "equal": {"optimizer_steps": 6}}
+        spec["evaluation"] |= {"every": 4, "held_out_prompts": 0}
+        file.write_text(yaml.safe_dump(spec))
+        return subprocess.run(command(file), env=environment(), capture_output=True, text=True, check=False)
+
+    first = compare(tmp_path)
+    assert first.returncode == 2 and "meant to fail once" in first.stdout, first.stdout + first.stderr
+    second = compare(tmp_path)
+    assert second.returncode == 0, second.stdout + second.stderr
+    (record,) = [json.loads(file.read_text()) for file in finished(tmp_path, "grpo")]
+    assert (record["resumed"], record["optimizer_steps"], record["rollouts"]) == (True, 6, 6 * 48)
+    (tmp_path / "whole").mkdir()
+    whole = compare(tmp_path / "whole")  # the mark is there: nothing fails
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    assert numbers_of(results_of(tmp_path)) == numbers_of(results_of(tmp_path / "whole"))
+
+
+def test_estimator_of_a_plugin_and_upload_to_wandb(playground, tmp_path):
+    plugin = tmp_path / "top_of_three.py"
+    plugin.write_text(
+        "from tealightning import register\n"
+        "from tealightning.estimators import AdvantageEstimator\n\n"
+        "@register\n"
+        "class TopOfThree(AdvantageEstimator):\n"
+        "    def compute(self, rewards):\n"
+        "        return (rewards - rewards.mean(dim=1, keepdim=True)).clamp(min=0)\n"
+    )
+    variants = {"grpo": GOOD["grpo"], "own": {"model.estimator": "top_of_three"}}
+    file = write_spec(tmp_path, playground, variants)
+    options = ["--import", str(plugin), "--seeds", "0", "--wandb", "trial"]
+    offline = environment() | {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
+    done = subprocess.run(command(file, *options), env=offline, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert results_of(tmp_path)["variants"] == ["grpo", "own"]
+    assert "Uploaded to" in done.stdout
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
 def test_dry_run_measures_a_pilot_and_runs_nothing(playground, tmp_path):
     file = write_spec(tmp_path, playground, GOOD)
     done = subprocess.run(command(file, "--dry-run"), env=environment(), capture_output=True, text=True, check=False)
