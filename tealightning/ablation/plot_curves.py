@@ -104,11 +104,7 @@ def plot_over_kl(results: Results, parts: Sequence[tuple[str, int, str]], title:
 
 def plot_over_kl_panels(results: Results, n: int) -> Figure:
     """Best-of-n against KL, a panel and a band for each variant."""
-    curves = over_kl(results, n)
-    context = [results["reference"]] if results["reference"] in curves and len(curves) > 1 else []
-    figure, grid = panels(results, curves, context)
-    finish_panels(figure, grid, f"Best-of-{n} against KL", "KL, nats a completion", "reward")
-    return figure
+    return beside_reference(results, over_kl(results, n), f"Best-of-{n} against KL", "KL, nats a completion", "reward")
 
 
 def training_metrics(results: Results) -> list[str]:
@@ -148,11 +144,15 @@ def plot_training(results: Results) -> Figure:
 
 def plot_training_panels(results: Results, metric: str) -> Figure:
     """One training metric with a panel and a band for each variant, beside the reference."""
-    curves = over_steps(results, metric)
+    title = f"Training: {TRAINING_METRICS.get(metric, metric)}"
+    return beside_reference(results, over_steps(results, metric), title, "step", "")
+
+
+def beside_reference(results: Results, curves: dict[str, Curve], title: str, xlabel: str, ylabel: str) -> Figure:
+    """A panel for each curve, with the reference's in all of them."""
     context = [results["reference"]] if results["reference"] in curves and len(curves) > 1 else []
     figure, grid = panels(results, curves, context)
-    name = TRAINING_METRICS.get(metric, metric)
-    finish_panels(figure, grid, f"Training: {name}", "step", "")
+    finish_panels(figure, grid, title, xlabel, ylabel)
     return figure
 
 
