@@ -2,13 +2,16 @@
 
 import inspect
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tealightning.functional.linear_log_probs import linear_log_probs
 from tealightning.functional.log_probs import token_entropy, token_log_probs
-from tealightning.types import RolloutBatch
+from tealightning.output_head import linear_head, scored_by_head
+from tealightning.types import RolloutBatch, SamplingConfig
 
 
 def split_rows(
@@ -74,25 +77,74 @@ def score_completions(
     """Log-probs of the sampled tokens under `model` and the rollouts' own sampling distribution.
 
     Masks and positions come from lengths, never from token ids; a prompt is never empty (the engine had to condition on
-    something), so position `tp - 1` predicts the first sampled token of every row.
+    something), so position `tp - 1` predicts the first sampled token of every row. Logits of all tokens never exist at
+    once, except for models that change them after the output layer.
     """
     input_ids, attention_mask, mask = trim(rollouts, rows)
-    length = mask.shape[1]
-    extra: dict[str, Any] = {}
-    accepted = inspect.signature(model.forward).parameters
-    if "position_ids" in accepted:
-        extra["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    if "logits_to_keep" in accepted:
-        extra["logits_to_keep"] = length + 1
-    output = model(input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False, **extra)
-    logits = output.logits[:, -length - 1 : -1]
-    targets = input_ids[:, -length:]
-    sampling = rollouts.sampling
-    log_probs = token_log_probs(
-        logits, targets, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
-    )
+    targets = input_ids[:, -mask.shape[1] :]
+    inputs = _model_inputs(model, input_ids, attention_mask, kept=mask.shape[1] + 1)
+    scorer = _HeadScorer(targets=targets, mask=mask, sampling=rollouts.sampling, with_entropy=with_entropy)
+    head = linear_head(model)
+    if head is not None and scored_by_head(model, head, scorer, inputs):
+        return scorer.scores
+    logits = model(**inputs).logits[:, -mask.shape[1] - 1 : -1]
+    log_probs = token_log_probs(logits, targets, **_distribution(rollouts.sampling))
     scores = CompletionScores(log_probs=log_probs.masked_fill(~mask, 0.0), mask=mask)
     if with_entropy:
         with torch.no_grad():
-            scores.entropy = token_entropy(logits, temperature=sampling.temperature).masked_fill(~mask, 0.0)
+            entropy = token_entropy(logits, temperature=rollouts.sampling.temperature)
+        scores.entropy = entropy.masked_fill(~mask, 0.0)
     return scores
+
+
+@dataclass(kw_only=True)
+class _HeadScorer:
+    """Stands in for the output layer: keeps the scores of the sampled tokens and returns their log-probs."""
+
+    targets: Tensor  # [rows, t] int64
+    mask: Tensor  # [rows, t] bool
+    sampling: SamplingConfig
+    with_entropy: bool
+
+    def __call__(self, hidden: Tensor, head: torch.nn.Linear) -> Tensor:
+        """[rows, t] from `hidden` [rows, t + 1 or more, D], of which padding is left out."""
+        log_probs, entropy = linear_log_probs(
+            hidden[:, -self.mask.shape[1] - 1 : -1][self.mask],
+            head.weight,
+            self.targets[self.mask],
+            bias=head.bias,
+            with_entropy=self.with_entropy,
+            **_distribution(self.sampling),
+        )
+        self.scores = CompletionScores(
+            log_probs=_padded(log_probs, self.mask),
+            mask=self.mask,
+            entropy=None if entropy is None else _padded(entropy, self.mask),
+        )
+        return self.scores.log_probs
+
+
+def _model_inputs(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor, *, kept: int) -> dict[str, Any]:
+    """Arguments of the model's forward pass; logits are needed at the last `kept` positions."""
+    unwrap: Any = getattr(model, "get_base_model", lambda: model)  # an adapter's forward hides the model's arguments
+    accepted = _accepted_arguments(type(unwrap()).forward)
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
+    if "position_ids" in accepted:
+        inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = kept
+    return inputs
+
+
+@cache
+def _accepted_arguments(forward: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
+
+
+def _distribution(sampling: SamplingConfig) -> dict[str, Any]:
+    return {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+
+
+def _padded(values: Tensor, mask: Tensor) -> Tensor:
+    """[rows, t]: `values` [n] where `mask` is True, 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
