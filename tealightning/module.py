@@ -148,14 +148,14 @@ class PostTrainingModule(pl.LightningModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         step = self._step_batch(_rollouts_of(batch))
+        sampled_log_probs = self._sampled_log_probs(step) if self.inner_epochs > 1 else None
         sums: dict[str, Tensor] = {}
-        sampled_log_probs = step.behaviour_log_probs
         trained_tokens = 0
         for epoch in range(self.inner_epochs):
-            if self.is_exact_off_policy and epoch > 0:
+            if epoch > 0:
                 assert sampled_log_probs is not None, "there is more than one inner epoch"
                 step = self._step_moved_on(step, sampled_log_probs)
-            epoch_sums = self._optimizer_step(step, is_first=epoch == 0)
+            epoch_sums = self._optimizer_step(step, record=sampled_log_probs if epoch == 0 else None, epoch=epoch)
             trained_tokens += int(epoch_sums.get("tokens", 0))
             sums |= epoch_sums
         if self.lr_scheduler is not None:
@@ -167,20 +167,28 @@ class PostTrainingModule(pl.LightningModule):
         advantages = self._scaled(self.estimator(rollouts.rewards, rollouts.valid), rollouts)
         rows = self._rows_to_train(rollouts, advantages)
         scored = rollouts.valid.flatten()
-        fixed = scored.nonzero().squeeze(1) if self.is_exact_off_policy else rows  # ratios of all, whoever is trained
         return StepBatch(
             rollouts=rollouts,
             advantages=advantages.flatten(),
             rows=rows,
             num_tokens=self._over_ranks(rollouts.completion_lengths[scored].sum()),
             num_sequences=self._over_ranks(scored.sum()),
-            behaviour_log_probs=self._frozen_log_probs(self.policy, rollouts, fixed) if self.inner_epochs > 1 else None,
             ref_log_probs=self._frozen_log_probs(self._reference[0], rollouts, rows) if self._reference else None,
         )
 
+    def _sampled_log_probs(self, step: StepBatch) -> Tensor:
+        """[B, T] for the log-probs under the weights that sampled. The first inner epoch's own forward pass records
+        them; exact correction also wants those of rollouts that are not trained on."""
+        scored = step.rollouts.valid.flatten()
+        scored[step.rows] = False
+        others = scored.nonzero().squeeze(1) if self.is_exact_off_policy else step.rows[:0]
+        return self._frozen_log_probs(self.policy, step.rollouts, others)
+
     def _step_moved_on(self, step: StepBatch, sampled_log_probs: Tensor) -> StepBatch:
-        """The step for the policy as it is now: advantages from the ratios of whole completions, which replace those of
-        the loss."""
+        """The step for the policy as it is after an inner epoch: the loss compares it with the one that sampled. With
+        exact correction advantages from the ratios of whole completions replace the loss's own ratios."""
+        if not self.is_exact_off_policy:
+            return replace(step, behaviour_log_probs=sampled_log_probs)
         rollouts = step.rollouts
         scored = rollouts.valid.flatten().nonzero().squeeze(1)
         log_ratios = (self._frozen_log_probs(self.policy, rollouts, scored) - sampled_log_probs).double().sum(dim=1)
@@ -223,18 +231,19 @@ class PostTrainingModule(pl.LightningModule):
             log_probs[chosen, : scores.mask.shape[1]] = scores.log_probs
         return log_probs
 
-    def _optimizer_step(self, step: StepBatch, *, is_first: bool) -> dict[str, Tensor]:
+    def _optimizer_step(self, step: StepBatch, *, epoch: int, record: Tensor | None) -> dict[str, Tensor]:
         """One pass over the step's rollouts, one optimizer step; returns the metrics' sums over this rank."""
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        sums = self._backward(step, is_first=is_first)
+        sums = self._backward(step, is_first=epoch == 0, record=record)
         max_norm = self.gradient_clip_norm if self.gradient_clip_norm is not None else float("inf")
         sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), max_norm)
         optimizer.step()
         return sums
 
-    def _backward(self, step: StepBatch, *, is_first: bool) -> dict[str, Tensor]:
-        """Add up the gradient over micro-batches; ranks meet in the last one's backward.
+    def _backward(self, step: StepBatch, *, is_first: bool, record: Tensor | None) -> dict[str, Tensor]:
+        """Add up the gradient over micro-batches; ranks meet in the last one's backward. `record` [B, T] takes the
+        log-probs.
 
         Entropy and the engine/trainer mismatch are those of the sampling weights: of the first inner epoch only.
         """
@@ -248,6 +257,8 @@ class PostTrainingModule(pl.LightningModule):
                 scores = score_completions(self.policy, step.rollouts, chosen, with_entropy=is_first)
                 loss, part = micro_batch_loss(self.loss, step, chosen, scores)
                 self.manual_backward(loss * 0 if nothing else loss)
+            if record is not None:
+                record[chosen, : scores.mask.shape[1]] = scores.log_probs.detach()
             if not nothing:
                 merge_sums(sums, part)
         return sums

@@ -173,6 +173,20 @@ def test_inner_epochs_use_the_policy_of_the_start_as_behaviour(policy):
     assert torch.allclose(gradients[1], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(("inner_epochs", "passes"), [(1, 1), (3, 3)])
+def test_no_epoch_needs_a_second_forward_pass(policy, monkeypatch, inner_epochs, passes):
+    """The first epoch's own log-probs are those of the behaviour policy for the epochs after it."""
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return score_completions(*args, **kwargs)
+
+    monkeypatch.setattr("tealightning.module.score_completions", counted)
+    run_steps(module_of(policy, "grpo", lr=0.02, inner_epochs=inner_epochs), [make_batch(make_rollouts(REWARDS))])
+    assert len(calls) == passes
+
+
 def test_inner_epochs_clip_once_the_policy_moved(policy):
     module = module_of(policy, "grpo", lr=5.0, inner_epochs=3)
     trainer, _ = run_steps(module, [make_batch(make_rollouts(REWARDS))])
