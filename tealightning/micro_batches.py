@@ -126,8 +126,8 @@ class _HeadScorer:
 
 def _model_inputs(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor, *, kept: int) -> dict[str, Any]:
     """Arguments of the model's forward pass; logits are needed at the last `kept` positions."""
-    unwrap: Any = getattr(model, "get_base_model", lambda: model)  # an adapter's forward hides the model's arguments
-    accepted = _accepted_arguments(type(unwrap()).forward)
+    forward: Any = model.forward
+    accepted = _accepted_arguments(getattr(forward, "__func__", forward))  # a bound method in the cache would keep it
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
     if "position_ids" in accepted:
         inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
