@@ -12,6 +12,7 @@ from tealightning.version import __version__
 _LAZY = {
     "PostTrainingModule": "tealightning.module",
     "PolicyGradientLoss": "tealightning.loss",
+    "LoRA": "tealightning.lora",
     "PromptDataModule": "tealightning.data",
     "RolloutCallback": "tealightning.callbacks",
     "BestOfNReport": "tealightning.callbacks",

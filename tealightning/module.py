@@ -2,7 +2,7 @@
 `batch.rollouts` is there when `training_step` is called."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -14,6 +14,15 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from tealightning.estimators import AdvantageEstimator
+from tealightning.lora import (
+    LoRA,
+    WithoutAdapter,
+    add_adapter,
+    add_frozen,
+    check_checkpoint,
+    drop_frozen,
+    merged_state_dict,
+)
 from tealightning.loss import PolicyGradientLoss, StepBatch, merge_sums, micro_batch_loss
 from tealightning.metrics import BestOfN, TailFit
 from tealightning.micro_batches import score_completions, split_rows
@@ -32,7 +41,8 @@ class PostTrainingModule(pl.LightningModule):
         estimator: Maps the rewards of each group to advantages.
         loss: Clipping, reduction, KL penalty and importance correction.
         reference: What the KL is measured to; None = the policy as it was loaded. Loaded only for training with
-            `loss.kl_coef` > 0.
+            `loss.kl_coef` > 0; with `lora` and None never, because it is the policy with its adapter off.
+        lora: Train a low-rank adapter and leave the policy's own weights as they are; None = train all weights.
         advantage_scale: `batch_rms` divides all advantages of a step by their root mean square over the whole batch,
             which frees the learning rate from the reward's scale; `none` leaves them.
         inner_epochs: Optimizer steps on each batch of rollouts; above 1 the ratio clipping does its work.
@@ -60,6 +70,7 @@ class PostTrainingModule(pl.LightningModule):
         *,
         loss: PolicyGradientLoss | None = None,
         reference: str | None = None,
+        lora: LoRA | None = None,
         advantage_scale: AdvantageScale = "batch_rms",
         inner_epochs: int = 1,
         inner_epoch_correction: InnerEpochCorrection = "clip",
@@ -82,6 +93,8 @@ class PostTrainingModule(pl.LightningModule):
         self.automatic_optimization = False
         self.policy_path = policy
         self.reference_path = reference or policy
+        self.lora = lora
+        self._reference_is_base = lora is not None and reference is None
         self.estimator = estimator
         self.loss = loss or PolicyGradientLoss()
         self.advantage_scale = advantage_scale
@@ -111,21 +124,28 @@ class PostTrainingModule(pl.LightningModule):
 
     @property
     def reference(self) -> Any:
-        """The frozen model that the KL penalty is measured to; None without one."""
-        return self._reference[0] if self._reference else None
+        """The frozen model that the KL is measured to; None where it is not loaded."""
+        if self._reference:
+            return self._reference[0]
+        return WithoutAdapter(self.policy) if self._reference_is_base else None
 
     def setup(self, stage: str) -> None:
         """Load the reference if there is a KL penalty to train with. Safe to call again."""
-        if stage == "fit" and self.loss.kl_coef > 0 and not self._reference:
+        if stage == "fit" and self.loss.kl_coef > 0 and not self._reference and not self._reference_is_base:
             reference = load_policy(self.reference_path, argument="reference", **self.load_kwargs)
             self._reference = (reference.requires_grad_(False).eval(),)
 
     def configure_model(self) -> None:
-        """Load the policy. Safe to call again."""
-        if self.policy is None:
-            self.policy = load_policy(
-                self.policy_path, gradient_checkpointing=self.gradient_checkpointing, **self.load_kwargs
-            )
+        """Load the policy, with its adapter. Safe to call again."""
+        if self.policy is not None:
+            return
+        self.policy = load_policy(
+            self.policy_path, gradient_checkpointing=self.gradient_checkpointing, **self.load_kwargs
+        )
+        if self.lora is not None:
+            add_adapter(self.policy, self.lora)
+        if self._reference_is_base and self.loss.kl_coef > 0:
+            self._reference = (WithoutAdapter(self.policy),)
 
     def on_fit_start(self) -> None:
         if self.trainer.precision == "16-mixed":  # clipping would take its scaled gradients for the real ones
@@ -140,9 +160,23 @@ class PostTrainingModule(pl.LightningModule):
         return [optimizer], [self.lr_scheduler(optimizer)]
 
     def export(self, folder: str) -> None:
-        """Save policy and tokenizer in Hugging Face format (safetensors), loadable by transformers and vLLM."""
-        self.policy.save_pretrained(folder)
+        """Save policy and tokenizer in Hugging Face format (safetensors), loadable by transformers and vLLM. An adapter
+        is merged into the weights."""
+        self.policy.save_pretrained(folder, state_dict=None if self.lora is None else merged_state_dict(self.policy))
         self.tokenizer.save_pretrained(folder)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        drop_frozen(self, checkpoint, self.lora)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_checkpoint(checkpoint, self.lora)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Also without the frozen weights, which an adapter's checkpoint leaves out."""
+        state = state_dict if self.lora is None else add_frozen(self, state_dict)
+        return super().load_state_dict(state, strict=strict, assign=assign)
 
     # ---------------------------------------------------------------- training
 

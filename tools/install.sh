@@ -63,12 +63,12 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 install_gpu() {
     echo "[2/3] installing for a GPU: PyTorch, vLLM and the project (several GB, several minutes)"
-    pip install -qq --no-compile -e ".[vllm,wandb,tensorboard,dev]"
+    pip install -qq --no-compile -e ".[vllm,lora,wandb,tensorboard,dev]"
 }
 
 install_cpu() {
     echo "[2/3] installing for a CPU: PyTorch, vLLM and the project (2 GB, a minute or more)"
-    pip install -qq --no-compile --no-warn-conflicts -r tools/requirements-cpu.txt -e ".[wandb,tensorboard,dev]"
+    pip install -qq --no-compile --no-warn-conflicts -r tools/requirements-cpu.txt -e ".[lora,wandb,tensorboard,dev]"
     pip install -qq --no-compile --no-warn-conflicts --no-deps "${cpu_vllm[@]}"
 }
 

@@ -17,7 +17,7 @@ from tealightning.registry import register
 from tealightning.rollouts.base import EngineContext, RolloutEngine
 from tealightning.rollouts.host import contained, placement
 from tealightning.rollouts.requests import EndRule, check_requests, completion_texts, end_rule
-from tealightning.rollouts.weights import policy_weights
+from tealightning.rollouts.weights import checked_off, policy_weight_names, policy_weights
 from tealightning.types import Completion, SamplingConfig
 
 _OWN_ARGS = frozenset({"model", "seed", "max_model_len", "generation_config", "logprobs_mode", "tensor_parallel_size"})
@@ -132,22 +132,21 @@ class VLLMEngine(RolloutEngine):
         return [completions[first : first + num_samples] for first in range(0, len(completions), num_samples)]
 
     def sync_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy the trainer's weights in place.
+        """Copy the trainer's weights in place, one at a time.
 
         Raises:
-            ValueError: if a parameter of the policy is missing; vLLM would go on with its old value.
+            ValueError: if a parameter of the policy was missing; vLLM would go on with its old value.
         """
         context = self._started()
-        named = [(name, tensor.detach()) for name, tensor in weights]
-        missing = {name for name, _ in policy_weights(context.policy)} - {name for name, _ in named}
+        missing = set(policy_weight_names(context.policy))
+        with contained(context.device), torch.no_grad():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checked_off(weights, missing)})
+            self._llm.reset_prefix_cache()  # it was computed with the old weights
         if missing:
             raise ValueError(
                 f"sync_weights needs every parameter of the policy, tied ones under each name (policy_weights gives "
                 f"them); missing: {', '.join(sorted(missing))}."
             )
-        with contained(context.device), torch.no_grad():
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
-            self._llm.reset_prefix_cache()  # it was computed with the old weights
 
     def close(self) -> None:
         """Hand the vLLM engine back for the next `start` with the same arguments; its memory stays taken until the

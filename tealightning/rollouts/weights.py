@@ -1,15 +1,29 @@
 """The trainer's weights, as engines take them over."""
 
+from collections.abc import Iterable, Iterator
+
 from torch import Tensor, nn
 
+from tealightning.lora import merged_names, merged_parameters
 
-def policy_weights(policy: nn.Module) -> list[tuple[str, Tensor]]:
-    """`(name, tensor)` of every parameter, detached, not copied.
+
+def policy_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """`(name, tensor)` of every parameter, detached, not copied; with an adapter merged into the weights that it
+    adapts, each when its turn comes, so that there is never a second copy of them all.
 
     Tied parameters appear under every name: an engine that keeps its own copy of `lm_head.weight` would otherwise go on
     with the old one while the embedding that it is tied to moves on.
     """
-    return [
-        (name.replace("_orig_mod.", ""), parameter.detach())  # the prefix that torch.compile adds
-        for name, parameter in policy.named_parameters(remove_duplicate=False)
-    ]
+    return merged_parameters(policy)
+
+
+def policy_weight_names(policy: nn.Module) -> list[str]:
+    """The names in `policy_weights`."""
+    return merged_names(policy)
+
+
+def checked_off(weights: Iterable[tuple[str, Tensor]], missing: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """`weights`, detached; each name that comes by leaves `missing`."""
+    for name, tensor in weights:
+        missing.discard(name)
+        yield name, tensor.detach()
