@@ -22,6 +22,7 @@ from tiny_policies import (
     token_ids,
 )
 
+from tealightning.lora import LoRA, add_adapter
 from tealightning.rollouts import build_engine, engine_names, policy_weights
 from tealightning.types import SamplingConfig
 
@@ -223,6 +224,21 @@ def test_engine_starts_with_the_weights_of_the_live_policy(engine_name, tied_fol
     engine.close()
     with pytest.raises(RuntimeError, match=r"start\(\)"):
         sample(engine)
+
+
+def test_engine_samples_with_the_adapter_on(engine_name, tied_folder):
+    context = engine_context(tied_folder)
+    loaded = engine_context(tied_folder).policy
+    add_adapter(context.policy, LoRA(rank=4))
+    engine = build_engine(engine_name)
+    engine.start(context)
+    assert largest_difference(loaded, PROMPTS, sample(engine), PLAIN) < 5e-6
+    for _ in range(3):
+        perturb_(context.policy)
+        engine.sync_weights(policy_weights(context.policy))
+        assert largest_difference(context.policy, PROMPTS, sample(engine), PLAIN) < 5e-6
+    assert largest_difference(loaded, PROMPTS, sample(engine), PLAIN) > 1e-2
+    engine.close()
 
 
 @pytest.mark.parametrize(

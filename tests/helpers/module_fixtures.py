@@ -74,17 +74,21 @@ def make_batch(rollouts: RolloutBatch, first_id: int = 0) -> PromptBatch:
     )
 
 
+def trained(policy) -> list[torch.Tensor]:
+    return [parameter for parameter in policy.parameters() if parameter.requires_grad]
+
+
 class KeepGradients(Callback):
-    """The gradient at each optimizer step, before clipping would be seen by the optimizer."""
+    """The gradient of what is trained at each optimizer step, before clipping would be seen by the optimizer."""
 
     def __init__(self) -> None:
         self.gradients: list[torch.Tensor] = []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-        self.gradients.append(torch.cat([p.grad.flatten().clone() for p in pl_module.policy.parameters()]))
+        self.gradients.append(torch.cat([p.grad.flatten().clone() for p in trained(pl_module.policy)]))
 
 
-def run_steps(module, batches, **trainer_kwargs):
+def run_steps(module, batches, callbacks=(), ckpt_path=None, **trainer_kwargs):
     """Fit on hand-built batches; returns (trainer, gradients of each optimizer step)."""
     keep = KeepGradients()
     trainer = pl.Trainer(
@@ -94,8 +98,8 @@ def run_steps(module, batches, **trainer_kwargs):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[keep],
+        callbacks=[keep, *callbacks],
         **trainer_kwargs,
     )
-    trainer.fit(module, train_dataloaders=DataLoader(batches, batch_size=None))
+    trainer.fit(module, train_dataloaders=DataLoader(batches, batch_size=None), ckpt_path=ckpt_path)
     return trainer, keep.gradients

@@ -97,10 +97,10 @@ def largest_difference(policy, prompts, grouped: list[list[Completion]], samplin
 
 
 def perturb_(policy) -> None:
-    """Change every weight by more than rounding, like a few optimizer steps."""
+    """Change every trainable weight by more than rounding, like a few optimizer steps."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in policy.parameters():
+        for parameter in (p for p in policy.parameters() if p.requires_grad):
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
 
 

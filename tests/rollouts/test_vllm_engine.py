@@ -74,6 +74,9 @@ def test_vllm_refuses_a_push_that_leaves_a_tied_or_any_other_weight_behind(folde
         engine.sync_weights(policy.named_parameters())  # drops the second name of a tied parameter
     with pytest.raises(ValueError, match=r"missing: model\.layers\.0"):
         engine.sync_weights([(n, w) for n, w in policy_weights(policy) if "layers.0.self_attn.q_proj" not in n])
+    perturb_(policy)
+    engine.sync_weights(policy_weights(policy))  # and is whole again after the next one
+    assert largest_difference(policy, PROMPTS, sample(engine), SAMPLING) < 5e-6
     engine.close()
 
 
