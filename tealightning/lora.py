@@ -88,7 +88,9 @@ class WithoutAdapter:
 
     def __init__(self, policy: Any) -> None:
         self.policy = policy
-        self.forward = policy.forward  # its arguments are looked up here
+        # What scoring looks up before it calls the model.
+        self.forward = policy.forward
+        self.get_output_embeddings = policy.get_output_embeddings
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with adapter_off(self.policy):

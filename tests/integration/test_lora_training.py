@@ -111,7 +111,7 @@ def test_recorded_kl_is_to_the_policy_without_its_adapter(playground, tmp_path, 
     assert all(parameter.requires_grad for name, parameter in module.policy.named_parameters() if "lora_" in name)
 
 
-def test_command_line_trains_resumes_and_evaluates_an_adapter(playground, tmp_path):
+def test_command_line_trains_exports_and_evaluates_an_adapter(playground, tmp_path):
     settings = {
         "model": {"init_args": {"lora": {"rank": 2, "alpha": 4}}},
         "trainer": {
