@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tealightning.sharding import whole
+
 _ADAPTER = "default"
 _CHECKPOINT_KEY = "lora"
 
@@ -132,7 +134,7 @@ def merged_parameters(policy: nn.Module, device: torch.device | str | None = Non
         device: Where the computed ones go; None = where they are.
     """
     for name, parameter, layer in _without_adapter(policy):
-        yield name, parameter.detach() if layer is None else _merged(layer).to(device)
+        yield name, whole(parameter.detach()) if layer is None else _merged(layer).to(device)
 
 
 def merged_state_dict(policy: nn.Module) -> dict[str, Tensor]:

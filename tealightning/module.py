@@ -27,6 +27,7 @@ from tealightning.loss import PolicyGradientLoss, StepBatch, merge_sums, micro_b
 from tealightning.metrics import BestOfN, TailFit
 from tealightning.micro_batches import score_completions, split_rows
 from tealightning.pretrained import load_policy, load_tokenizer
+from tealightning.sharding import is_sharded, shard, whole, whole_state_dict
 from tealightning.types import PromptBatch, RolloutBatch
 
 AdvantageScale = Literal["none", "batch_rms"]
@@ -146,6 +147,9 @@ class PostTrainingModule(pl.LightningModule):
             add_adapter(self.policy, self.lora)
         if self._reference_is_base and self.loss.kl_coef > 0:
             self._reference = (WithoutAdapter(self.policy),)
+        if self.device_mesh is not None:  # of trainer.strategy=ModelParallelStrategy
+            for model in (self.policy, *self._reference):
+                shard(model, self.device_mesh, lora=self.lora is not None)
 
     def on_fit_start(self) -> None:
         if self.trainer.precision == "16-mixed":  # clipping would take its scaled gradients for the real ones
@@ -161,9 +165,11 @@ class PostTrainingModule(pl.LightningModule):
 
     def export(self, folder: str) -> None:
         """Save policy and tokenizer in Hugging Face format (safetensors), loadable by transformers and vLLM. An adapter
-        is merged into the weights."""
-        self.policy.save_pretrained(folder, state_dict=None if self.lora is None else merged_state_dict(self.policy))
-        self.tokenizer.save_pretrained(folder)
+        is merged into the weights. Rank 0 writes, and all ranks must call it: a sharded policy is gathered."""
+        state = merged_state_dict(self.policy) if self.lora else whole_state_dict(self.policy)
+        if self.global_rank == 0:
+            self.policy.save_pretrained(folder, state_dict=state)
+            self.tokenizer.save_pretrained(folder)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -247,22 +253,29 @@ class PostTrainingModule(pl.LightningModule):
         needed = needed.flatten() & (rollouts.completion_lengths > 0)
         return needed.nonzero().squeeze(1)
 
-    def _micro_batches(self, rollouts: RolloutBatch, rows: Tensor) -> list[Tensor]:
-        return split_rows(
+    def _micro_batches(self, model: Any, rollouts: RolloutBatch, rows: Tensor, *, at_least: int = 0) -> list[Tensor]:
+        """Micro-batches of `rows`. Empty ones follow where the other ranks of a sharded model have more: it is called
+        by all of them together or not at all."""
+        splits = split_rows(
             rollouts.prompt_lengths,
             rollouts.completion_lengths,
             rows,
             max_tokens=self.micro_batch_tokens,
             max_rows=self.micro_batch_size,
         )
+        calls = max(at_least, len(splits))
+        if is_sharded(model):
+            calls = int(self._over_ranks(torch.tensor(calls, device=self.device), "max"))
+        return splits + [rows[:0]] * (calls - len(splits))
 
     @torch.no_grad()
     def _frozen_log_probs(self, model: Any, rollouts: RolloutBatch, rows: Tensor) -> Tensor:
         """[B, T] log-probs of `rows` without gradient; 0 elsewhere."""
         log_probs = torch.zeros_like(rollouts.rollout_log_probs)
-        for chosen in self._micro_batches(rollouts, rows):
-            scores = score_completions(model, rollouts, chosen)
-            log_probs[chosen, : scores.mask.shape[1]] = scores.log_probs
+        for chosen in self._micro_batches(model, rollouts, rows):
+            scores = score_completions(model, rollouts, _some(chosen))
+            if len(chosen) > 0:
+                log_probs[chosen, : scores.mask.shape[1]] = scores.log_probs
         return log_probs
 
     def _optimizer_step(self, step: StepBatch, *, epoch: int, record: Tensor | None) -> dict[str, Tensor]:
@@ -271,7 +284,7 @@ class PostTrainingModule(pl.LightningModule):
         optimizer.zero_grad()
         sums = self._backward(step, is_first=epoch == 0, record=record)
         max_norm = self.gradient_clip_norm if self.gradient_clip_norm is not None else float("inf")
-        sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), max_norm)
+        sums["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), max_norm))
         optimizer.step()
         return sums
 
@@ -281,29 +294,30 @@ class PostTrainingModule(pl.LightningModule):
 
         Entropy and the engine/trainer mismatch are those of the sampling weights: of the first inner epoch only.
         """
-        nothing = len(step.rows) == 0
-        # A rank with nothing to train still has to meet the others in backward: one rollout, weighted by 0.
-        splits = self._micro_batches(step.rollouts, step.rows) or [step.rows.new_zeros(1)]
+        # A rank with nothing to train still has to meet the others in backward: in a rollout weighted by 0.
+        splits = self._micro_batches(self.policy, step.rollouts, step.rows, at_least=1)
         sums: dict[str, Tensor] = {}
         for index, chosen in enumerate(splits):
-            is_last = index == len(splits) - 1
-            with nullcontext() if is_last else self._no_gradient_sync():
-                scores = score_completions(self.policy, step.rollouts, chosen, with_entropy=is_first)
-                loss, part = micro_batch_loss(self.loss, step, chosen, scores)
-                self.manual_backward(loss * 0 if nothing else loss)
-            if record is not None:
-                record[chosen, : scores.mask.shape[1]] = scores.log_probs.detach()
-            if not nothing:
+            with self._gradient_sync(index == len(splits) - 1):
+                scores = score_completions(self.policy, step.rollouts, _some(chosen), with_entropy=is_first)
+                loss, part = micro_batch_loss(self.loss, step, _some(chosen), scores)
+                self.manual_backward(loss if len(chosen) > 0 else loss * 0)
+            if len(chosen) > 0:
                 merge_sums(sums, part)
+                if record is not None:
+                    record[chosen, : scores.mask.shape[1]] = scores.log_probs.detach()
         return sums
 
     def _over_ranks(self, value: Tensor, op: str = "mean") -> Tensor:
         """`value` reduced over ranks. The mean fits data parallelism, which averages the ranks' gradients."""
         return self.trainer.strategy.reduce(value.detach().double(), reduce_op=op)
 
-    def _no_gradient_sync(self) -> Any:
+    def _gradient_sync(self, wanted: bool) -> Any:
+        """Whether ranks exchange gradients in the backward pass inside."""
+        if is_sharded(self.policy):
+            self.policy.set_requires_gradient_sync(wanted)
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
-        return block() if block is not None else nullcontext()
+        return block() if block is not None and not wanted else nullcontext()
 
     def _log_step(self, step: StepBatch, sums: dict[str, Tensor], trained_tokens: int) -> None:
         """Log the step's metrics, reduced over ranks."""
@@ -358,6 +372,11 @@ class PostTrainingModule(pl.LightningModule):
             values = {f"{phase}/{key}": value for key, value in metric.compute().items()}
             self.log_dict(values, sync_dist=True)  # the same on all ranks already; says so to Lightning
             metric.reset()
+
+
+def _some(chosen: Tensor) -> Tensor:
+    """The micro-batch, or any rollout in place of none: a model that ranks call together wants an input."""
+    return chosen if len(chosen) > 0 else chosen.new_zeros(1)
 
 
 def _rollouts_of(batch: PromptBatch) -> RolloutBatch:

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "tealightning"
 # A unit (a module or folder of the package) may import its own line and the lines above it.
 LAYERS = [
     {"version", "types", "registry", "functional"},
-    {"estimators", "metrics", "rewards", "pretrained", "lora", "output_head", "micro_batches", "loss"},
+    {"estimators", "metrics", "rewards", "pretrained", "sharding", "lora", "output_head", "micro_batches", "loss"},
     {"rollouts", "data"},
     {"module", "callbacks"},
     {"playground", "ablation", "diagnostics", "deployment"},

@@ -15,6 +15,7 @@ from tealightning.functional.diversity import distinct_n, self_similarity
 from tealightning.micro_batches import score_completions, split_rows
 from tealightning.pretrained import load_policy
 from tealightning.rewards.base import Reward
+from tealightning.sharding import is_sharded
 from tealightning.types import PromptBatch, RolloutBatch
 
 FOLDER = "evaluations"
@@ -69,6 +70,15 @@ class EvaluationRecord(Callback):
     def is_behind(self, phase: str, global_step: int) -> bool:
         """True if there is no record of `phase` at this optimizer step."""
         return self.last_step.get(phase) != global_step
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Refuse a policy that ranks can only call together.
+
+        Raises:
+            ValueError: if it is sharded.
+        """
+        if is_sharded(pl_module.policy):
+            raise ValueError("EvaluationRecord cannot score with a sharded policy: use trainer.strategy=ddp or auto.")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._rows = []

@@ -20,6 +20,5 @@ class ExportPolicy(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         target = run_folder(trainer) / self.folder
-        if trainer.is_global_zero:
-            pl_module.export(str(target))  # type: ignore[operator]
+        pl_module.export(str(target))  # type: ignore[operator]
         rank_zero_info(f"Trained policy: {target}")

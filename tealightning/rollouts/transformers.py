@@ -12,6 +12,7 @@ from tealightning.functional.log_probs import filter_logits
 from tealightning.registry import register
 from tealightning.rollouts.base import EngineContext, RolloutEngine
 from tealightning.rollouts.requests import EndRule, check_requests, completion_texts, end_rule, first_match
+from tealightning.sharding import is_sharded
 from tealightning.types import Completion, SamplingConfig
 
 
@@ -36,6 +37,16 @@ class TransformersEngine(RolloutEngine):
         self._context: EngineContext | None = None
 
     def start(self, context: EngineContext) -> None:
+        """Take over the policy.
+
+        Raises:
+            ValueError: if it is sharded.
+        """
+        if is_sharded(context.policy):
+            raise ValueError(
+                "TransformersEngine samples with the trainer's own policy, and ranks cannot sample at their own pace "
+                "with one that is sharded over them: use --rollout.engine=VLLMEngine with ModelParallelStrategy."
+            )
         self._context = context
 
     def generate(

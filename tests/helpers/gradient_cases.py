@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from module_fixtures import make_batch, make_rollouts, run_steps
 
 from tealightning import PolicyGradientLoss, PostTrainingModule
 from tealightning.estimators import build_estimator
+from tealightning.sharding import is_sharded, whole
 from tealightning.types import RolloutBatch
 
 NAN = math.nan
@@ -86,23 +88,33 @@ def rollouts_of(case: str, rank: int | None = None) -> RolloutBatch:
     )
 
 
+def flat(tensors: Any) -> torch.Tensor:
+    """All values, of sharded tensors too."""
+    return torch.cat([whole(tensor).detach().flatten() for tensor in tensors])
+
+
 def train(policy: str, case: str, *, rank: int | None = None, **trainer_kwargs: Any) -> dict[str, Any]:
     """One training step of a case: gradients of each optimizer step, weights after it, and metrics."""
     module = module_of(policy, CASES[case][1])
     trainer, gradients = run_steps(module, [make_batch(rollouts_of(case, rank))], **trainer_kwargs)
     return {
         "gradients": gradients,
-        "weights": torch.cat([p.detach().flatten() for p in module.policy.parameters()]),
+        "weights": flat(module.policy.parameters()),
         "metrics": {key: float(value) for key, value in trainer.callback_metrics.items()},
         "world_size": trainer.world_size,
+        "sharded": is_sharded(module.policy),
     }
 
 
-def main(policy: str, folder: str) -> None:
+def strategy_of(name: str) -> Any:
+    return name if name == "ddp" else ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+
+
+def main(policy: str, folder: str, strategy: str) -> None:
     import os
 
     rank = int(os.environ["LOCAL_RANK"])
-    results = {case: train(policy, case, rank=rank, strategy="ddp", devices=2) for case in CASES}
+    results = {case: train(policy, case, rank=rank, strategy=strategy_of(strategy), devices=2) for case in CASES}
     torch.save(results, Path(folder) / f"{rank}.pt")
 
 

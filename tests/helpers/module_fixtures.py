@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tealightning.sharding import whole
 from tealightning.types import PromptBatch, RolloutBatch, SamplingConfig
 
 VOCAB = 32
@@ -85,7 +86,7 @@ class KeepGradients(Callback):
         self.gradients: list[torch.Tensor] = []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-        self.gradients.append(torch.cat([p.grad.flatten().clone() for p in trained(pl_module.policy)]))
+        self.gradients.append(torch.cat([whole(p.grad).flatten().clone() for p in trained(pl_module.policy)]))
 
 
 def run_steps(module, batches, callbacks=(), ckpt_path=None, **trainer_kwargs):

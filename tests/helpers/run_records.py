@@ -10,6 +10,8 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 
+from tealightning.sharding import is_sharded, whole
+
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
@@ -53,6 +55,7 @@ class RunRecord(Callback):
         if self.folder is not None:
             record = {
                 "world_size": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1,
+                "sharded": is_sharded(pl_module.policy),
                 "weights": hashlib.sha256(self.weights.numpy().tobytes()).hexdigest(),
                 "largest_move": self.largest_move,
                 "steps": self.steps,
@@ -72,7 +75,7 @@ class RunRecord(Callback):
 
 
 def flat_weights(policy: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten().cpu() for parameter in policy.parameters()]).clone()
+    return torch.cat([whole(parameter.detach()).flatten().cpu() for parameter in policy.parameters()]).clone()
 
 
 def metrics_of(trainer: pl.Trainer) -> dict[str, float]:

@@ -25,11 +25,14 @@ def policy(tmp_path_factory):
     return save_policy(tmp_path_factory.mktemp("policy"))
 
 
-@pytest.fixture(scope="module")
-def ranks(policy, tmp_path_factory):
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def ranks(policy, tmp_path_factory, request):
+    """What each rank saw, by case; ranks hold all weights or a share of them."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(Path(gradient_cases.__file__), policy, str(folder))
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    run_ranks(Path(gradient_cases.__file__), policy, str(folder), request.param)
+    results = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    assert all(case["sharded"] == (request.param == "fsdp2") for rank in results for case in rank.values())
+    return results
 
 
 @pytest.mark.parametrize("case", CASES)
