@@ -5,10 +5,9 @@ import os
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from ranks import run_ranks
-from tiny_policies import EOS, PROMPTS, SEEDS, engine_context, largest_difference, perturb_, save_policy, token_ids
+from tiny_policies import EOS, PROMPTS, engine_context, largest_difference, perturb_, save_policy, token_ids
 
 from tealightning.rollouts import VLLMServerEngine, policy_weights
 from tealightning.rollouts.vllm_client import ServerError
