@@ -20,12 +20,9 @@ class LocalServer:
     """
 
     def __init__(self, command: list[str], environment: dict[str, str], log_file: Path | None = None) -> None:
-        self._temporary = log_file is None
-        if log_file is None:
-            with tempfile.NamedTemporaryFile(prefix="vllm-server-", suffix=".log", delete=False) as created:
-                log_file = Path(created.name)
-        self.log_file = log_file
-        with log_file.open("wb") as output:
+        self._temporary = tempfile.TemporaryDirectory(prefix="tealightning-server-")
+        self.log_file = log_file or Path(self._temporary.name) / "server.log"
+        with self.log_file.open("wb") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", str(Path(__file__).with_name("supervise.py")), *command],
                 stdin=subprocess.PIPE,  # closed by the kernel when this process ends
@@ -55,8 +52,7 @@ class LocalServer:
             self._process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
-        if self._temporary:
-            self.log_file.unlink(missing_ok=True)
+        self._temporary.cleanup()
 
 
 def free_port() -> int:

@@ -60,12 +60,14 @@ def check_policy(engine: RolloutEngine, context: EngineContext) -> None:
     """
     sampling = SamplingConfig(max_new_tokens=max(1, min(8, context.max_model_len - len(_PROMPT))))
     ((completion,),) = engine.generate([_PROMPT], num_samples=1, sampling=sampling, seeds=[0])
-    policy, was_training = context.policy, context.policy.training
+    policy = context.policy
+    training = [module for module in policy.modules() if module.training]
     ids = torch.tensor([[*_PROMPT, *completion.token_ids]], device=next(policy.parameters()).device)
     policy.eval()
     with torch.no_grad():
         expected = token_log_probs(policy(ids).logits[0, len(_PROMPT) - 1 : -1].float(), ids[0, len(_PROMPT) :]).cpu()
-    policy.train(was_training)
+    for module in training:
+        module.training = True
     difference = float((expected - torch.tensor(completion.log_probs)).abs().mean())
     if not difference < 0.5:
         raise ServerError(

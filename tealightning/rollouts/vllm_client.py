@@ -1,11 +1,13 @@
 """HTTP client of a `vllm serve` process: generation and weight updates over its public routes."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 
@@ -180,3 +182,19 @@ def _message(answer: requests.Response) -> str:
     except (json.JSONDecodeError, AttributeError):
         return answer.text[:2000]
     return str(error.get("message", error) if isinstance(error, dict) else error)[:2000]
+
+
+def is_local(url: str | None) -> bool:
+    """Whether `url` is of this machine's loopback interface; None is."""
+    return url is None or urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+
+
+def api_key_from(variable: str | None) -> str | None:
+    """The key in an environment variable.
+
+    Raises:
+        ValueError: if the variable is not set.
+    """
+    if variable is not None and not os.environ.get(variable):
+        raise ValueError(f"rollout.engine.api_key_env names {variable}, and that variable is not set.")
+    return None if variable is None else os.environ[variable]

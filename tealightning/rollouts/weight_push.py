@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from tealightning.rollouts.local_server import free_port
 from tealightning.rollouts.vllm import nccl_sender
-from tealightning.rollouts.vllm_client import VLLMClient
+from tealightning.rollouts.vllm_client import VLLMClient, is_local
 
 Weights = list[tuple[str, Tensor]]
 
@@ -40,7 +41,8 @@ class FilePush:
         parent = parent or (memory if os.access(memory, os.W_OK) else tempfile.gettempdir())
         if not os.path.isdir(parent):
             raise ValueError(f"rollout.engine.weights_dir must be an existing folder, got {parent}.")
-        self.folder = Path(tempfile.mkdtemp(prefix="tealightning-weights-", dir=os.path.abspath(parent)))
+        self._temporary = tempfile.TemporaryDirectory(prefix="tealightning-weights-", dir=os.path.abspath(parent))
+        self.folder = Path(self._temporary.name)
 
     def push(self, client: VLLMClient, weights: Weights) -> None:
         needed, free = sum(tensor.nbytes for _, tensor in weights), shutil.disk_usage(self.folder).free
@@ -59,7 +61,7 @@ class FilePush:
             path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._temporary.cleanup()
 
 
 class NCCLPush:
@@ -101,6 +103,13 @@ class NCCLPush:
         if self._sender is not None:
             self._sender.shutdown()
         self._sender = None
+
+
+def new_push(transfer: str, weights_dir: str | None, url: str | None, device: torch.device) -> WeightPush:
+    """The push called `transfer` ("file" or "nccl") to the server at `url`; None = on this machine."""
+    if transfer == "file":
+        return FilePush(weights_dir)
+    return NCCLPush(device, "127.0.0.1" if is_local(url) else socket.gethostbyname(socket.getfqdn()))
 
 
 def _separate(weights: Weights) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ missing = [
 ]
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),  # a minute where nothing else runs, many where much does
     pytest.mark.skipif(bool(missing), reason=f"a vLLM server needs {', '.join(missing)}"),
 ]
 
@@ -43,7 +44,7 @@ def folders(tmp_path_factory):
 def server(folders):
     """An engine that has started a server, and the server's processes."""
     os.environ["SERVER_KEY"] = "secret"
-    engine = VLLMServerEngine(api_key_env="SERVER_KEY", serve_args=["--max-num-seqs", "64"], start_timeout_seconds=280)
+    engine = VLLMServerEngine(api_key_env="SERVER_KEY", serve_args=["--max-num-seqs", "64"], start_timeout_seconds=800)
     engine.start(engine_context(folders[1]))
     yield engine
     engine.close()
