@@ -114,11 +114,13 @@ class VLLMServerEngine(RolloutEngine):
         url, host = on_rank_zero(lambda: self._open(context))
         if self.url is None and host != socket.gethostname():
             raise ValueError("VLLMServerEngine starts its server for ranks on one machine: set rollout.engine.url.")
-        self._context, self._client = context, self._client or self._connect(url)
+        self._context = context
+        if self._client is None or self._client.url != url:
+            self._client = self._connect(url)
         try:
             check_length(self._client, context)
-            check_log_probs_mode(self._client)
             self.sync_weights(policy_weights(context.policy))  # they may have moved on from those in the folder
+            check_log_probs_mode(self._client)
             check_policy(self, context)
         except BaseException:
             self.close()

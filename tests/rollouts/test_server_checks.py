@@ -16,7 +16,7 @@ from tealightning.rollouts.weight_push import FilePush, NCCLPush
 from tealightning.types import Completion
 
 GENERATE = "/inference/v1/generate"
-LOGITS = torch.tensor([3.0, 2.0, 0.5, -1.0, -4.0])
+LOGITS = torch.tensor([3.0, 2.0, 2.0, -1.0, -4.0])  # two are tied for the second place
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +30,22 @@ def log_probs_server(mode, logits=LOGITS):
     def answer(body):
         sampling = body["sampling_params"]
         scaled = logits / sampling["temperature"]
-        kept = scaled.topk(sampling["top_k"]).indices
+        filtered = scaled.masked_fill(scaled < scaled.topk(sampling["top_k"]).values[-1], -9999)
         values = {
-            "processed_logprobs": scaled[kept].log_softmax(0),
-            "processed_logits": scaled[kept],
-            "raw_logprobs": logits.log_softmax(0)[kept],
-            "raw_logits": logits[kept],
-        }[mode]
-        first = choice([int(kept[0])], [float(values[0])])
-        top = [{"token_id": int(i), "logprob": float(v)} for i, v in zip(kept, values, strict=True)]
-        first["logprobs"]["content"][0]["top_logprobs"] = [top[0], *top]  # the sampled one comes first, again
+            "processed_logprobs": filtered.log_softmax(0).clamp(min=-9999),
+            "processed_logits": filtered,
+            "raw_logprobs": logits.log_softmax(0),
+            "raw_logits": logits,
+        }[mode].sort(descending=True, stable=True)
+        top = [{"token_id": int(i), "logprob": float(v)} for v, i in zip(*values, strict=True)]
+        first = choice([top[0]["token_id"]], [top[0]["logprob"]])
+        first["logprobs"]["content"][0]["top_logprobs"] = [top[0], *top][: 1 + sampling["logprobs"]]
         return 200, {"choices": [first]}
 
     return answer
 
 
-@pytest.mark.parametrize("logits", [LOGITS, 20 * LOGITS], ids=["flat", "peaked"])
+@pytest.mark.parametrize("logits", [LOGITS, 20 * LOGITS, LOGITS.clamp(max=2)], ids=["flat", "peaked", "tied"])
 @pytest.mark.parametrize("mode", ["processed_logprobs", "processed_logits", "raw_logprobs", "raw_logits"])
 def test_check_log_probs_mode_accepts_what_the_server_samples_with(mode, logits):
     with stub_server({GENERATE: log_probs_server(mode, logits)}) as (url, _):
