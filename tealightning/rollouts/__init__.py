@@ -8,6 +8,7 @@ from tealightning.rollouts.collector import RolloutCollector, rollout_metrics
 from tealightning.rollouts.seeds import prompt_seed
 from tealightning.rollouts.transformers import TransformersEngine
 from tealightning.rollouts.vllm import VLLMEngine
+from tealightning.rollouts.vllm_server import VLLMServerEngine
 from tealightning.rollouts.weights import policy_weights
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "RolloutEngine",
     "TransformersEngine",
     "VLLMEngine",
+    "VLLMServerEngine",
     "build_engine",
     "engine_names",
     "policy_weights",

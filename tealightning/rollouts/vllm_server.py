@@ -1,0 +1,253 @@
+"""Rollouts from a vLLM server: a process of its own, on GPUs of its own or another host."""
+
+import socket
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tealightning.registry import register
+from tealightning.rollouts.base import EngineContext, RolloutEngine
+from tealightning.rollouts.local_server import LocalServer, free_port
+from tealightning.rollouts.ranks import is_rank_zero, on_rank_zero
+from tealightning.rollouts.requests import check_requests, completion_texts, end_rule, vllm_sampling
+from tealightning.rollouts.server_checks import check_length, check_log_probs_mode, check_policy, check_versions
+from tealightning.rollouts.vllm_client import VLLMClient, api_key_from, is_local
+from tealightning.rollouts.vllm_serve import check_positive, check_serve_args, explain, launch, wait_until_ready
+from tealightning.rollouts.weight_push import WeightPush, new_push
+from tealightning.rollouts.weights import checked_weights, policy_weights
+from tealightning.types import Completion, SamplingConfig
+
+_SAMPLES_PER_REQUEST = 16
+
+
+@register
+class VLLMServerEngine(RolloutEngine):
+    """Generates over HTTP with `vllm serve`, which it starts or which runs already, and gives it the trainer's weights.
+
+    Sample i of prompt p is a function of `seeds[p] + i` and the weights (up to rounding), as with `VLLMEngine`.
+
+    One server serves all ranks: each sends its own prompts; rank 0 starts the server and pushes weights, between
+    barriers. Every completion names the weights that sampled it, so a server that was restarted, or that another
+    trainer gave its weights, is an error and not a silent change of policy.
+
+    Args:
+        url: Of a running server, for example `http://127.0.0.1:8000`; None = start one on this machine. The routes
+            that take weights are not protected by the API key: keep the server on a private network.
+        weight_transfer: "file" = through a safetensors file; "nccl" = GPU to GPU.
+        weights_dir: For "file": an existing folder under the same path for trainer and server; None = `/dev/shm`.
+        api_key_env: Name of the environment variable that holds the server's API key.
+        dtype: Of the pushed weights and of a server started here: "auto" = the policy's, or "bfloat16", ...
+        max_concurrent_requests: Requests at a time and rank, of up to 16 samples each.
+        request_timeout_seconds: Longest wait for one answer: of a generation, of a weight update.
+        start_timeout_seconds: Longest wait for a server started here.
+        serve_args: Further arguments of `vllm serve` started here.
+        serve_env: Further environment variables of it; on a GPU machine CUDA_VISIBLE_DEVICES, the server's GPUs.
+        log_file: Where its output goes; None = a temporary file, whose end is shown when something fails.
+    """
+
+    def __init__(
+        self,
+        *,
+        url: str | None = None,
+        weight_transfer: Literal["file", "nccl"] = "file",
+        weights_dir: str | None = None,
+        api_key_env: str | None = None,
+        dtype: str = "auto",
+        max_concurrent_requests: int = 64,
+        request_timeout_seconds: float = 600.0,
+        start_timeout_seconds: float = 600.0,
+        serve_args: list[str] | None = None,
+        serve_env: dict[str, str] | None = None,
+        log_file: str | None = None,
+    ) -> None:
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise ValueError(f"rollout.engine.url must begin with http:// or https://, got {url!r}.")
+        if weight_transfer not in ("file", "nccl"):
+            raise ValueError(f"rollout.engine.weight_transfer must be file or nccl, got {weight_transfer!r}.")
+        if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"rollout.engine.dtype must be auto or a dtype of torch such as bfloat16, got {dtype!r}.")
+        check_positive(
+            max_concurrent_requests=max_concurrent_requests,
+            request_timeout_seconds=request_timeout_seconds,
+            start_timeout_seconds=start_timeout_seconds,
+        )
+        if weight_transfer == "file" and not weights_dir and not is_local(url):
+            raise ValueError(
+                f"rollout.engine.weights_dir must name a folder that {url} sees under the same path (a network file "
+                "system), or use weight_transfer=nccl."
+            )
+        if url and (serve_args or serve_env or log_file):
+            warnings.warn("rollout.engine.serve_args, serve_env and log_file have no effect with a url.", stacklevel=2)
+        check_serve_args(serve_args or [])
+        self.url = url
+        self.weight_transfer = weight_transfer
+        self.weights_dir = weights_dir
+        self.api_key_env = api_key_env
+        self.dtype = dtype
+        self.max_concurrent_requests = max_concurrent_requests
+        self.request_timeout_seconds = request_timeout_seconds
+        self.start_timeout_seconds = start_timeout_seconds
+        self.serve_args = list(serve_args or [])
+        self.serve_env = dict(serve_env or {})
+        self.log_file = None if log_file is None else Path(log_file)
+        self._context: EngineContext | None = None
+        self._client: VLLMClient | None = None
+        self._server: LocalServer | None = None  # on rank 0, if it was started here
+        self._pusher: WeightPush | None = None  # on rank 0
+        self._served: tuple[Any, ...] = ()  # what `_server` was started with
+        self._version = ""  # of the weights that the server was given
+
+    def start(self, context: EngineContext) -> None:
+        """Start or find the server, check what it serves, and give it the live policy's weights.
+
+        Raises:
+            ImportError: if a server is to be started and vLLM is not installed.
+            ValueError: if a setting does not fit.
+            ServerError: if there is no server, or one that cannot do what is needed.
+            RuntimeError: if several ranks were launched and their process group does not exist yet.
+        """
+        url, host = on_rank_zero(lambda: self._open(context))
+        if self.url is None and host != socket.gethostname():
+            raise ValueError("VLLMServerEngine starts its server for ranks on one machine: set rollout.engine.url.")
+        self._context = context
+        if self._client is None or self._client.url != url:
+            self._client = self._connect(url)
+        try:
+            check_length(self._client, context)
+            self.sync_weights(policy_weights(context.policy))  # they may have moved on from those in the folder
+            check_log_probs_mode(self._client)
+            check_policy(self, context)
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(
+        self,
+        prompt_token_ids: Sequence[Sequence[int]],
+        *,
+        num_samples: int,
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+    ) -> list[list[Completion]]:
+        """
+        Raises:
+            ServerError: if the server fails, or sampled with other weights than it was given.
+        """
+        context, client = self._started()
+        check_requests(
+            prompt_token_ids,
+            num_samples=num_samples,
+            sampling=sampling,
+            seeds=seeds,
+            max_model_len=context.max_model_len,
+        )
+        if not prompt_token_ids:
+            return []
+        rule = end_rule(context, sampling)
+        bodies = [
+            {
+                "token_ids": list(ids),
+                "sampling_params": vllm_sampling(
+                    sampling, rule, num_samples=min(_SAMPLES_PER_REQUEST, num_samples - first), seed=seed + first
+                ),
+            }
+            for ids, seed in zip(prompt_token_ids, seeds, strict=True)
+            for first in range(0, num_samples, _SAMPLES_PER_REQUEST)  # sample i has seed + i in either case
+        ]
+        choices = [choice for answer in client.generate(bodies) for choice in answer]
+        check_versions(client, choices, self._version)
+        texts = completion_texts(context.tokenizer, [choice["token_ids"] for choice in choices], rule)
+        completions = [_completion(choice, text) for choice, text in zip(choices, texts, strict=True)]
+        return [completions[first : first + num_samples] for first in range(0, len(completions), num_samples)]
+
+    def sync_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Give the server the trainer's weights. All ranks call it; rank 0 pushes while the others wait.
+
+        Raises:
+            ValueError: if a parameter of the policy is missing; the server would go on with its old value.
+            ServerError: if the server refuses them.
+        """
+        context, _ = self._started()
+        # Read on every rank, since it takes all of them to gather shards, and kept where they are pushed.
+        named = [weight for weight in checked_weights(weights, context.policy) if is_rank_zero()]
+        self._version = on_rank_zero(lambda: self._push(named))
+
+    def close(self) -> None:
+        """End the server if this engine started it, and remove what was written for it."""
+        if self._pusher is not None:
+            self._pusher.close()
+        if self._server is not None:
+            self._server.close()
+        self._context = self._client = self._server = self._pusher = None
+
+    # ---------------------------------------------------------------- the server
+
+    def _open(self, context: EngineContext) -> tuple[str, str]:
+        """Rank 0: start the server unless it runs; its url and this host's name."""
+        served = (context.policy_path, context.tokenizer.name_or_path, context.max_model_len, str(context.device))
+        if self._server is not None and (served != self._served or self._server.exit_code() is not None):
+            self.close()
+        try:
+            if self._pusher is None:
+                self._pusher = new_push(self.weight_transfer, self.weights_dir, self.url, context.device)
+            if self.url is None and self._server is None:
+                self._launch(context)
+                self._served = served
+        except BaseException:
+            self.close()
+            raise
+        return self.url or self._client.url, socket.gethostname()  # type: ignore[union-attr]
+
+    def _launch(self, context: EngineContext) -> None:
+        port = free_port()
+        server = self._server = launch(
+            context,
+            port=port,
+            dtype=str(context.policy.dtype).removeprefix("torch.") if self.dtype == "auto" else self.dtype,
+            nccl=self.weight_transfer == "nccl",
+            api_key=api_key_from(self.api_key_env),
+            serve_args=self.serve_args,
+            serve_env=self.serve_env,
+            log_file=self.log_file,
+        )
+        self._client = self._connect(f"http://127.0.0.1:{port}", lambda: explain(server))
+        wait_until_ready(server, self._client, self.start_timeout_seconds)
+
+    def _connect(self, url: str, explain: Callable[[], str] = str) -> VLLMClient:
+        return VLLMClient(
+            url,
+            api_key=api_key_from(self.api_key_env),
+            timeout_seconds=self.request_timeout_seconds,
+            connections=self.max_concurrent_requests,
+            explain=explain,
+        )
+
+    def _push(self, named: list[tuple[str, Tensor]]) -> str:
+        """Rank 0: the label of the weights that the server holds now."""
+        _, client = self._started()
+        assert self._pusher is not None
+        if self.dtype != "auto":
+            named = [(name, tensor.to(getattr(torch, self.dtype))) for name, tensor in named]
+        version = uuid.uuid4().hex
+        with client.paused():
+            client.set_weight_version(f"{version} incomplete")
+            self._pusher.push(client, named)
+            client.reset_prefix_cache()  # it was computed with the old weights
+            client.set_weight_version(version)
+        return version
+
+    def _started(self) -> tuple[EngineContext, VLLMClient]:
+        if self._context is None or self._client is None:
+            raise RuntimeError("VLLMServerEngine was used before start() or after close().")
+        return self._context, self._client
+
+
+def _completion(choice: dict[str, Any], text: str) -> Completion:
+    log_probs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
+    truncated = choice["finish_reason"] == "length"
+    return Completion(token_ids=choice["token_ids"], log_probs=log_probs, text=text, truncated=truncated)

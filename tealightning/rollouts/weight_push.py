@@ -1,0 +1,123 @@
+"""Two ways to give a vLLM server new weights: a file that both sides see, and NCCL between GPUs."""
+
+import os
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tealightning.rollouts.local_server import free_port
+from tealightning.rollouts.vllm import nccl_sender
+from tealightning.rollouts.vllm_client import VLLMClient, is_local
+
+Weights = list[tuple[str, Tensor]]
+
+
+class WeightPush(Protocol):
+    """Gives one server new weights, again and again."""
+
+    def push(self, client: VLLMClient, weights: Weights) -> None:
+        """Every worker of the server holds `weights` when this returns."""
+
+    def close(self) -> None:
+        """Release what it holds."""
+
+
+class FilePush:
+    """Writes a safetensors file, which the server loads and this removes again.
+
+    Args:
+        parent: An existing folder at the same path for trainer and server, for example on a network file system. None =
+            memory (`/dev/shm`) where there is such a thing, for a server on this machine.
+    """
+
+    def __init__(self, parent: str | None) -> None:
+        memory = "/dev/shm"
+        parent = parent or (memory if os.access(memory, os.W_OK) else tempfile.gettempdir())
+        if not os.path.isdir(parent):
+            raise ValueError(f"rollout.engine.weights_dir must be an existing folder, got {parent}.")
+        self._temporary = tempfile.TemporaryDirectory(prefix="tealightning-weights-", dir=os.path.abspath(parent))
+        self.folder = Path(self._temporary.name)
+
+    def push(self, client: VLLMClient, weights: Weights) -> None:
+        needed, free = sum(tensor.nbytes for _, tensor in weights), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise ValueError(
+                f"rollout.engine.weights_dir: the weights take {needed / 2**30:.2f} GiB and {self.folder.parent} has "
+                f"{free / 2**30:.2f} GiB left. Name a folder on another file system, or give /dev/shm more memory."
+            )
+        path, partial = self.folder / "model.safetensors", self.folder / "model.partial"
+        try:
+            save_file(_separate(weights), partial)
+            partial.replace(path)  # the server never sees half a file
+            client.reload_weights(self.folder)
+        finally:
+            partial.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self._temporary.cleanup()
+
+
+class NCCLPush:
+    """vLLM's own NCCL weight transfer: the trainer's GPU broadcasts to every GPU of the server.
+
+    Needs a GPU that the server does not use, `vllm` installed beside the trainer, and a server started with
+    `--weight-transfer-config '{"backend": "nccl"}'`.
+
+    Args:
+        device: Of the policy.
+        host: Address of this machine that the server's workers can reach.
+    """
+
+    def __init__(self, device: torch.device, host: str) -> None:
+        if device.type != "cuda":
+            raise ValueError(
+                f"rollout.engine.weight_transfer=nccl needs the policy on an NVIDIA GPU, it is on {device}: use file."
+            )
+        self.device = device
+        self.host = host
+        self._sender: Any = None
+        self._weights: Weights = []  # what the sender's next round reads
+
+    def push(self, client: VLLMClient, weights: Weights) -> None:
+        self._weights = weights
+        with torch.cuda.device(self.device):
+            if self._sender is None:
+                self._sender = nccl_sender(
+                    client,
+                    lambda: self._weights,
+                    host=self.host,
+                    port=free_port(),
+                    world_size=1 + client.world_size(),
+                )
+            self._sender.send_weights()
+        self._weights = []
+
+    def close(self) -> None:
+        if self._sender is not None:
+            self._sender.shutdown()
+        self._sender = None
+
+
+def new_push(transfer: str, weights_dir: str | None, url: str | None, device: torch.device) -> WeightPush:
+    """The push called `transfer` ("file" or "nccl") to the server at `url`; None = on this machine."""
+    if transfer == "file":
+        return FilePush(weights_dir)
+    return NCCLPush(device, "127.0.0.1" if is_local(url) else socket.gethostbyname(socket.getfqdn()))
+
+
+def _separate(weights: Weights) -> dict[str, Tensor]:
+    """`weights` as the format wants them: contiguous and with memory of their own, also where they are tied."""
+    seen: set[int] = set()
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in weights:
+        tensor = tensor.contiguous()
+        tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return tensors
