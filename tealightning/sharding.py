@@ -40,7 +40,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def whole_state_dict(model: nn.Module) -> dict[str, Any]:
     """The state dict; of a sharded model the full one on the CPU of rank 0, empty on the others, and all ranks must
     call this."""
     if not is_sharded(model):
