@@ -1,0 +1,143 @@
+"""Seconds of a whole training step over the sum of its bare parts on the same shapes; a table and one JSON line.
+
+    python tools/bench_step.py --size 10m --engine vllm
+    python tools/bench_step.py --size playground --estimators grpo tea direct
+
+The steps are those of the real `Trainer` with its callbacks, reward model and logger, from the start of one batch to the
+start of the next. The bare parts run after each step of the first estimator, on the shapes of its batch: the engine's own
+`generate`, the reward model's forward pass on tensors tokenised beforehand, and forward, backward, clipping and AdamW in
+a loop of five lines. Estimators take turns, one a step; ratios are paired, so that a busy machine slows both sides.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
+import torch
+from bench.bare import BareParts
+from bench.steps import ENGINES, Shape, StepTimes, build_run
+from bench.timing import environment, medians, paired_ratio, quiet, use_clock
+from bench.world import CACHE, SIZES, World, build_world
+
+from tealightning.estimators import AdvantageEstimator, build_estimator
+from tealightning.types import PromptBatch
+
+
+def estimators_of(names: list[str], alpha: float) -> dict[str, AdvantageEstimator]:
+    """The estimators by name; `alpha` goes to those that extrapolate a tail."""
+    return {name: build_estimator(name, **({"alpha": alpha} if name in ("direct", "tea") else {})) for name in names}
+
+
+def measure(world: World, shape: Shape, options: argparse.Namespace) -> tuple[list[StepTimes], list[dict[str, float]]]:
+    """The recorded steps, and the bare parts after each step of the first estimator."""
+    estimators = estimators_of(options.estimators, options.alpha)
+    engine = ENGINES[options.engine]()
+    bare: list[dict[str, float]] = []
+    parts: list[BareParts] = []
+
+    def run_bare(step: StepTimes, batch: PromptBatch) -> None:
+        if step.estimator != options.estimators[0]:
+            return
+        if not parts:  # the engine starts with the fit
+            tokens = run.module.micro_batch_tokens
+            parts.append(BareParts(world, engine, group_size=shape.group_size, lr=options.lr, max_tokens=tokens))
+            parts[0].run(batch)  # warm-up
+        bare.append(parts[0].run(batch))
+
+    run = build_run(
+        world,
+        shape,
+        engine=engine,
+        estimators=estimators,
+        steps=options.repeats * len(estimators),
+        warm_up=options.warm_up * len(estimators),
+        lr=options.lr,
+        between=run_bare,
+    )
+    return run.fit(), bare[: options.repeats]
+
+
+def summary(steps: list[StepTimes], bare: list[dict[str, float]], names: list[str]) -> dict[str, Any]:
+    """Medians and ratios."""
+    rows = {name: [step.row() for step in steps if step.estimator == name] for name in names}
+    first = rows[names[0]]
+    sums = [sum(row.values()) for row in bare]
+    return {
+        "step_over_bare": paired_ratio([row["whole"] for row in first], sums),
+        "phase_over_bare": {
+            phase: paired_ratio([row[phase] for row in first], [row[phase] for row in bare])["median"]
+            for phase in bare[0]
+        },
+        "sync_share": paired_ratio([row["sync"] for row in first], [row["whole"] for row in first])["median"],
+        "other_share": paired_ratio([row["other"] for row in first], [row["whole"] for row in first])["median"],
+        "train_over_first": {
+            name: paired_ratio([r["train"] for r in rows[name]], [r["train"] for r in first]) for name in names[1:]
+        },
+        "step_over_first": {
+            name: paired_ratio([r["whole"] for r in rows[name]], [r["whole"] for r in first]) for name in names[1:]
+        },
+        "seconds": {name: {k: round(v, 5) for k, v in medians(rows[name]).items()} for name in names},
+        "bare_seconds": {k: round(v, 5) for k, v in medians([b | {"whole": sum(b.values())} for b in bare]).items()},
+    }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """One row a phase, one column an estimator."""
+    names = list(result["seconds"])
+    print(f"| {'seconds':<8} | {'bare':>8} |" + "".join(f" {name:>10} |" for name in names) + f" {names[0]}/bare |")
+    print(f"|{'-' * 10}|{'-' * 10}|" + f"{'-' * 12}|" * len(names) + f"{'-' * (len(names[0]) + 7)}|")
+    for phase in ("generate", "reward", "sync", "train", "other", "whole"):
+        bare = result["bare_seconds"].get(phase)
+        ratio = result["step_over_bare"]["median"] if phase == "whole" else result["phase_over_bare"].get(phase)
+        cells = "".join(f" {result['seconds'][name][phase]:10.4f} |" for name in names)
+        print(
+            f"| {phase:<8} | {'' if bare is None else f'{bare:.4f}':>8} |{cells} "
+            f"{'' if ratio is None else f'{ratio:.3f}':>{len(names[0]) + 5}} |"
+        )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="10m", choices=SIZES)
+    parser.add_argument("--playground", type=Path, default=Path("runs/playground"), help="folder of a playground")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder that keeps the models")
+    parser.add_argument("--prompts", type=int, default=8, help="P, prompts a step")
+    parser.add_argument("--group-size", type=int, default=16, help="m, rollouts a prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="T, tokens of each rollout")
+    parser.add_argument("--engine", default="transformers", choices=ENGINES)
+    parser.add_argument("--estimators", nargs="+", default=["grpo", "tea", "direct"], metavar="NAME")
+    parser.add_argument("--alpha", type=float, default=0.25, help="of direct and tea")
+    parser.add_argument("--lr", type=float, default=1e-6)
+    parser.add_argument("--repeats", type=int, default=5, help="recorded steps of each estimator")
+    parser.add_argument("--warm-up", type=int, default=1, help="steps of each estimator before them")
+    parser.add_argument(
+        "--clock", default="wall", choices=["wall", "cpu"], help="cpu: seconds computed, for busy machines"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and print."""
+    options = arguments()
+    quiet()
+    use_clock(options.clock)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    world = build_world(options.size, playground=options.playground, cache=options.cache)
+    shape = Shape(prompts=options.prompts, group_size=options.group_size, tokens=options.tokens)
+    result = summary(*measure(world, shape, options), options.estimators)
+    print(
+        f"{options.size} ({world.parameters / 1e6:.1f} M parameters), {options.engine} engine, P = {shape.prompts}, "
+        f"m = {shape.group_size}, T = {shape.tokens}; medians of {options.repeats}\n"
+    )
+    print_table(result)
+    print()
+    chosen = {key: getattr(options, key) for key in ("size", "engine", "prompts", "group_size", "tokens", "alpha")}
+    print(json.dumps({"bench": "step"} | chosen | {"repeats": options.repeats} | result | environment()))
+
+
+if __name__ == "__main__":
+    main()
