@@ -3,10 +3,11 @@
     python tools/bench_step.py --size 10m --engine vllm
     python tools/bench_step.py --size playground --estimators grpo tea direct
 
-The steps are those of the real `Trainer` with its callbacks, reward model and logger, from the start of one batch to the
-start of the next. The bare parts run after each step of the first estimator, on the shapes of its batch: the engine's own
-`generate`, the reward model's forward pass on tensors tokenised beforehand, and forward, backward, clipping and AdamW in
-a loop of five lines. Estimators take turns, one a step; ratios are paired, so that a busy machine slows both sides.
+The steps are those of the real `Trainer` with its callbacks, reward model and logger, from the start of one batch to
+the start of the next. The bare parts run after each step of the first estimator, on the shapes of its batch: the
+engine's own `generate`, the reward model's forward pass on tensors tokenised beforehand, and forward, backward,
+clipping and AdamW in a loop of five lines. Estimators take turns, one a step; ratios are paired, so that a busy machine
+slows both sides.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The parts of a training step without a framework: what the engine, the reward model and autograd cost by themselves."""
+"""The parts of a training step without a framework: what engine, reward model and autograd cost by themselves."""
 
 from typing import Any
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-
 _CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _chosen = "wall"
 
@@ -82,7 +81,7 @@ def medians(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def paired_ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
-    """Median and range of the ratios of values that were measured in turn, so that slow spells of the machine cancel."""
+    """Median and range of the ratios of values measured in turn, so that slow spells of the machine cancel."""
     ratios = [a / b for a, b in zip(above, below, strict=True)]
     return {"median": round(median(ratios), 4), "min": round(min(ratios), 4), "max": round(max(ratios), 4)}
 

@@ -22,7 +22,6 @@ SIZES = {  # hidden, intermediate, layers; `playground` is the playground's own 
     "10m": (320, 960, 7),
     "50m": (640, 1920, 10),
 }
-NEVER = "<|never|>"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -39,8 +38,8 @@ class World:
 def build_world(size: str, *, playground: Path, cache: Path = CACHE) -> World:
     """The world of `size`, from `cache` if it is there.
 
-    The tokenizer is the playground's with one more token, `NEVER`, as its end of text: the policy's vocabulary does not
-    contain it, so every completion has `max_new_tokens` tokens and every step has the same shapes.
+    Policy and tokenizer know no end of text, so every completion has `max_new_tokens` tokens and every step the same
+    shapes.
 
     Raises:
         ValueError: if there is no playground to take tokenizer and prompts from.
@@ -79,16 +78,15 @@ def _identity(playground: Path) -> str:
 
 def _build(shape: tuple[int, int, int] | None, playground: Path, policy: Path, reward_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(playground / "policy")
-    vocabulary = len(tokenizer)
-    tokenizer.add_special_tokens({"eos_token": NEVER})
+    tokenizer.eos_token = None
     reward_tokenizer = AutoTokenizer.from_pretrained(playground / "reward_model")
     if shape is None:
         model = AutoModelForCausalLM.from_pretrained(playground / "policy")
         reward = LlamaForSequenceClassification.from_pretrained(playground / "reward_model")
     else:
-        model, reward = _random_models(shape, vocabulary, tokenizer.pad_token_id)
+        model, reward = _random_models(shape, len(tokenizer), tokenizer.pad_token_id)
         tokenizer.model_max_length = reward_tokenizer.model_max_length = model.config.max_position_embeddings
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
     for saved, folder in (
         (model, policy),
         (tokenizer, policy),
