@@ -13,24 +13,18 @@ slows both sides.
 import argparse
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
 import torch
 from bench.bare import BareParts
+from bench.options import add_shape_options, chosen, describe, estimators_of, shape_of
 from bench.steps import ENGINES, Shape, StepTimes, build_run
 from bench.timing import environment, medians, paired_ratio, quiet, use_clock
-from bench.world import CACHE, SIZES, World, build_world
+from bench.world import World, build_world
 
-from tealightning.estimators import AdvantageEstimator, build_estimator
 from tealightning.types import PromptBatch
-
-
-def estimators_of(names: list[str], alpha: float) -> dict[str, AdvantageEstimator]:
-    """The estimators by name; `alpha` goes to those that extrapolate a tail."""
-    return {name: build_estimator(name, **({"alpha": alpha} if name in ("direct", "tea") else {})) for name in names}
 
 
 def measure(world: World, shape: Shape, options: argparse.Namespace) -> tuple[list[StepTimes], list[dict[str, float]]]:
@@ -101,43 +95,19 @@ def print_table(result: dict[str, Any]) -> None:
         )
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="10m", choices=SIZES)
-    parser.add_argument("--playground", type=Path, default=Path("runs/playground"), help="folder of a playground")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="folder that keeps the models")
-    parser.add_argument("--prompts", type=int, default=8, help="P, prompts a step")
-    parser.add_argument("--group-size", type=int, default=16, help="m, rollouts a prompt")
-    parser.add_argument("--tokens", type=int, default=64, help="T, tokens of each rollout")
-    parser.add_argument("--engine", default="transformers", choices=ENGINES)
-    parser.add_argument("--estimators", nargs="+", default=["grpo", "tea", "direct"], metavar="NAME")
-    parser.add_argument("--alpha", type=float, default=0.25, help="of direct and tea")
-    parser.add_argument("--lr", type=float, default=1e-6)
-    parser.add_argument("--repeats", type=int, default=5, help="recorded steps of each estimator")
-    parser.add_argument("--warm-up", type=int, default=1, help="steps of each estimator before them")
-    parser.add_argument(
-        "--clock", default="wall", choices=["wall", "cpu"], help="cpu: seconds computed, for busy machines"
-    )
-    return parser.parse_args()
-
-
 def main() -> None:
     """Measure and print."""
-    options = arguments()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_shape_options(parser, estimators=["grpo", "tea", "direct"])
+    options = parser.parse_args()
     quiet()
     use_clock(options.clock)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     world = build_world(options.size, playground=options.playground, cache=options.cache)
-    shape = Shape(prompts=options.prompts, group_size=options.group_size, tokens=options.tokens)
-    result = summary(*measure(world, shape, options), options.estimators)
-    print(
-        f"{options.size} ({world.parameters / 1e6:.1f} M parameters), {options.engine} engine, P = {shape.prompts}, "
-        f"m = {shape.group_size}, T = {shape.tokens}; medians of {options.repeats}\n"
-    )
+    result = summary(*measure(world, shape_of(options), options), options.estimators)
+    print(f"{describe(world, options)}\n")
     print_table(result)
-    print()
-    chosen = {key: getattr(options, key) for key in ("size", "engine", "prompts", "group_size", "tokens", "alpha")}
-    print(json.dumps({"bench": "step"} | chosen | {"repeats": options.repeats} | result | environment()))
+    print("\n" + json.dumps({"bench": "step"} | chosen(options) | result | environment()))
 
 
 if __name__ == "__main__":
