@@ -2,10 +2,10 @@
 
     python tools/bench_peer.py --size 10m --engine vllm
 
-The same work: policy, reward model, prompts, P, m, T, on-policy with one update a batch, no KL penalty, AdamW in float32
-at the same learning rate, the metrics logged every step. Here GRPO and TEA take turns (TEA without a baseline leaves the
-rollouts with advantage 0 out of forward and backward pass); ratios are those of neighbouring steps. TRL is an optional
-dependency: `pip install "tealightning[bench]"`.
+The same work: policy, reward model, prompts, P, m, T, on-policy with one update a batch, no KL penalty, AdamW in
+float32 at the same learning rate, the metrics logged every step. Here GRPO and TEA take turns (TEA without a baseline
+leaves the rollouts with advantage 0 out of forward and backward pass); ratios are those of neighbouring steps. TRL is
+an optional dependency: `pip install "tealightning[bench]"`.
 """
 
 import argparse
@@ -19,12 +19,12 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
-from bench.options import add_shape_options, chosen, describe, estimators_of, shape_of
+from bench.options import add_shape_options, chosen, describe, shape_of, variants_of, world_of
 from bench.steps import ENGINES, StepTimes, build_run
 from bench.timing import environment, medians, paired_ratio, quiet, use_clock
 from bench.trl_steps import build_trl, check_trl
 from bench.turns import Turns
-from bench.world import World, build_world
+from bench.world import World
 
 from tealightning.types import PromptBatch
 
@@ -32,10 +32,9 @@ from tealightning.types import PromptBatch
 def measure(world: World, options: argparse.Namespace) -> tuple[list[StepTimes], list[dict[str, float]]]:
     """Recorded steps of this package and of TRL."""
     turns = Turns()
-    estimators = estimators_of(options.estimators, options.alpha)
 
     def after_ours(step: StepTimes, batch: PromptBatch) -> None:
-        if step.estimator == options.estimators[-1]:
+        if step.variant == options.estimators[-1]:
             turns.hand_over()
 
     theirs, their_rows = build_trl(
@@ -50,11 +49,10 @@ def measure(world: World, options: argparse.Namespace) -> tuple[list[StepTimes],
     )
     ours = build_run(
         world,
-        shape_of(options),
+        variants_of(options),
         engine=ENGINES[options.engine](),
-        estimators=estimators,
-        steps=options.repeats * len(estimators),
-        warm_up=options.warm_up * len(estimators),
+        repeats=options.repeats,
+        warm_up=options.warm_up,
         lr=options.lr,
         between=after_ours,
     )
@@ -64,7 +62,7 @@ def measure(world: World, options: argparse.Namespace) -> tuple[list[StepTimes],
 
 def summary(ours: list[StepTimes], theirs: list[dict[str, float]], names: list[str]) -> dict[str, Any]:
     """Medians and ratios."""
-    rows = {name: [step.row() for step in ours if step.estimator == name] for name in names}
+    rows = {name: [step.row() for step in ours if step.variant == name] for name in names}
     wholes = [row["whole"] for row in theirs]
     return {
         "step_over_trl": {name: paired_ratio([row["whole"] for row in rows[name]], wholes) for name in names},
@@ -99,7 +97,7 @@ def main() -> None:
     version = check_trl()
     use_clock(options.clock)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    world = build_world(options.size, playground=options.playground, cache=options.cache)
+    world = world_of(options)
     result = summary(*measure(world, options), options.estimators)
     print(f"{describe(world, options)}; TRL {version}\n")
     print_table(result)

@@ -19,46 +19,44 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
 import torch
 from bench.bare import BareParts
-from bench.options import add_shape_options, chosen, describe, estimators_of, shape_of
-from bench.steps import ENGINES, Shape, StepTimes, build_run
+from bench.options import add_shape_options, chosen, describe, variants_of, world_of
+from bench.steps import ENGINES, StepTimes, build_run
 from bench.timing import environment, medians, paired_ratio, quiet, use_clock
-from bench.world import World, build_world
+from bench.world import World
 
 from tealightning.types import PromptBatch
 
 
-def measure(world: World, shape: Shape, options: argparse.Namespace) -> tuple[list[StepTimes], list[dict[str, float]]]:
+def measure(world: World, options: argparse.Namespace) -> tuple[list[StepTimes], list[dict[str, float]]]:
     """The recorded steps, and the bare parts after each step of the first estimator."""
-    estimators = estimators_of(options.estimators, options.alpha)
     engine = ENGINES[options.engine]()
     bare: list[dict[str, float]] = []
     parts: list[BareParts] = []
 
     def run_bare(step: StepTimes, batch: PromptBatch) -> None:
-        if step.estimator != options.estimators[0]:
+        if step.variant != options.estimators[0]:
             return
         if not parts:  # the engine starts with the fit
             tokens = run.module.micro_batch_tokens
-            parts.append(BareParts(world, engine, group_size=shape.group_size, lr=options.lr, max_tokens=tokens))
+            parts.append(BareParts(world, engine, group_size=options.group_size, lr=options.lr, max_tokens=tokens))
             parts[0].run(batch)  # warm-up
         bare.append(parts[0].run(batch))
 
     run = build_run(
         world,
-        shape,
+        variants_of(options),
         engine=engine,
-        estimators=estimators,
-        steps=options.repeats * len(estimators),
-        warm_up=options.warm_up * len(estimators),
+        repeats=options.repeats,
+        warm_up=options.warm_up,
         lr=options.lr,
         between=run_bare,
     )
-    return run.fit(), bare[: options.repeats]
+    return run.fit(), bare
 
 
 def summary(steps: list[StepTimes], bare: list[dict[str, float]], names: list[str]) -> dict[str, Any]:
     """Medians and ratios."""
-    rows = {name: [step.row() for step in steps if step.estimator == name] for name in names}
+    rows = {name: [step.row() for step in steps if step.variant == name] for name in names}
     first = rows[names[0]]
     sums = [sum(row.values()) for row in bare]
     return {
@@ -103,8 +101,8 @@ def main() -> None:
     quiet()
     use_clock(options.clock)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    world = build_world(options.size, playground=options.playground, cache=options.cache)
-    result = summary(*measure(world, shape_of(options), options), options.estimators)
+    world = world_of(options)
+    result = summary(*measure(world, options), options.estimators)
     print(f"{describe(world, options)}\n")
     print_table(result)
     print("\n" + json.dumps({"bench": "step"} | chosen(options) | result | environment()))

@@ -40,34 +40,31 @@ class BareParts:
         """Seconds of each part on the shapes of `batch`, which has its rollouts."""
         rollouts = batch.rollouts
         assert rollouts is not None, "the step has run"
-        if self.llm is None:
-            generate = seconds_of(lambda: self._generate(rollouts))
-        else:
+        if self.llm is not None:
             self.llm.reset_prefix_cache()
-            params = self._sampling_params(rollouts)
-            prompts = [{"prompt_token_ids": ids} for ids in batch.token_ids]
-            with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
-                generate = seconds_of(lambda: self.llm.generate(prompts, params, use_tqdm=False))
         inputs = self._reward_inputs(batch)
-        reward = seconds_of(lambda: self._reward(inputs))
-        return {"generate": generate, "reward": reward, "train": seconds_of(lambda: self._train(rollouts))}
-
-    def _generate(self, rollouts: RolloutBatch) -> None:
-        length = rollouts.completion_ids.shape[1]
         with torch.random.fork_rng():
-            self.policy.generate(
-                rollouts.prompt_ids,
-                attention_mask=rollouts.prompt_mask.long(),
-                do_sample=True,
-                top_k=0,
-                max_new_tokens=length,
-            )
+            return {
+                "generate": seconds_of(lambda: self.generate(batch.token_ids, rollouts)),
+                "reward": seconds_of(lambda: self.reward(inputs)),
+                "train": seconds_of(lambda: self.train(rollouts)),
+            }
 
-    def _sampling_params(self, rollouts: RolloutBatch) -> Any:
+    def generate(self, prompts: list[list[int]], rollouts: RolloutBatch) -> None:
+        """m completions a prompt."""
+        length = rollouts.completion_ids.shape[1]
+        if self.llm is not None:
+            self._generate_with_vllm(prompts, length)
+            return
+        mask = rollouts.prompt_mask.long()
+        self.policy.generate(rollouts.prompt_ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=length)
+
+    def _generate_with_vllm(self, prompts: list[list[int]], length: int) -> None:
         from vllm import SamplingParams
 
-        length = rollouts.completion_ids.shape[1]
-        return SamplingParams(n=self.group_size, max_tokens=length, logprobs=0, ignore_eos=True, detokenize=False)
+        params = SamplingParams(n=self.group_size, max_tokens=length, logprobs=0, ignore_eos=True, detokenize=False)
+        with torch.compiler.set_stance("force_eager"):  # as the engine has it: compiling takes longer than it saves
+            self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
 
     def _reward_inputs(self, batch: PromptBatch) -> Any:
         rollouts = batch.rollouts
@@ -77,10 +74,12 @@ class BareParts:
         return self.reward_tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
 
     @torch.no_grad()
-    def _reward(self, inputs: Any) -> None:
+    def reward(self, inputs: Any) -> None:
+        """One padded forward pass."""
         self.reward_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
 
-    def _train(self, rollouts: RolloutBatch) -> None:
+    def train(self, rollouts: RolloutBatch) -> None:
+        """One update."""
         input_ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1)
         mask = torch.cat([rollouts.prompt_mask, rollouts.completion_mask], dim=1)
         advantages = torch.linspace(-1, 1, len(input_ids))[:, None]

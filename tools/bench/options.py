@@ -4,10 +4,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from bench.steps import ENGINES, Shape
+from bench.steps import ENGINES, Shape, Variant
 from bench.timing import CLOCKS
-from bench.world import CACHE, SIZES, World
-from tealightning.estimators import AdvantageEstimator, build_estimator
+from bench.world import CACHE, SIZES, World, build_world
+from tealightning.estimators import build_estimator
 
 
 def add_shape_options(parser: argparse.ArgumentParser, *, estimators: list[str]) -> None:
@@ -27,14 +27,26 @@ def add_shape_options(parser: argparse.ArgumentParser, *, estimators: list[str])
     parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: seconds computed, for busy machines")
 
 
+def world_of(options: argparse.Namespace) -> World:
+    """The models and prompts; ends the program with a message if there is no playground."""
+    try:
+        return build_world(options.size, playground=options.playground, cache=options.cache)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
 def shape_of(options: argparse.Namespace) -> Shape:
     """P, m and T."""
     return Shape(prompts=options.prompts, group_size=options.group_size, tokens=options.tokens)
 
 
-def estimators_of(names: list[str], alpha: float) -> dict[str, AdvantageEstimator]:
-    """The estimators by name; `alpha` goes to those that extrapolate a tail."""
-    return {name: build_estimator(name, **({"alpha": alpha} if name in ("direct", "tea") else {})) for name in names}
+def variants_of(options: argparse.Namespace) -> list[Variant]:
+    """One for each estimator; `alpha` goes to those that extrapolate a tail."""
+    extra = {name: {"alpha": options.alpha} if name in ("direct", "tea") else {} for name in options.estimators}
+    return [
+        Variant(name=name, estimator=build_estimator(name, **kwargs), shape=shape_of(options))
+        for name, kwargs in extra.items()
+    ]
 
 
 def chosen(options: argparse.Namespace) -> dict[str, Any]:

@@ -4,22 +4,24 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
 
 from bench.timing import PhaseClock, now
 from bench.world import World, write_prompts
 from tealightning import PostTrainingModule, PromptDataModule, RolloutCallback
-from tealightning.data.loader import EvaluationLoader
 from tealightning.estimators import AdvantageEstimator
 from tealightning.rewards import SequenceClassifierReward
 from tealightning.rollouts import RolloutEngine, TransformersEngine, VLLMEngine
-from tealightning.types import PromptBatch, SamplingConfig
+from tealightning.types import PromptBatch
 
 ENGINES = {"transformers": TransformersEngine, "vllm": VLLMEngine}
 PHASES = ("generate", "reward", "sync", "train")
@@ -38,7 +40,7 @@ class Shape:
 class StepTimes:
     """Seconds of one step by phase; `other` is what is in none: the loop, checks, padding, logging."""
 
-    estimator: str
+    variant: str
     whole: float
     phases: dict[str, float] = field(default_factory=dict)
 
@@ -47,11 +49,33 @@ class StepTimes:
         return {"whole": self.whole} | phases | {"other": self.whole - sum(phases.values())}
 
 
-class InOrder(PromptDataModule):
-    """Prompts in the order of the file, so that all steps have the same."""
+Between = Callable[[StepTimes, PromptBatch], None]
+"""Work after a step that is not counted."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Variant:
+    """What a step is made with; the variants of a run take turns, one a step."""
+
+    name: str
+    estimator: AdvantageEstimator
+    shape: Shape
+
+
+class InTurn(PromptDataModule):
+    """The prompts of a file in its order, as many a step as the step's variant has."""
+
+    def __init__(self, file: str, sizes: Sequence[int]) -> None:
+        super().__init__(train=file)
+        self.sizes = sizes
 
     def train_dataloader(self) -> Any:
-        return EvaluationLoader(self.prompt_sets["train"], batch_size=self.batch_size, **self._ranks())
+        ranks = self._ranks()
+        rows = np.arange(len(self.prompt_sets["train"]))
+        starts = [0, *accumulate(self.sizes)]
+        steps = [rows[start : start + size] for start, size in zip(starts, self.sizes, strict=False)]
+        batches = [self.prompt_sets["train"].batch(step[ranks["rank"] :: ranks["world_size"]]) for step in steps]
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
 class StepTimer(Callback):
@@ -60,7 +84,8 @@ class StepTimer(Callback):
 
     Args:
         clock: Phases of the step, emptied at each start.
-        estimators: Take turns, one a step.
+        rollout: Gets the shape of each step's variant.
+        variants: Take turns.
         warm_up: Steps that are not recorded.
         between: Called after each recorded step with its times and batch.
     """
@@ -68,13 +93,15 @@ class StepTimer(Callback):
     def __init__(
         self,
         clock: PhaseClock,
-        estimators: dict[str, AdvantageEstimator],
+        rollout: RolloutCallback,
+        variants: Sequence[Variant],
         *,
         warm_up: int,
-        between: Callable[[StepTimes, PromptBatch], None] | None,
+        between: Between | None,
     ) -> None:
         self.clock = clock
-        self.estimators = list(estimators.items())
+        self.rollout = rollout
+        self.variants = variants
         self.warm_up = warm_up
         self.between = between
         self.times: list[StepTimes] = []
@@ -86,8 +113,11 @@ class StepTimer(Callback):
         if self._current is not None and trainer.global_step > self.warm_up:
             self._current.whole += ended - self._started
             self.times.append(self._current)
-        name, pl_module.estimator = self.estimators[trainer.global_step % len(self.estimators)]
-        self._current = StepTimes(estimator=name, whole=0.0)
+        variant = self.variants[trainer.global_step % len(self.variants)]
+        pl_module.estimator = variant.estimator
+        self.rollout.group_size = variant.shape.group_size
+        self.rollout.sampling.max_new_tokens = variant.shape.tokens
+        self._current = StepTimes(variant=variant.name, whole=0.0)
         self.clock.take()
         self._started = now()
 
@@ -97,7 +127,7 @@ class StepTimer(Callback):
         assert self._current is not None
         self._current.whole += now() - self._started
         self._current.phases = self.clock.take()
-        if self.between is not None and trainer.global_step > self.warm_up:
+        if self.between is not None and self.warm_up < trainer.global_step < trainer.max_steps:
             self.between(self._current, batch)
         self._started = now()
 
@@ -122,52 +152,53 @@ class Run:
 
 def build_run(
     world: World,
-    shape: Shape,
+    variants: Sequence[Variant],
     *,
     engine: RolloutEngine,
-    estimators: dict[str, AdvantageEstimator],
-    steps: int,
+    repeats: int,
     warm_up: int = 1,
     lr: float = 1e-6,
-    between: Callable[[StepTimes, PromptBatch], None] | None = None,
-    callbacks: Sequence[Callback] = (),
+    between: Between | None = None,
     **trainer: Any,
 ) -> Run:
-    """A run that records `steps` steps after `warm_up`, and makes one more, whose start ends the last one."""
+    """A run that records `repeats` steps of each variant after `warm_up`, and makes one more step, whose start ends the
+    last one."""
     folder = Path(tempfile.mkdtemp(prefix="tealightning-bench-"))
-    total = warm_up + steps + 1
+    steps = (warm_up + repeats) * len(variants) + 1
+    sizes = [variants[step % len(variants)].shape.prompts for step in range(steps)]
     module = PostTrainingModule(
         policy=world.policy,
-        estimator=next(iter(estimators.values())),
+        estimator=variants[0].estimator,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr),
     )
     reward = SequenceClassifierReward(world.reward_model)
-    sampling = SamplingConfig(max_new_tokens=shape.tokens)
-    rollout = RolloutCallback(engine, reward, group_size=shape.group_size, sampling=sampling, seed=0)
-    clock = PhaseClock()
-    clock.time(engine, "generate", "generate")
-    clock.time(engine, "sync_weights", "sync")
-    clock.time(reward, "score", "reward")
-    clock.time(module, "training_step", "train")
-    timer = StepTimer(clock, estimators, warm_up=warm_up, between=between)
+    rollout = RolloutCallback(engine, reward, group_size=variants[0].shape.group_size, seed=0)
+    timer = StepTimer(
+        _phase_clock(engine, reward, module), rollout, variants, warm_up=warm_up * len(variants), between=between
+    )
     settings: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
-        "max_steps": total,
-        "logger": CSVLogger(folder, name=""),  # what a real run logs, it logs every step
+        "max_steps": steps,
+        "logger": CSVLogger(folder, name=""),  # as a real run, every step
         "log_every_n_steps": 1,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    data = InOrder(
-        train=write_prompts(world, folder / "prompts.jsonl", per_step=shape.prompts, steps=total),
-        batch_size=shape.prompts,
-    )
     return Run(
         module=module,
         rollout=rollout,
-        trainer=pl.Trainer(callbacks=[timer, rollout, *callbacks], **settings | trainer),
-        data=data,
+        trainer=pl.Trainer(callbacks=[timer, rollout], **settings | trainer),
+        data=InTurn(write_prompts(world, folder / "prompts.jsonl", sizes), sizes),
         timer=timer,
     )
+
+
+def _phase_clock(engine: RolloutEngine, reward: SequenceClassifierReward, module: PostTrainingModule) -> PhaseClock:
+    clock = PhaseClock()
+    clock.time(engine, "generate", "generate")
+    clock.time(engine, "sync_weights", "sync")
+    clock.time(reward, "score", "reward")
+    clock.time(module, "training_step", "train")
+    return clock

@@ -98,7 +98,6 @@ def _config(shape: Shape, *, engine: str, steps: int, lr: float, importance_corr
         disable_tqdm=True,
         use_vllm=engine == "vllm",
         vllm_mode="colocate",
-        vllm_max_model_length=512,
         vllm_importance_sampling_correction=importance_correction,
     )
 

@@ -10,8 +10,8 @@ import torch
 class Turns:
     """Runs loops that cannot be called step by step, each in a thread of its own, of which one computes at a time.
 
-    A loop calls `hand_over` after each of its turns; it returns when all others have had theirs. A loop that raises ends
-    the others at their next turn.
+    A loop calls `hand_over` after each of its turns; it returns when all others have had theirs. A loop that raises
+    ends the others at their next turn.
     """
 
     def __init__(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -64,10 +65,13 @@ def build_world(size: str, *, playground: Path, cache: Path = CACHE) -> World:
     )
 
 
-def write_prompts(world: World, file: Path, *, per_step: int, steps: int) -> str:
-    """A file with the same `per_step` prompts for each of `steps` steps, under ids of their own; its path."""
-    texts = list(islice(cycle(world.prompts), per_step))
-    rows = [{"id": f"{step}-{i}", "prompt": text} for step in range(steps) for i, text in enumerate(texts)]
+def write_prompts(world: World, file: Path, sizes: Sequence[int]) -> str:
+    """A file with the first `sizes[i]` prompts for step i, for every step, under ids of their own; its path."""
+    rows = [
+        {"id": f"{step}-{i}", "prompt": text}
+        for step, size in enumerate(sizes)
+        for i, text in enumerate(islice(cycle(world.prompts), size))
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(file)
 
