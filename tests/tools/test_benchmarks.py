@@ -71,3 +71,29 @@ def test_benchmarks_say_how_to_build_a_missing_playground(tmp_path: Path):
     result = run_tool("bench_step.py", "--playground", str(tmp_path / "none"), "--cache", str(tmp_path))
     assert result.returncode == 1
     assert "tealightning playground --out" in result.stderr
+
+
+def test_bench_report_collects_figures_with_their_commands(tmp_path: Path):
+    line = {
+        "bench": "peer",
+        "trl": "1.16.0",
+        "size": "10m",
+        "engine": "vllm",
+        "prompts": 8,
+        "group_size": 16,
+        "tokens": 64,
+        "step_over_trl": {"grpo": {"median": 0.75, "min": 0.7, "max": 0.8}},
+        "command": "python tools/bench_peer.py",
+        "commit": "abcdefg",
+        "torch": "2.13.0",
+        "threads": 1,
+        "clock": "wall",
+        "load": 0.5,
+    }
+    (tmp_path / "peer.txt").write_text(f"a table\n\n{json.dumps(line)}\n")
+    result = run_tool("bench_report.py", str(tmp_path / "peer.txt"), "--out", str(tmp_path / "figures.md"))
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "figures.md").read_text()
+    row = "| step over TRL 1.16.0's GRPO step, grpo | 10m | vllm | 8, 16, 64 | 0.750 | 0.70 to 0.80 | (1) |"
+    assert row in text
+    assert "(1) `python tools/bench_peer.py`, commit abcdefg" in text

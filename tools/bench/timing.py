@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import subprocess
+import sys
 import time
 import warnings
 from collections import defaultdict
@@ -100,6 +101,7 @@ def environment() -> dict[str, Any]:
         check=False,
     )
     return {
+        "command": " ".join(["python", *sys.argv]),
         "commit": commit.stdout.strip() or "unknown",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
