@@ -44,7 +44,7 @@ def test_version_is_written_in_one_place():
 
 
 def test_extras_are_the_documented_ones():
-    assert set(EXTRAS) == {"vllm", "lora", "wandb", "tensorboard", "dev", "docs"}
+    assert set(EXTRAS) == {"vllm", "lora", "wandb", "tensorboard", "bench", "dev", "docs"}
     assert "vllm" not in names(PROJECT["dependencies"])
 
 
