@@ -17,7 +17,7 @@ from tealightning.registry import register
 from tealightning.rollouts.base import EngineContext, RolloutEngine
 from tealightning.rollouts.host import contained, placement
 from tealightning.rollouts.requests import EndRule, check_requests, completion_texts, end_rule, vllm_sampling
-from tealightning.rollouts.weights import checked_weights, policy_weights
+from tealightning.rollouts.weights import checked_off, policy_weights, refuse_partial_push, weight_names
 from tealightning.types import Completion, SamplingConfig
 
 _OWN_ARGS = frozenset({"model", "seed", "max_model_len", "generation_config", "logprobs_mode", "tensor_parallel_size"})
@@ -138,10 +138,11 @@ class VLLMEngine(RolloutEngine):
             ValueError: if a parameter of the policy was missing; vLLM would go on with its old value.
         """
         context = self._started()
-        named = checked_weights(weights, context.policy)
+        missing = weight_names(context.policy)
         with contained(context.device), torch.no_grad():
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checked_off(weights, missing)})
             self._llm.reset_prefix_cache()  # it was computed with the old weights
+        refuse_partial_push(missing)
 
     def close(self) -> None:
         """Hand the vLLM engine back for the next `start` with the same arguments; its memory stays taken until the

@@ -19,7 +19,7 @@ from tealightning.rollouts.server_checks import check_length, check_log_probs_mo
 from tealightning.rollouts.vllm_client import VLLMClient, api_key_from, is_local
 from tealightning.rollouts.vllm_serve import check_positive, check_serve_args, explain, launch, wait_until_ready
 from tealightning.rollouts.weight_push import WeightPush, new_push
-from tealightning.rollouts.weights import checked_weights, policy_weights
+from tealightning.rollouts.weights import checked_off, policy_weights, refuse_partial_push, weight_names
 from tealightning.types import Completion, SamplingConfig
 
 _SAMPLES_PER_REQUEST = 16
@@ -174,7 +174,9 @@ class VLLMServerEngine(RolloutEngine):
         """
         context, _ = self._started()
         # Read on every rank, since it takes all of them to gather shards, and kept where they are pushed.
-        named = [weight for weight in checked_weights(weights, context.policy) if is_rank_zero()]
+        missing = weight_names(context.policy)
+        named = [weight for weight in checked_off(weights, missing) if is_rank_zero()]
+        refuse_partial_push(missing)
         self._version = on_rank_zero(lambda: self._push(named))
 
     def close(self) -> None:

@@ -17,16 +17,24 @@ def policy_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return merged_parameters(policy)
 
 
-def checked_weights(weights: Iterable[tuple[str, Tensor]], policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """`weights`, detached, one at a time; at their end an error if one was not among them.
-
-    Raises:
-        ValueError: if a parameter of the policy is missing; an engine would go on with its old value.
-    """
-    missing = set(merged_names(policy))
+def checked_off(weights: Iterable[tuple[str, Tensor]], missing: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """`weights`, detached, one at a time; each name that comes by leaves `missing`."""
     for name, tensor in weights:
         missing.discard(name)
         yield name, tensor.detach()
+
+
+def weight_names(policy: nn.Module) -> set[str]:
+    """The names in `policy_weights`."""
+    return set(merged_names(policy))
+
+
+def refuse_partial_push(missing: set[str]) -> None:
+    """Called when a push has ended, because vLLM cannot end one in the middle.
+
+    Raises:
+        ValueError: if a parameter of the policy was missing; an engine would go on with its old value.
+    """
     if missing:
         raise ValueError(
             f"sync_weights needs every parameter of the policy, tied ones under each name (policy_weights gives "

@@ -233,11 +233,11 @@ def test_engine_samples_with_the_adapter_on(engine_name, tied_folder):
     add_adapter(context.policy, LoRA(rank=4))
     engine = build_engine(engine_name)
     engine.start(context)
-    assert largest_difference(loaded, PROMPTS, sample(engine), PLAIN) < 5e-6
+    assert largest_difference(loaded, PROMPTS, sample(engine), PLAIN) < 2e-5
     for _ in range(3):
         perturb_(context.policy)
         engine.sync_weights(policy_weights(context.policy))
-        assert largest_difference(context.policy, PROMPTS, sample(engine), PLAIN) < 5e-6
+        assert largest_difference(context.policy, PROMPTS, sample(engine), PLAIN) < 2e-5
     assert largest_difference(loaded, PROMPTS, sample(engine), PLAIN) > 1e-2
     engine.close()
 
