@@ -8,7 +8,11 @@ import pytest
 from command_line import QUICKSTART, resolved, run
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "docs" / "cli.md", ROOT / "docs" / "quickstart.md", ROOT / "docs" / "how-to" / "resume.md"]
+PAGES = [
+    ROOT / "docs" / "cli.md",
+    ROOT / "docs" / "quickstart.md",
+    *(ROOT / "docs" / "how-to" / name for name in ("lora.md", "resume.md")),
+]
 
 
 def commands(page: Path) -> list[str]:

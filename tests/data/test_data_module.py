@@ -128,6 +128,19 @@ def test_resume_with_other_prompts_is_refused(tmp_path: Path, tokenizer):
         fit(data, Recorder(tokenizer), tmp_path, ckpt_path=tmp_path / "last.ckpt", max_steps=4)
 
 
+def test_checkpoint_of_a_training_is_evaluated_without_its_prompts(tmp_path: Path, tokenizer):
+    prompts = write_prompts(tmp_path / "p.jsonl", 4)
+    trained = PromptDataModule(train=prompts, test=prompts, batch_size=2, tokenizer=tokenizer)
+    trained.setup("fit")
+    trained.train_dataloader()
+    state = trained.state_dict()
+    assert "train" in state
+    evaluated = PromptDataModule(train=prompts, test=prompts, batch_size=2, tokenizer=tokenizer)
+    evaluated.setup("test")
+    evaluated.load_state_dict(state)
+    assert sum(len(batch.ids) for batch in evaluated.test_dataloader()) == 4
+
+
 def test_reloading_loaders_each_epoch_continues_the_stream(tmp_path: Path, tokenizer):
     def seen(**settings) -> list[list[str]]:
         data = PromptDataModule(train=write_prompts(tmp_path / "train.jsonl", 14), batch_size=3)

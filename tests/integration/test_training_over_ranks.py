@@ -75,3 +75,19 @@ def test_metrics_of_ranks_are_those_of_all_prompts(ranks, playground, tmp_path):
         seconds = [key for key in first["metrics"] if key.endswith("_seconds") or key == "reward"]
         for key in first["metrics"].keys() - seconds:
             assert first["metrics"][key] == second["metrics"][key], key
+
+
+@pytest.mark.slow
+def test_ranks_train_one_adapter_with_its_reference(playground, tmp_path):
+    """Switching the adapter off for the reference changes what requires a gradient, which the ranks have agreed on."""
+    lora = ["--model.lora.rank=4", "--model.loss.kl_coef=0.1", "--model.gradient_checkpointing=true"]
+    args = record_args(playground, tmp_path, max_steps=STEPS, devices=2, strategy="ddp")
+    run([*args, *lora, "--rollout.engine=transformers_engine"])
+    first, second = [json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    assert first["weights"] == second["weights"]
+    assert first["largest_move"] > 1e-4
+    assert len(first["steps"]) == STEPS
+    for step in first["steps"]:
+        assert 0 <= step["metrics"]["rollout/log_prob_abs_diff_max"] < 1e-5
+    assert first["steps"][0]["metrics"]["train/kl"] == pytest.approx(0.0, abs=1e-6)
+    assert first["steps"][-1]["metrics"]["train/kl"] > 0
