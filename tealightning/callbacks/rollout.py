@@ -3,13 +3,15 @@
 import os
 import time
 import warnings
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from tealightning.rewards.base import Reward
 from tealightning.rollouts import EngineContext, RolloutCollector, RolloutEngine, policy_weights, prompt_seed
+from tealightning.rollouts.ahead import Collected, OneStepAhead
 from tealightning.rollouts.collector import rollout_metrics
 from tealightning.types import Phase, PromptBatch, SamplingConfig
 
@@ -27,6 +29,9 @@ class RolloutCallback(Callback):
         reward: Scores them.
         group_size: m, rollouts a prompt in training.
         sampling: How completions are sampled, in training and evaluation.
+        steps_ahead: 0 = on-policy. 1 = while a step trains, the rollouts of the next one are collected, from weights
+            that are one step old when they are trained on: for an engine that works elsewhere (VLLMServerEngine), and
+            with `loss.importance_cap`, which corrects for it. A resumed run samples what was under way anew.
         seed: Of the samples; None = the run's `seed_everything`.
         max_model_len: Longest prompt + completion in tokens that the engine prepares for; None = from the data module's
             `max_prompt_tokens`, else what the model can hold, at most 8,192.
@@ -39,6 +44,7 @@ class RolloutCallback(Callback):
         *,
         group_size: int = 16,
         sampling: SamplingConfig | None = None,
+        steps_ahead: Literal[0, 1] = 0,
         seed: int | None = None,
         max_model_len: int | None = None,
     ) -> None:
@@ -48,10 +54,19 @@ class RolloutCallback(Callback):
         self.reward = reward
         self.group_size = group_size
         self.sampling = sampling or SamplingConfig()
+        if steps_ahead not in (0, 1):
+            raise ValueError(f"rollout.steps_ahead must be 0 or 1, got {steps_ahead}.")
+        if steps_ahead and not engine.is_concurrent:
+            raise ValueError(
+                f"rollout.steps_ahead=1 needs an engine that works elsewhere while the trainer computes "
+                f"(VLLMServerEngine), got {type(engine).__name__}."
+            )
+        self.steps_ahead = steps_ahead
         self.seed = seed
         self.max_model_len = max_model_len
         self.rollout_step = 0
         self._collector: RolloutCollector | None = None
+        self._ahead = OneStepAhead()
         self._policy: Any = None  # what the engine was started with
         self._synced_step: int | None = None
 
@@ -63,6 +78,11 @@ class RolloutCallback(Callback):
             warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
         if stage == "fit":
             pl_module.estimator.check_group_size(self.group_size)  # type: ignore[union-attr, operator]
+        if stage == "fit" and self.steps_ahead and pl_module.loss.importance_cap is None:  # type: ignore[union-attr]
+            raise ValueError(
+                "rollout.steps_ahead=1 trains on rollouts of older weights: set model.loss.importance_cap (2.0 is "
+                "usual), which corrects for them."
+            )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start(trainer, pl_module)
@@ -78,6 +98,7 @@ class RolloutCallback(Callback):
 
     def close(self) -> None:
         """Release engine and reward. Not called between stages: an engine serves fit, validate and test in turn."""
+        self._ahead.drop()
         self.engine.close()
         self.reward.close()
         self._collector = self._policy = None
@@ -128,8 +149,21 @@ class RolloutCallback(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: PromptBatch, batch_idx: int
     ) -> None:
-        self._attach(trainer, pl_module, batch, "train", num_samples=self.group_size, step=self.rollout_step)
+        started = time.perf_counter()
+        collected = self._ahead.take(batch.ids)
+        waited = time.perf_counter() - started
+        synced = self._sync(trainer, pl_module)
+        rollouts, seconds = collected or self._collect(trainer, batch, "train", self.group_size, self.rollout_step)
+        batch.rollouts = rollouts.to(pl_module.device)
+        metrics = rollout_metrics(rollouts) | {f"{name}_seconds": value for name, value in seconds.items()}
+        metrics |= {"sync_seconds": synced, "step": self.rollout_step}
+        if self.steps_ahead:
+            metrics |= {"wait_seconds": waited, "staleness": trainer.global_step - rollouts.weights_version}
+        self._log(trainer, pl_module, batch, "rollout", metrics)
+        pl_module.log("reward", metrics["reward_mean"], prog_bar=True, logger=False, batch_size=len(batch))
         self.rollout_step += 1
+        if self.steps_ahead:
+            self._start_next(trainer, pl_module)
 
     def on_validation_batch_start(
         self,
@@ -139,7 +173,7 @@ class RolloutCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._attach(trainer, pl_module, batch, "val", num_samples=max(pl_module.ns), step=0)
+        self._evaluate(trainer, pl_module, batch, "val")
 
     def on_test_batch_start(
         self,
@@ -149,25 +183,37 @@ class RolloutCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._attach(trainer, pl_module, batch, "test", num_samples=max(pl_module.ns), step=0)
+        self._evaluate(trainer, pl_module, batch, "test")
 
-    def _attach(
-        self, trainer: pl.Trainer, pl_module: Any, batch: PromptBatch, phase: Phase, *, num_samples: int, step: int
-    ) -> None:
+    def _evaluate(self, trainer: pl.Trainer, pl_module: Any, batch: PromptBatch, phase: Phase) -> None:
+        self._sync(trainer, pl_module)
+        rollouts, _ = self._collect(trainer, batch, phase, max(pl_module.ns), 0)
+        batch.rollouts = rollouts.to(pl_module.device)
+        self._log(trainer, pl_module, batch, phase, rollout_metrics(rollouts))
+
+    def _start_next(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Begin to collect the next step's rollouts, from the weights as they are before this step's update."""
+        steps = trainer.global_step + pl_module.inner_epochs
+        if trainer.max_steps in range(steps + 1):
+            return  # there is no next step
+        upcoming = _loader_of(trainer).peek()
+        self._ahead.submit(
+            upcoming.ids, partial(self._collect, trainer, upcoming, "train", self.group_size, self.rollout_step)
+        )
+
+    def _collect(self, trainer: pl.Trainer, batch: PromptBatch, phase: Phase, num_samples: int, step: int) -> Collected:
         assert self._collector is not None, "the engine is started before the first batch"
-        sync_seconds = self._sync(trainer, pl_module)
-        rollouts, seconds = self._collector.collect(
+        return self._collector.collect(
             batch,
             num_samples=num_samples,
             seeds=[prompt_seed(self._run_seed, phase, step, prompt_id) for prompt_id in batch.ids],
-            weights_version=trainer.global_step,
+            weights_version=self._synced_step if self._synced_step is not None else trainer.global_step,
         )
-        batch.rollouts = rollouts.to(pl_module.device)
-        metrics = rollout_metrics(rollouts)
-        if phase == "train":
-            metrics |= {f"{name}_seconds": value for name, value in (seconds | {"sync": sync_seconds}).items()}
-            metrics["step"] = self.rollout_step
-        prefix = "rollout" if phase == "train" else phase
+
+    @staticmethod
+    def _log(
+        trainer: pl.Trainer, pl_module: pl.LightningModule, batch: PromptBatch, prefix: str, metrics: dict[str, float]
+    ) -> None:
         for name, value in metrics.items():
             pl_module.log(
                 f"{prefix}/{name}",
@@ -176,17 +222,31 @@ class RolloutCallback(Callback):
                 batch_size=float(len(batch)),  # type: ignore[arg-type]
                 reduce_fx="max" if name.endswith("_max") else "mean",
                 sync_dist=trainer.world_size > 1,
-                on_step=phase == "train",
-                on_epoch=phase != "train",
+                on_step=prefix == "rollout",
+                on_epoch=prefix != "rollout",
             )
-        if phase == "train":
-            pl_module.log("reward", metrics["reward_mean"], prog_bar=True, logger=False, batch_size=len(batch))
 
     def _sync(self, trainer: pl.Trainer, pl_module: Any) -> float:
         """Give the engine the trainer's weights if they changed; seconds taken."""
+        self._ahead.wait()  # a completion is of one policy from its first token to its last
         if self.engine.shares_weights or self._synced_step == trainer.global_step:
             return 0.0
         started = time.perf_counter()
         self.engine.sync_weights(policy_weights(pl_module.policy))
         self._synced_step = trainer.global_step
         return time.perf_counter() - started
+
+
+def _loader_of(trainer: pl.Trainer) -> Any:
+    """The training loader.
+
+    Raises:
+        ValueError: if it cannot say what comes next.
+    """
+    loader = trainer.train_dataloader
+    if not hasattr(loader, "peek"):
+        raise ValueError(
+            f"rollout.steps_ahead=1 needs a training loader with `peek`, such as PromptDataModule's, got "
+            f"{type(loader).__name__}."
+        )
+    return loader

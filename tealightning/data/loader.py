@@ -68,6 +68,10 @@ class PromptLoader:
             self.steps_served += 1  # before the yield: a checkpoint written during the step counts it as done
             yield self.prompts.batch(rows)
 
+    def peek(self) -> PromptBatch:
+        """The batch after the one that was yielded last, which stays the next one."""
+        return self.prompts.batch(self._rows_of_step(self.steps_served))
+
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, and what it is a stream of."""
         return {"steps_served": self.steps_served, "stream": self._stream}

@@ -35,6 +35,9 @@ class RolloutEngine(ABC):
     registry: ClassVar[Registry] = ENGINES
     shares_weights: ClassVar[bool] = False
     """True: it reads the trainer's own parameters, there is nothing to sync."""
+    is_concurrent: ClassVar[bool] = False
+    """True: `generate` may run in a thread while the trainer computes: it works elsewhere and touches nothing of this
+    process (weights, random numbers, devices)."""
 
     @property
     def name(self) -> str:

@@ -50,6 +50,8 @@ class VLLMServerEngine(RolloutEngine):
         log_file: Where its output goes; None = a temporary file, whose end is shown when something fails.
     """
 
+    is_concurrent = True
+
     def __init__(
         self,
         *,

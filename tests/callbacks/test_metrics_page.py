@@ -10,8 +10,8 @@ from playground_fits import data_of, module_of, rollout_of, trainer_of
 from tealightning import Budget, PolicyGradientLoss
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
-# Logged only when some samples are unscorable or missing; their own tests are in tests/metrics.
-SOMETIMES = {"best_of_{n}_prompts"}
+# Logged only when some samples are unscorable or missing, and with steps_ahead=1; they have tests of their own.
+SOMETIMES = {"best_of_{n}_prompts", "rollout/wait_seconds", "rollout/staleness"}
 
 
 def documented() -> set[str]:
