@@ -164,6 +164,8 @@ class RolloutCallback(Callback):
         self.rollout_step += 1
         if self.steps_ahead:
             self._start_next(trainer, pl_module)
+        else:
+            self.engine.rest()
 
     def on_validation_batch_start(
         self,

@@ -65,6 +65,9 @@ class RolloutEngine(ABC):
     def sync_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take over the trainer's weights, given as `(name, tensor)` with tied parameters under every name."""
 
+    def rest(self) -> None:  # noqa: B027 - optional hook
+        """The trainer is about to train: hand back memory that the next `sync_weights` or `generate` can take again."""
+
     @abstractmethod
     def close(self) -> None:
         """Release memory and processes; safe to call twice."""

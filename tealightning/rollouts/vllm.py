@@ -45,6 +45,8 @@ class VLLMEngine(RolloutEngine):
         max_num_seqs: Most completions at a time.
         enforce_eager: True = neither compile nor capture CUDA graphs; None = on a CPU True, on a GPU False.
         enable_prefix_caching: Compute a prompt once for all its samples.
+        sleep: While the trainer trains, keep the engine's weights in CPU memory and drop its cache (vLLM's sleep mode,
+            on GPUs): trainer and engine then take the GPU's memory in turns, so `gpu_memory_utilization` may be high.
         extra_args: Further arguments of `vllm.LLM`.
     """
 
@@ -57,6 +59,7 @@ class VLLMEngine(RolloutEngine):
         max_num_seqs: int = 256,
         enforce_eager: bool | None = None,
         enable_prefix_caching: bool = True,
+        sleep: bool = False,
         extra_args: dict[str, Any] | None = None,
     ) -> None:
         if kv_cache_gib is not None and not kv_cache_gib > 0:
@@ -73,10 +76,12 @@ class VLLMEngine(RolloutEngine):
         self.max_num_seqs = max_num_seqs
         self.enforce_eager = enforce_eager
         self.enable_prefix_caching = enable_prefix_caching
+        self.sleep = sleep
         self.extra_args = dict(extra_args or {})
         self._context: EngineContext | None = None
         self._llm: Any = None
         self._key = ""  # the arguments of `_llm`
+        self._asleep = False
         self._release: Any = None  # moves `_llm` to `_IDLE`, when called or when this engine is garbage collected
 
     def start(self, context: EngineContext) -> None:
@@ -125,6 +130,7 @@ class VLLMEngine(RolloutEngine):
         params = [_sampling_params(sampling, rule, num_samples=num_samples, seed=seed) for seed in seeds]
         prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_token_ids]
         with contained(context.device), self._no_compiling():
+            self._wake_up()
             outputs = self._llm.generate(prompts, params, use_tqdm=False)
         raw = [sample for output in outputs for sample in sorted(output.outputs, key=lambda sample: sample.index)]
         texts = completion_texts(context.tokenizer, [list(sample.token_ids) for sample in raw], rule)
@@ -140,14 +146,28 @@ class VLLMEngine(RolloutEngine):
         context = self._started()
         missing = weight_names(context.policy)
         with contained(context.device), torch.no_grad():
+            self._wake_up()
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checked_off(weights, missing)})
             self._llm.reset_prefix_cache()  # it was computed with the old weights
         refuse_partial_push(missing)
+
+    def rest(self) -> None:
+        """Go to sleep, if that is asked for."""
+        if self.sleep and not self._asleep:
+            with contained(self._started().device):
+                self._llm.sleep(level=1)  # 2 would drop the weights, and a sync need not come next
+            self._asleep = True
+
+    def _wake_up(self) -> None:
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
 
     def close(self) -> None:
         """Hand the vLLM engine back for the next `start` with the same arguments; its memory stays taken until the
         process ends, because vLLM cannot be unloaded without breaking the process group."""
         if self._release is not None:
+            self._wake_up()  # for the next engine that takes it over
             self._release()
         self._llm = self._context = self._release = None
 
@@ -180,6 +200,10 @@ class VLLMEngine(RolloutEngine):
             args["gpu_memory_utilization"] = self.gpu_memory_utilization
         else:
             args["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
+        if self.sleep:
+            if _runs_on_cpu():
+                raise ValueError("rollout.engine.sleep=true needs vLLM on a GPU: its CPU build has no sleep mode.")
+            args["enable_sleep_mode"] = True
         return args | placement(context.device) | self.extra_args
 
     @property
