@@ -11,10 +11,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from playground_fits import data_of, fit, module_of, rollout_of, trainer_of
 from run_records import quickstart_args
+from tiny_policies import largest_difference
 from transformers import AutoModelForCausalLM
 
 from tealightning import EvaluationRecord, ExportPolicy, LoRA, PolicyGradientLoss
-from tealightning.rollouts import TransformersEngine, VLLMEngine
+from tealightning.lora import adapter_off
+from tealightning.rollouts import EngineContext, TransformersEngine, VLLMEngine
+from tealightning.types import SamplingConfig
 
 pytestmark = pytest.mark.slow
 
@@ -64,6 +67,29 @@ def test_export_has_the_log_probs_of_the_adapted_policy(trained, playground):
     assert (found - before).abs().max() > 1e-2
     assert exported.state_dict().keys() == loaded.state_dict().keys()
     assert [file.name for file in folder.glob("adapter*")] == []
+
+
+def test_vllm_loads_the_export_by_itself(trained, monkeypatch):
+    module, _, folder = trained
+    monkeypatch.setattr(VLLMEngine, "sync_weights", lambda self, weights: None)
+    engine = VLLMEngine()
+    engine.start(
+        EngineContext(
+            policy=AutoModelForCausalLM.from_pretrained(folder),
+            policy_path=str(folder),
+            tokenizer=module.tokenizer,
+            device=torch.device("cpu"),
+            max_model_len=64,
+            seed=0,
+        )
+    )
+    prompts = [module.tokenizer(text).input_ids for text in ("The value of", "If the class defines")]
+    sampling = SamplingConfig(max_new_tokens=12)
+    grouped = engine.generate(prompts, num_samples=8, sampling=sampling, seeds=[2**40, 2**50])
+    engine.close()
+    assert largest_difference(module.policy, prompts, grouped, sampling) < 1e-5
+    with adapter_off(module.policy):
+        assert largest_difference(module.policy, prompts, grouped, sampling) > 1e-2
 
 
 def test_resumed_adapter_run_is_the_unbroken_run(playground, tmp_path):
