@@ -25,7 +25,7 @@ from tealightning.lora import (
 )
 from tealightning.loss import PolicyGradientLoss, StepBatch, merge_sums, micro_batch_loss
 from tealightning.metrics import BestOfN, TailFit
-from tealightning.micro_batches import score_completions, split_rows
+from tealightning.micro_batches import score_completions, split_rows, tokens_of_a_pass
 from tealightning.pretrained import load_policy, load_tokenizer
 from tealightning.sharding import is_sharded, shard, whole, whole_state_dict
 from tealightning.types import PromptBatch, RolloutBatch
@@ -52,7 +52,8 @@ class PostTrainingModule(pl.LightningModule):
             advantages anew from the ratios of whole completions, unbiased at any distance but noisier the further it
             is (estimators with an off-policy
             form: max_at_k).
-        micro_batch_tokens: Padded tokens of one forward and backward pass: decides memory, never the gradient.
+        micro_batch_tokens: Padded tokens of one forward and backward pass: decides memory and speed, never the
+            gradient. None = 16,384 on a GPU and 2,048 on a CPU.
         micro_batch_size: Most rollouts of one pass; None = as many as fit.
         gradient_clip_norm: Largest gradient norm; None = no clipping.
         optimizer: Built with the policy's trainable parameters.
@@ -75,7 +76,7 @@ class PostTrainingModule(pl.LightningModule):
         advantage_scale: AdvantageScale = "batch_rms",
         inner_epochs: int = 1,
         inner_epoch_correction: InnerEpochCorrection = "clip",
-        micro_batch_tokens: int = 16_384,
+        micro_batch_tokens: int | None = None,
         micro_batch_size: int | None = None,
         gradient_clip_norm: float | None = 1.0,
         optimizer: OptimizerCallable = torch.optim.AdamW,
@@ -101,7 +102,7 @@ class PostTrainingModule(pl.LightningModule):
         self.advantage_scale = advantage_scale
         self.inner_epochs = inner_epochs
         self.is_exact_off_policy = inner_epoch_correction == "exact"
-        self.micro_batch_tokens = micro_batch_tokens
+        self._micro_batch_tokens = micro_batch_tokens
         self.micro_batch_size = micro_batch_size
         self.gradient_clip_norm = gradient_clip_norm
         self.optimizer = optimizer
@@ -122,6 +123,11 @@ class PostTrainingModule(pl.LightningModule):
     def tokenizer(self) -> Any:
         """The policy's tokenizer."""
         return load_tokenizer(self.policy_path, trust_remote_code=self.load_kwargs["trust_remote_code"])
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Padded tokens of one forward and backward pass, on the device where the policy is."""
+        return self._micro_batch_tokens or tokens_of_a_pass(self.device)
 
     @property
     def reference(self) -> Any:
@@ -390,7 +396,7 @@ def _rollouts_of(batch: PromptBatch) -> RolloutBatch:
 def _check_settings(
     advantage_scale: str,
     inner_epochs: int,
-    micro_batch_tokens: int,
+    micro_batch_tokens: int | None,
     micro_batch_size: int | None,
     gradient_clip_norm: float | None,
 ) -> None:
@@ -398,8 +404,8 @@ def _check_settings(
         raise ValueError(f"advantage_scale must be none or batch_rms, got {advantage_scale!r}.")
     if inner_epochs < 1:
         raise ValueError(f"inner_epochs must be at least 1, got {inner_epochs}.")
-    if micro_batch_tokens < 1:
-        raise ValueError(f"micro_batch_tokens must be at least 1, got {micro_batch_tokens}.")
+    if micro_batch_tokens is not None and micro_batch_tokens < 1:
+        raise ValueError(f"micro_batch_tokens must be at least 1 or null, got {micro_batch_tokens}.")
     if micro_batch_size is not None and micro_batch_size < 1:
         raise ValueError(f"micro_batch_size must be at least 1 or null, got {micro_batch_size}.")
     if gradient_clip_norm is not None and not gradient_clip_norm > 0:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from bench.timing import environment
 from torch import Tensor
 
 from tealightning.functional.linear_log_probs import linear_log_probs
@@ -104,7 +105,8 @@ def main() -> None:
                 f"{tokens:>7} {vocabulary:>10} {row['mib']:>9.1f} {row['naive_mib']:>10.1f} {row['ratio']:>7.3f} "
                 f"{row['time_ratio']:>10.3f}"
             )
-    print(json.dumps({"benchmark": "memory", "hidden": options.hidden, "device": options.device, "rows": rows}))
+    line = {"bench": "memory", "size": f"hidden {options.hidden}", "engine": options.device, "rows": rows}
+    print("\n" + json.dumps(line | environment()))
 
 
 if __name__ == "__main__":

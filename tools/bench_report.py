@@ -43,10 +43,17 @@ def scale_figures(line: dict[str, Any]) -> Iterator[Figure]:
         yield f"speed-up, {count} processes", next(iter(seconds.values())) / value
 
 
+def memory_figures(line: dict[str, Any]) -> Iterator[Figure]:
+    """Of `bench_memory.py`."""
+    for row in line["rows"]:
+        yield f"peak loss memory over naive, vocabulary {row['vocabulary']:,}, {row['tokens']:,} tokens", row["ratio"]
+
+
 FIGURES: dict[str, Callable[[dict[str, Any]], Iterator[Figure]]] = {
     "step": step_figures,
     "peer": peer_figures,
     "scale": scale_figures,
+    "memory": memory_figures,
 }
 
 
@@ -75,7 +82,7 @@ def rows_of(line: dict[str, Any], number: int) -> Iterator[dict[str, str]]:
             "figure": what,
             "model": line["size"],
             "engine": line["engine"],
-            "P, m, T": f"{line['prompts']}, {line['group_size']}, {line['tokens']}",
+            "P, m, T": f"{line['prompts']}, {line['group_size']}, {line['tokens']}" if "prompts" in line else "",
             "median": f"{ratio['median']:.3f}",
             "range": spread,
             "run": f"({number})",

@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,9 +27,6 @@ from tealightning.module import PostTrainingModule
 
 BINARY_REWARDS = ("pass_at_n", "grpo_lead")
 """Estimators for rewards of 0 and 1, which say nothing about others."""
-
-CPU_TOKENS = 4096
-"""Padded tokens of a micro-batch whose activations still fit a CPU's cache."""
 
 _DESCRIPTION = """\
 How faithful each estimator's gradient from m rollouts is to the best-of-N gradient of the policy of a config. A large
@@ -135,16 +133,10 @@ def _suitable(specs: Sequence[EstimatorSpec], pool: RolloutPool) -> tuple[list[E
 
 
 def _score(module: PostTrainingModule, pool: RolloutPool, projection: LinearProjection) -> Tensor:
-    """[Q, M, D]. On a CPU in smaller micro-batches than the module's own, which are faster there."""
-    is_cpu = module.device.type == "cpu"
-    max_tokens = min(module.micro_batch_tokens, CPU_TOKENS) if is_cpu else module.micro_batch_tokens
+    """[Q, M, D]."""
     with tqdm(total=pool.rewards.numel(), desc="Score vectors", unit=" rollouts", dynamic_ncols=True) as bar:
-        scores = [
-            score_vectors(module.policy, batch, projection, max_tokens=max_tokens, on_progress=bar.update).unflatten(
-                0, batch.rewards.shape
-            )
-            for batch in pool.batches
-        ]
+        score = partial(score_vectors, max_tokens=module.micro_batch_tokens, on_progress=bar.update)
+        scores = [score(module.policy, batch, projection).unflatten(0, batch.rewards.shape) for batch in pool.batches]
     return torch.cat(scores)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tealightning.micro_batches import score_completions, split_rows
+from tealightning.micro_batches import score_through_logits, split_rows
 from tealightning.types import RolloutBatch
 
 
@@ -104,7 +104,7 @@ def score_vectors(
             part = _rows_of(rollouts, rows).to(device)
             sums = torch.zeros(len(rows), projection.num_features, dtype=dtype, device=device)
             with _adding_to(sums, projection):
-                log_probs = score_completions(policy, part, torch.arange(len(rows), device=device)).log_probs
+                log_probs = score_through_logits(policy, part, torch.arange(len(rows), device=device)).log_probs
                 log_probs.sum().backward()
             scores[rows] = sums.cpu()
             on_progress(len(rows))

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tealightning.micro_batches import tokens_of_a_pass
 from tealightning.registry import register
 from tealightning.rewards.base import Reward
 from tealightning.rewards.chat import ChatFormatter, ChatTemplate
@@ -26,7 +27,8 @@ class SequenceClassifierReward(Reward):
         dtype: Of weights and scores. `bfloat16` has 8 significant bits: scores near 10 are then multiples of 1/16,
             and tied maxima tell an estimator of the upper tail nothing.
         batch_size: Most completions of one forward pass.
-        batch_tokens: Most tokens of one forward pass, padding included (a longer sequence goes alone).
+        batch_tokens: Most tokens of one forward pass, padding included (a longer sequence goes alone); None = 16,384 on
+            a GPU and 2,048 on a CPU.
         max_length: Longest prompt and completion together, in tokens; None = what the model was built for. Longer ones
             are unscorable (NaN), never truncated.
         chat_template: `auto` (the tokenizer's, if it has one: prompt and completion become user and assistant
@@ -41,7 +43,7 @@ class SequenceClassifierReward(Reward):
         tokenizer: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         batch_size: int = 64,
-        batch_tokens: int = 16_384,
+        batch_tokens: int | None = None,
         max_length: int | None = None,
         chat_template: ChatTemplate = "auto",
         trust_remote_code: bool = False,
@@ -100,7 +102,8 @@ class SequenceClassifierReward(Reward):
         self._report_unscorable(len(sequences) - len(scorable))
         vocabulary = self._model.get_input_embeddings().num_embeddings
         rows_limit = min(self.batch_size, vocabulary - 1)
-        for rows in _micro_batches(scorable, [len(s) for s in sequences], rows_limit, self.batch_tokens):
+        tokens_limit = self.batch_tokens or tokens_of_a_pass(self._model.device)
+        for rows in _micro_batches(scorable, [len(s) for s in sequences], rows_limit, tokens_limit):
             scores[rows] = _last_token_logits(self._model, [sequences[i] for i in rows], vocabulary)
         return scores
 

@@ -81,7 +81,10 @@ def test_an_unknown_setting_is_looked_up_in_the_class_that_is_used():
         ("rollout: {groupsize: 4}", "Unknown setting 'rollout.groupsize'. Did you mean 'group_size'?"),
         ("rollout: {sampling: {temperature: hot}}", "rollout.sampling.temperature: expected a number, got 'hot'."),
         ("rollout: {engine: vllm}", "Unknown engine 'vllm'. Did you mean 'vllm_engine'?"),
-        ("rollout: {engine: null}", "rollout.engine must be set, got null. Valid: transformers_engine, vllm_engine."),
+        (
+            "rollout: {engine: null}",
+            "rollout.engine must be set, got null. Valid: transformers_engine, vllm_engine, vllm_server_engine.",
+        ),
         ("trainer: {max_step: 3}", "Unknown setting 'trainer.max_step'. Did you mean 'max_steps'"),
         (
             "trainer: {callbacks: [{class_path: tealightning.SampleTable, init_args: {every: 1}}]}",
