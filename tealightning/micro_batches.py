@@ -15,8 +15,8 @@ from tealightning.types import RolloutBatch, SamplingConfig
 
 
 def tokens_of_a_pass(device: torch.device) -> int:
-    """Padded tokens of a forward pass that suit a device: a GPU wants many; on a CPU, passes whose activations stay in its
-    caches are a quarter faster and more."""
+    """Padded tokens of a forward pass that suit a device: a GPU wants many; on a CPU, passes whose activations stay in
+    its caches are a quarter faster and more."""
     return 2_048 if device.type == "cpu" else 16_384
 
 
