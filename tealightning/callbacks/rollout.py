@@ -32,6 +32,9 @@ class RolloutCallback(Callback):
         steps_ahead: 0 = on-policy. 1 = while a step trains, the rollouts of the next one are collected, from weights
             that are one step old when they are trained on: for an engine that works elsewhere (VLLMServerEngine), and
             with `loss.importance_cap`, which corrects for it. A resumed run samples what was under way anew.
+        score_as_finished: Score a prompt's completions while those of others are still being generated: for a slow
+            reward (over HTTP, on another device) and an engine that has some earlier than others (VLLMServerEngine).
+            The reward is then called once a prompt.
         seed: Of the samples; None = the run's `seed_everything`.
         max_model_len: Longest prompt + completion in tokens that the engine prepares for; None = from the data module's
             `max_prompt_tokens`, else what the model can hold, at most 8,192.
@@ -45,6 +48,7 @@ class RolloutCallback(Callback):
         group_size: int = 16,
         sampling: SamplingConfig | None = None,
         steps_ahead: Literal[0, 1] = 0,
+        score_as_finished: bool = False,
         seed: int | None = None,
         max_model_len: int | None = None,
     ) -> None:
@@ -62,6 +66,7 @@ class RolloutCallback(Callback):
                 f"(VLLMServerEngine), got {type(engine).__name__}."
             )
         self.steps_ahead = steps_ahead
+        self.score_as_finished = score_as_finished
         self.seed = seed
         self.max_model_len = max_model_len
         self.rollout_step = 0
@@ -130,6 +135,7 @@ class RolloutCallback(Callback):
             sampling=self.sampling,
             pad_token_id=pl_module.tokenizer.pad_token_id or 0,
             vocab_size=getattr(pl_module.policy.config, "vocab_size", None),
+            score_as_finished=self.score_as_finished,
         )
         self._policy = pl_module.policy
 

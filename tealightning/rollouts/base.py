@@ -1,7 +1,7 @@
 """The contract of a rollout engine."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -60,6 +60,18 @@ class RolloutEngine(ABC):
     ) -> list[list[Completion]]:
         """`num_samples` completions for each of P prompts; `seeds[p]` alone decides the samples of prompt p given the
         weights, where the engine can promise that (its docstring says). Leaves the global RNG streams as they were."""
+
+    def generate_each(
+        self,
+        prompt_token_ids: Sequence[Sequence[int]],
+        *,
+        num_samples: int,
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """`generate`, prompt by prompt: `(p, completions of prompt p)` as soon as all of them are there. An engine that
+        has no earlier ones gives them all at the end."""
+        yield from enumerate(self.generate(prompt_token_ids, num_samples=num_samples, sampling=sampling, seeds=seeds))
 
     @abstractmethod
     def sync_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:

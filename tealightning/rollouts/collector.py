@@ -3,12 +3,13 @@
 import math
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from tealightning.rewards.base import Reward
+from tealightning.rewards.base import Reward, RewardScores
 from tealightning.rollouts.base import RolloutEngine
 from tealightning.types import Completion, PromptBatch, RolloutBatch, SamplingConfig
 
@@ -24,6 +25,8 @@ class RolloutCollector:
         sampling: How completions are sampled.
         pad_token_id: Fills the tensors beyond the lengths; any id will do, masks come from the lengths.
         vocab_size: Token ids must be below it; None = not checked.
+        score_as_finished: Score each prompt's completions in a thread while others are still being generated, prompt by
+            prompt, instead of all at the end.
     """
 
     def __init__(
@@ -33,12 +36,14 @@ class RolloutCollector:
         sampling: SamplingConfig,
         pad_token_id: int,
         vocab_size: int | None = None,
+        score_as_finished: bool = False,
     ) -> None:
         self.engine = engine
         self.reward = reward
         self.sampling = sampling
         self.pad_token_id = pad_token_id
         self.vocab_size = vocab_size
+        self.score_as_finished = score_as_finished
 
     def collect(
         self, batch: PromptBatch, *, num_samples: int, seeds: list[int], weights_version: int
@@ -57,26 +62,57 @@ class RolloutCollector:
         Raises:
             ValueError: if the engine or the reward broke its contract.
         """
-        started = time.perf_counter()
-        grouped = self.engine.generate(batch.token_ids, num_samples=num_samples, sampling=self.sampling, seeds=seeds)
-        generated = time.perf_counter()
-        self._check(grouped, num_prompts=len(batch), num_samples=num_samples)
+        grouped, scores, seconds = self._generate_and_score(batch, num_samples, seeds)
         completions = [completion for group in grouped for completion in group]
-        texts = [completion.text for completion in completions]
-        scores = self.reward(_repeat(batch.prompts, num_samples), texts, _repeat(batch.metadata, num_samples))
-        scored = time.perf_counter()
-
         shape = (len(batch), num_samples)
         rollouts = RolloutBatch(
             **_prompt_tensors(_repeat(batch.token_ids, num_samples), self.pad_token_id),
             **_completion_tensors(completions, self.pad_token_id),
             rewards=scores.total.reshape(shape),
             reward_components={name: values.reshape(shape) for name, values in scores.components.items()},
-            completions=texts,
+            completions=[completion.text for completion in completions],
             sampling=self.sampling,
             weights_version=weights_version,
         )
-        return rollouts, {"generate": generated - started, "reward": scored - generated}
+        return rollouts, seconds
+
+    def _generate_and_score(
+        self, batch: PromptBatch, num_samples: int, seeds: list[int]
+    ) -> tuple[list[list[Completion]], RewardScores, dict[str, float]]:
+        """P groups of m completions, their scores [B] and the seconds taken; the reward's are those that were left when
+        everything was generated."""
+        started = time.perf_counter()
+        finished = self.engine.generate_each(
+            batch.token_ids, num_samples=num_samples, sampling=self.sampling, seeds=seeds
+        )
+        groups: dict[int, list[Completion]] = {}
+        pending: list[tuple[int, Future[RewardScores]]] = []
+        with ThreadPoolExecutor(1, thread_name_prefix="reward") as thread:
+            try:
+                for p, group in finished:
+                    groups[p] = group
+                    if self.score_as_finished:
+                        self._check([group], num_prompts=1, num_samples=num_samples)
+                        pending.append((p, thread.submit(self._score, batch, [p], [group])))
+                generated = time.perf_counter()
+                grouped = [groups[p] for p in sorted(groups)]
+                self._check(grouped, num_prompts=len(batch), num_samples=num_samples)
+                by_prompt = sorted(pending, key=lambda entry: entry[0])
+                parts = [scores.result() for _, scores in by_prompt] or [self._score(batch, range(len(batch)), grouped)]
+            except BaseException:
+                thread.shutdown(wait=False, cancel_futures=True)
+                raise
+        seconds = {"generate": generated - started, "reward": time.perf_counter() - generated}
+        return grouped, _joined(parts), seconds
+
+    def _score(
+        self, batch: PromptBatch, prompts: Sequence[int], groups: Sequence[Sequence[Completion]]
+    ) -> RewardScores:
+        """Scores of the completions of some prompts."""
+        times = [len(group) for group in groups]
+        texts = [completion.text for group in groups for completion in group]
+        repeated = [p for p, count in zip(prompts, times, strict=True) for _ in range(count)]
+        return self.reward([batch.prompts[p] for p in repeated], texts, [batch.metadata[p] for p in repeated])
 
     def _check(self, grouped: Sequence[Sequence[Completion]], *, num_prompts: int, num_samples: int) -> None:
         engine = f"rollout engine {self.engine.name!r}"
@@ -131,6 +167,14 @@ def rollout_metrics(rollouts: RolloutBatch) -> dict[str, float]:
 def _within_prompt_std(rewards: Tensor, valid: Tensor) -> Tensor:
     stds = [row[mask].std() for row, mask in zip(rewards, valid, strict=True) if mask.sum() >= 2]
     return torch.stack(stds).mean() if stds else torch.tensor(math.nan)
+
+
+def _joined(parts: Sequence[RewardScores]) -> RewardScores:
+    names = parts[0].components
+    return RewardScores(
+        total=torch.cat([part.total for part in parts]),
+        components={name: torch.cat([part.components[name] for part in parts]) for name in names},
+    )
 
 
 def _repeat(values: Sequence[T], times: int) -> list[T]:

@@ -47,7 +47,7 @@ def _log_probs_of_two(client: VLLMClient, temperature: float) -> list[float]:
     """Of the 2 tokens that top-k leaves, the likeliest first; of more, if they are tied, as happens in bfloat16. Their
     probabilities sum to 1, and their differences are inversely proportional to the temperature."""
     sampling = {"top_k": 2, "logprobs": 8, "max_tokens": 1, "ignore_eos": True, "seed": 0, "temperature": temperature}
-    ((choice,),) = client.generate([{"token_ids": _PROMPT, "sampling_params": sampling}])
+    ((_, (choice,)),) = client.generate([{"token_ids": _PROMPT, "sampling_params": sampling}])
     (token,) = choice["logprobs"]["content"]
     by_id = {entry["token_id"]: entry["logprob"] for entry in token["top_logprobs"]}
     return sorted((value for value in by_id.values() if value > -1000), reverse=True)  # the others have -9999

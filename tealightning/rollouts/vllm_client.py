@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -69,16 +69,18 @@ class VLLMClient:
 
     # ---------------------------------------------------------------- generation
 
-    def generate(self, bodies: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        """The choices of each request to `/inference/v1/generate`, in order of their index.
+    def generate(self, bodies: list[dict[str, Any]]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """(number of the request, its choices in order of their index) of each request to `/inference/v1/generate`, as
+        they are answered.
 
         Raises:
             ServerError: for the first request that fails; those not yet sent are not sent.
         """
         with ThreadPoolExecutor(max_workers=min(self._connections, len(bodies))) as threads:
-            futures = [threads.submit(self._generate, body) for body in bodies]
+            numbers = {threads.submit(self._generate, body): number for number, body in enumerate(bodies)}
             try:
-                return [future.result() for future in futures]
+                for future in as_completed(numbers):
+                    yield numbers[future], future.result()
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise

@@ -3,7 +3,7 @@
 import socket
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from tealightning.registry import register
 from tealightning.rollouts.base import EngineContext, RolloutEngine
 from tealightning.rollouts.local_server import LocalServer, free_port
 from tealightning.rollouts.ranks import is_rank_zero, on_rank_zero
-from tealightning.rollouts.requests import check_requests, completion_texts, end_rule, vllm_sampling
+from tealightning.rollouts.requests import EndRule, check_requests, completion_texts, end_rule, vllm_sampling
 from tealightning.rollouts.server_checks import check_length, check_log_probs_mode, check_policy, check_versions
 from tealightning.rollouts.vllm_client import VLLMClient, api_key_from, is_local
 from tealightning.rollouts.vllm_serve import check_positive, check_serve_args, explain, launch, wait_until_ready
@@ -140,6 +140,17 @@ class VLLMServerEngine(RolloutEngine):
         Raises:
             ServerError: if the server fails, or sampled with other weights than it was given.
         """
+        finished = self.generate_each(prompt_token_ids, num_samples=num_samples, sampling=sampling, seeds=seeds)
+        return [group for _, group in sorted(finished, key=lambda entry: entry[0])]
+
+    def generate_each(
+        self,
+        prompt_token_ids: Sequence[Sequence[int]],
+        *,
+        num_samples: int,
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+    ) -> Iterator[tuple[int, list[Completion]]]:
         context, client = self._started()
         check_requests(
             prompt_token_ids,
@@ -149,8 +160,9 @@ class VLLMServerEngine(RolloutEngine):
             max_model_len=context.max_model_len,
         )
         if not prompt_token_ids:
-            return []
+            return
         rule = end_rule(context, sampling)
+        parts = list(range(0, num_samples, _SAMPLES_PER_REQUEST))  # sample i has seed + i in whichever part it is
         bodies = [
             {
                 "token_ids": list(ids),
@@ -159,13 +171,21 @@ class VLLMServerEngine(RolloutEngine):
                 ),
             }
             for ids, seed in zip(prompt_token_ids, seeds, strict=True)
-            for first in range(0, num_samples, _SAMPLES_PER_REQUEST)  # sample i has seed + i in either case
+            for first in parts
         ]
-        choices = [choice for answer in client.generate(bodies) for choice in answer]
+        answers: dict[int, list[dict[str, Any]]] = {}
+        for number, choices in client.generate(bodies):
+            answers[number] = choices
+            prompt = number // len(parts)
+            numbers = range(prompt * len(parts), (prompt + 1) * len(parts))
+            if all(n in answers for n in numbers):
+                yield prompt, self._completions([choice for n in numbers for choice in answers.pop(n)], rule)
+
+    def _completions(self, choices: list[dict[str, Any]], rule: EndRule) -> list[Completion]:
+        context, client = self._started()
         check_versions(client, choices, self._version)
         texts = completion_texts(context.tokenizer, [choice["token_ids"] for choice in choices], rule)
-        completions = [_completion(choice, text) for choice, text in zip(choices, texts, strict=True)]
-        return [completions[first : first + num_samples] for first in range(0, len(completions), num_samples)]
+        return [_completion(choice, text) for choice, text in zip(choices, texts, strict=True)]
 
     def sync_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Give the server the trainer's weights. All ranks call it; rank 0 pushes while the others wait.

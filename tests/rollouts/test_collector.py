@@ -1,6 +1,8 @@
 """Padding and scoring, from completions written by hand."""
 
 import math
+import threading
+import time
 
 import pytest
 import torch
@@ -87,6 +89,65 @@ def test_collector_scores_each_completion_with_its_prompt_as_written():
     assert rollouts.valid.tolist() == [[True, False], [True, True]]
     assert list(rollouts.reward_components) == ["recorded"]
     assert rollouts.reward_components["recorded"].shape == (2, 2)
+
+
+class OneByOne(Recited):
+    """Has the last prompt's completions first, and the first prompt's only after `before_last`."""
+
+    def __init__(self, grouped, before_last=lambda: None):
+        super().__init__(grouped)
+        self.before_last = before_last
+
+    def generate_each(self, prompt_token_ids, *, num_samples, sampling, seeds):
+        yield 1, self.grouped[1]
+        self.before_last()
+        yield 0, self.grouped[0]
+
+
+def test_collector_scores_as_finished_what_it_scores_at_the_end():
+    at_the_end, _ = collect()
+    as_finished, _ = collect(engine=OneByOne(GROUPED), score_as_finished=True)
+    torch.testing.assert_close(as_finished.rewards, at_the_end.rewards, equal_nan=True)
+    assert as_finished.reward_components.keys() == at_the_end.reward_components.keys()
+    assert as_finished.completions == at_the_end.completions
+    assert torch.equal(as_finished.completion_ids, at_the_end.completion_ids)
+
+
+def test_collector_scores_while_others_are_generated():
+    scored = threading.Event()
+
+    class Tells(Recorded):
+        def score(self, prompts, completions, metadata):
+            scored.set()
+            return super().score(prompts, completions, metadata)
+
+    def last_prompt():
+        assert scored.wait(10), "the reward waits for the last prompt"
+
+    _, seconds = collect(engine=OneByOne(GROUPED, last_prompt), reward=Tells(), score_as_finished=True)
+    assert seconds.keys() == {"generate", "reward"}
+
+
+def test_collector_ends_when_the_reward_fails_in_its_thread():
+    class Fails(Recorded):
+        def score(self, prompts, completions, metadata):
+            raise ConnectionError("the reward is gone")
+
+    with pytest.raises(ConnectionError, match="the reward is gone"):
+        collect(engine=OneByOne(GROUPED), reward=Fails(), score_as_finished=True)
+
+
+def test_collector_drops_what_waits_for_the_reward_when_the_engine_fails():
+    def fails():
+        raise RuntimeError("the engine is gone")
+
+    class Slow(Recorded):
+        def score(self, prompts, completions, metadata):
+            time.sleep(0.2)
+            return super().score(prompts, completions, metadata)
+
+    with pytest.raises(RuntimeError, match="the engine is gone"):
+        collect(engine=OneByOne(GROUPED, fails), reward=Slow(), score_as_finished=True)
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_client_says_which_phase_failed_and_why():
         with pytest.raises(ServerError, match="could not drop its prefix cache"):
             client.reset_prefix_cache()
         with pytest.raises(ServerError, match=f"has no {GENERATE}: start it with --enable-scale-out"):
-            client.generate([{}])
+            list(client.generate([{}]))
         with pytest.raises(ServerError, match="has no /update_weight_version: start it with VLLM_SERVER_DEV_MODE=1"):
             client.set_weight_version("a")
 
@@ -122,15 +122,16 @@ def test_client_gives_up_on_a_silent_server_and_resumes_after_a_failed_update():
         assert seen[-1][0] == "/resume"
 
 
-def test_client_returns_answers_in_order_and_choices_by_index():
+def test_client_returns_answers_as_they_come_and_choices_by_index():
     def answer(body):
-        time.sleep(0.05 * (body["n"] == 0))  # the first request ends last
+        time.sleep(0.5 * (body["n"] == 0))  # the first request ends last
         return 200, {"choices": [{"index": 1, "n": body["n"]}, {"index": 0, "n": body["n"]}]}
 
     with stub_server({GENERATE: answer}) as (url, _):
-        answers = VLLMClient(url, connections=3).generate([{"n": n} for n in range(9)])
-    assert [[c["index"] for c in choices] for choices in answers] == [[0, 1]] * 9
-    assert [choices[0]["n"] for choices in answers] == list(range(9))
+        answers = list(VLLMClient(url, connections=3).generate([{"n": n} for n in range(9)]))
+    assert [[c["index"] for c in choices] for _, choices in answers] == [[0, 1]] * 9
+    assert [choices[0]["n"] for _, choices in answers] == [number for number, _ in answers]
+    assert answers[-1][0] == 0 and sorted(number for number, _ in answers) == list(range(9))
 
 
 @pytest.mark.slow
