@@ -15,13 +15,17 @@ from lightning.pytorch.utilities.seed import isolate_rng
 @contextmanager
 def contained(device: torch.device) -> Iterator[None]:
     """Undo what vLLM does to its host: it seeds and draws from the global generators, replaces
-    `torch.set_num_threads`, sets environment variables that processes started later would inherit, and warns."""
+    `torch.set_num_threads`, sets environment variables that processes started later would inherit, and warns.
+
+    Lightning evaluates in inference mode, and tensors made in it could not be updated by a sync in training: there is
+    none inside."""
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     environment = dict(os.environ)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # "Triton not available"
-    with isolate_rng(include_cuda=device.type == "cuda"), warnings.catch_warnings():
+    rng = isolate_rng(include_cuda=device.type == "cuda")
+    with torch.inference_mode(False), torch.no_grad(), rng, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         try:
             yield

@@ -90,6 +90,16 @@ def test_vllm_forgets_the_prompts_that_it_computed_with_the_old_weights(folder):
     engine.close()
 
 
+def test_vllm_that_started_in_an_evaluation_takes_over_weights_in_training(folder):
+    with torch.inference_mode():  # as Lightning validates and tests
+        engine, policy = started(folder, max_num_seqs=9)  # settings of its own, so that it is loaded here
+        sample(engine)
+    perturb_(policy)
+    engine.sync_weights(policy_weights(policy))
+    assert largest_difference(policy, PROMPTS, sample(engine), SAMPLING) < 5e-6
+    engine.close()
+
+
 def test_vllm_serves_many_prompts_at_once_and_when_memory_is_short(folder):
     # 10 prompts x 4 samples x 120 tokens are more than one step takes (4,096). The small cache holds 9 blocks of 128
     # tokens: as completions grow into a second block, vLLM drops some of them and computes them again.
