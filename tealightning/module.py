@@ -8,12 +8,12 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from tealightning.estimators import AdvantageEstimator
+from tealightning.evaluation import BestOfNEvaluation, rollouts_of
 from tealightning.lora import (
     LoRA,
     WithoutAdapter,
@@ -24,8 +24,8 @@ from tealightning.lora import (
     merged_state_dict,
 )
 from tealightning.loss import PolicyGradientLoss, StepBatch, merge_sums, micro_batch_loss
-from tealightning.metrics import BestOfN, TailFit
 from tealightning.micro_batches import score_completions, split_rows, tokens_of_a_pass
+from tealightning.module_settings import check_correction, check_settings
 from tealightning.pretrained import load_policy, load_tokenizer
 from tealightning.sharding import is_sharded, shard, whole, whole_state_dict
 from tealightning.types import PromptBatch, RolloutBatch
@@ -34,7 +34,7 @@ AdvantageScale = Literal["none", "batch_rms"]
 InnerEpochCorrection = Literal["clip", "exact"]
 
 
-class PostTrainingModule(pl.LightningModule):
+class PostTrainingModule(BestOfNEvaluation):
     """Post-trains a causal LM with advantages from a pluggable estimator.
 
     Args:
@@ -87,11 +87,11 @@ class PostTrainingModule(pl.LightningModule):
         ns: Sequence[int] = (1, 4, 16, 64, 128),
         extrapolate_ns: Sequence[int] = (),
     ) -> None:
-        super().__init__()
-        _check_settings(advantage_scale, inner_epochs, micro_batch_tokens, micro_batch_size, gradient_clip_norm)
+        super().__init__(ns=ns, extrapolate_ns=extrapolate_ns)
+        check_settings(advantage_scale, inner_epochs, micro_batch_tokens, micro_batch_size, gradient_clip_norm)
         if reference is not None and not (loss and loss.kl_coef > 0):
             warnings.warn("model.reference has no effect without a KL penalty (loss.kl_coef > 0).", stacklevel=2)
-        _check_correction(inner_epoch_correction, estimator, loss, inner_epochs)
+        check_correction(inner_epoch_correction, estimator, loss, inner_epochs)
         self.automatic_optimization = False
         self.policy_path = policy
         self.reference_path = reference or policy
@@ -109,11 +109,6 @@ class PostTrainingModule(pl.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.load_kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
         self.gradient_checkpointing = gradient_checkpointing
-        self.ns = sorted(set(ns))
-        self.best_of_n = torch.nn.ModuleDict(
-            {phase: BestOfN(ns=self.ns, extrapolate_ns=extrapolate_ns) for phase in ("val", "test")}
-        )
-        self.tail_fit = torch.nn.ModuleDict({phase: TailFit() for phase in ("val", "test")})
         self.policy: Any = None  # a transformers.PreTrainedModel once `configure_model` ran
         self._reference: tuple[Any, ...] = ()  # in a tuple: no submodule, so neither checkpointed nor wrapped
 
@@ -193,7 +188,7 @@ class PostTrainingModule(pl.LightningModule):
     # ---------------------------------------------------------------- training
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        step = self._step_batch(_rollouts_of(batch))
+        step = self._step_batch(rollouts_of(batch))
         sampled_log_probs = self._sampled_log_probs(step) if self.inner_epochs > 1 else None
         sums: dict[str, Tensor] = {}
         trained_tokens = 0
@@ -350,82 +345,7 @@ class PostTrainingModule(pl.LightningModule):
             metrics["train/kl"] = total["kl"] / tokens
         self.log_dict({k: float(v) for k, v in metrics.items()}, batch_size=len(step.rollouts.rewards))
 
-    # ---------------------------------------------------------------- evaluation
-
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        self._update_metrics("val", batch)
-
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        self._update_metrics("test", batch)
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_metrics("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._log_metrics("test")
-
-    def _metrics(self, phase: str) -> list[Any]:
-        return [self.best_of_n[phase], self.tail_fit[phase]]
-
-    def _update_metrics(self, phase: str, batch: PromptBatch) -> None:
-        rollouts = _rollouts_of(batch)
-        keys = batch.keys.to(rollouts.rewards.device)
-        for metric in self._metrics(phase):
-            metric.update(rollouts.rewards, rollouts.valid, keys)
-
-    def _log_metrics(self, phase: str) -> None:
-        for metric in self._metrics(phase):
-            values = {f"{phase}/{key}": value for key, value in metric.compute().items()}
-            self.log_dict(values, sync_dist=True)  # the same on all ranks already; says so to Lightning
-            metric.reset()
-
 
 def _some(chosen: Tensor) -> Tensor:
     """The micro-batch, or any rollout in place of none: a model that ranks call together wants an input."""
     return chosen if len(chosen) > 0 else chosen.new_zeros(1)
-
-
-def _rollouts_of(batch: PromptBatch) -> RolloutBatch:
-    if batch.rollouts is None:
-        raise RuntimeError(
-            "The batch has no rollouts. Add RolloutCallback to the trainer's callbacks (CLI: section `rollout`)."
-        )
-    return batch.rollouts
-
-
-def _check_settings(
-    advantage_scale: str,
-    inner_epochs: int,
-    micro_batch_tokens: int | None,
-    micro_batch_size: int | None,
-    gradient_clip_norm: float | None,
-) -> None:
-    if advantage_scale not in ("none", "batch_rms"):
-        raise ValueError(f"advantage_scale must be none or batch_rms, got {advantage_scale!r}.")
-    if inner_epochs < 1:
-        raise ValueError(f"inner_epochs must be at least 1, got {inner_epochs}.")
-    if micro_batch_tokens is not None and micro_batch_tokens < 1:
-        raise ValueError(f"micro_batch_tokens must be at least 1 or null, got {micro_batch_tokens}.")
-    if micro_batch_size is not None and micro_batch_size < 1:
-        raise ValueError(f"micro_batch_size must be at least 1 or null, got {micro_batch_size}.")
-    if gradient_clip_norm is not None and not gradient_clip_norm > 0:
-        raise ValueError(f"gradient_clip_norm must be above 0 or null, got {gradient_clip_norm}.")
-
-
-def _check_correction(
-    correction: str, estimator: AdvantageEstimator, loss: PolicyGradientLoss | None, inner_epochs: int
-) -> None:
-    if correction not in ("clip", "exact"):
-        raise ValueError(f"inner_epoch_correction must be clip or exact, got {correction!r}.")
-    if correction == "clip":
-        return
-    if not estimator.has_off_policy_form:
-        raise ValueError(
-            f"inner_epoch_correction=exact needs an estimator with an off-policy form (max_at_k), got {estimator.name}."
-        )
-    if loss is not None and loss.importance_cap is not None:
-        raise ValueError(
-            "inner_epoch_correction=exact and loss.importance_cap both correct ratios: set one of them only."
-        )
-    if inner_epochs == 1:
-        warnings.warn("model.inner_epoch_correction=exact has no effect with inner_epochs=1.", stacklevel=3)
