@@ -2,12 +2,12 @@
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 # Small tensors: one thread is faster than two that wait for each other, and sums do not depend on the machine.
-quickstart test test-slow: export OMP_NUM_THREADS := 1
+quickstart test test-slow test-faults: export OMP_NUM_THREADS := 1
 
 bin := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint format docs clean
+.PHONY: help install quickstart test test-slow test-faults lint format docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -20,10 +20,14 @@ quickstart: install ## build the playground, train TEA on it with vLLM rollouts,
 	$(bin)/tealightning fit -c configs/quickstart.yaml
 
 test: install ## the tests that take under ten seconds each
-	$(bin)/python -m pytest -m "not slow"
+	$(bin)/python -m pytest -m "not slow and not fault"
 
 test-slow: install ## the tests that train and start processes
-	$(bin)/python -m pytest -m slow
+	$(bin)/python -m pytest -m "slow and not fault"
+
+test-faults: install ## the tests that kill, cut off and corrupt; what they injected goes to runs/faults/
+	rm -f runs/faults/injected.jsonl
+	$(bin)/python -m pytest -m fault --fault-report runs/faults/injected.jsonl
 
 lint: install ## ruff, its formatter in check mode, and mypy
 	$(bin)/ruff check
