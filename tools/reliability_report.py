@@ -7,12 +7,62 @@ python tools/update_estimator_pages.py --results docs/reliability.md
 """
 
 import argparse
+import ast
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tealightning.diagnostics.tables import markdown_table
+
+REPOSITORY = Path(__file__).parents[1]
+PEERS = {
+    "the loss changes with the split into micro-batches": ("TRL #3021", "TRL #5619", "open-instruct #1161"),
+    "log-probs of vLLM and trainer differ at a temperature, top-p or top-k": ("TRL #4159", "TRL #6789"),
+    "rollouts of stale weights go unnoticed": ("verl #7495", "TRL #5312"),
+    "a weight sync or collective hangs without an error": ("TRL #6796", "TRL #2923"),
+    "a resumed run drops or repeats prompts or rollouts": ("OpenRLHF #1322", "OpenRLHF #1103", "open-instruct #1523"),
+    "groups without variance dilute or spike the loss": ("TRL #6367", "NeMo-RL #4158"),
+    "tokens change when completions are tokenised again": ("TRL #5224", "verl #6719"),
+    "pad = eos hides the end of a completion": ("TRL #4970",),
+    "logits run out of memory": ("TRL #3678", "NeMo-RL #3124"),
+    "what cannot be scored counts as reward 0": ("TRL #5902",),
+    "best-of-n is biased low": ("verl #7240",),
+    "the reward model gets the policy's tokens": ("OpenRLHF #242",),
+    "a seed never reaches vLLM": ("TRL #7040",),
+    "rewards are clipped or squashed by default": ("OpenRLHF reward clipping", "verl sigmoid"),
+}
+"""Public reports of failures in comparable frameworks; the docstring of each test that guards against one names it."""
+
+
+def peer_table(root: Path = REPOSITORY / "tests") -> str:
+    """One row a failure: where it was reported and the tests that guard against it."""
+    tests = guarding_tests(root)
+    return markdown_table(
+        [
+            {
+                "failure": failure,
+                "reported": ", ".join(references),
+                "tests": ", ".join(f"`{name}`" for name in sorted({t for ref in references for t in tests[ref]})),
+            }
+            for failure, references in PEERS.items()
+        ]
+    )
+
+
+def guarding_tests(root: Path) -> dict[str, list[str]]:
+    """Report -> names of the tests whose docstring names it."""
+    references = [reference for references in PEERS.values() for reference in references]
+    found: dict[str, list[str]] = {reference: [] for reference in references}
+    for file in sorted(root.rglob("test_*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                said = re.sub(r"\s+", " ", ast.get_docstring(node) or "")
+                for reference in references:
+                    if re.search(rf"{re.escape(reference)}\b", said):
+                        found[reference].append(node.name)
+    return found
 
 
 def fault_table(injected: Iterable[dict[str, Any]]) -> str:
@@ -51,8 +101,11 @@ def main() -> None:
     parser.add_argument("--injected", type=Path, default=Path("runs/faults/injected.jsonl"))
     parser.add_argument("--out", type=Path, default=Path("runs/faults/faults.md"))
     args = parser.parse_args()
-    args.out.write_text(fault_table(read_injected(args.injected)) + "\n", encoding="utf-8")
-    print(f"wrote {args.out}")
+    tables = {args.out: fault_table(read_injected(args.injected)), args.out.with_name("peers.md"): peer_table()}
+    for file, table in tables.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(table + "\n", encoding="utf-8")
+        print(f"wrote {file}")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,9 @@
 """Parts of the benchmarks that decide without a model."""
 
-import importlib.util
 import threading
-from pathlib import Path
-from types import ModuleType
 
 import pytest
-
-TOOLS = Path(__file__).parents[2] / "tools"
-
-
-def tool(path: str) -> ModuleType:
-    """The module of a file in tools/, which is no package."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, TOOLS / path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tool_scripts import tool
 
 
 def test_turns_alternate_loops_that_run_in_threads_of_their_own():
