@@ -101,10 +101,13 @@ def main() -> None:
     parser.add_argument("--injected", type=Path, default=Path("runs/faults/injected.jsonl"))
     parser.add_argument("--out", type=Path, default=Path("runs/faults/faults.md"))
     args = parser.parse_args()
-    tables = {args.out: fault_table(read_injected(args.injected)), args.out.with_name("peers.md"): peer_table()}
-    for file, table in tables.items():
+    tables = {
+        args.out: f"# Injected faults\n\n{fault_table(read_injected(args.injected))}\n",
+        args.out.with_name("peers.md"): f"# Known failures of peers\n\n{peer_table()}\n",
+    }
+    for file, text in tables.items():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(table + "\n", encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
         print(f"wrote {file}")
 
 

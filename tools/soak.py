@@ -214,7 +214,7 @@ def main() -> None:
     bad, total = count_of_not_finite(options.out)
     text = table_of(options.out, parts, options.warm_up)
     text += f"\n\nValues logged: {total:,}, of them not finite: {bad}.\n"
-    (options.out / "soak.md").write_text(text)
+    (options.out / "soak.md").write_text(f"# Soak run\n\n{text}")
     print(text)
     print(f"plot: {plot(options.out, parts)}")
 
