@@ -66,7 +66,7 @@ def config_of(part: Part, folder: Path, config: Path, prompts: int) -> Path:
         },
         "rollout": {
             "engine": {"class_path": ENGINES[part.engine]},
-            "group_size": 8,
+            "group_size": 12,
             "sampling": {"max_new_tokens": 16},
         },
         "trainer": {

@@ -1,7 +1,6 @@
 """Writes down what a run takes from its machine, step by step; a callback for `tools/soak.py`."""
 
 import csv
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ COLUMNS = ("step", "seconds", "rss_mib", "open_files", "threads")
 
 
 class ResourceRecorder(Callback):
-    """Appends a row a step to `<folder>/part_<part>_rank_<rank>.csv`: memory and open files are those of the rank with
-    the processes that it started.
+    """Appends a row a step to `<folder>/part_<part>_rank_<rank>.csv`: seconds without validation, and the rank's own
+    memory, open files and threads (an engine in the rank's process is part of it).
 
     Args:
         folder: Where the files go.
@@ -48,14 +47,6 @@ class ResourceRecorder(Callback):
 
     def _taken(self) -> tuple[str, int, int]:
         """Resident MiB, open files and threads."""
-        family = [self._process, *(c for c in self._process.children(recursive=True) if c.pid != os.getpid())]
-        rss = files = threads = 0
-        for process in family:
-            try:
-                with process.oneshot():
-                    rss += process.memory_info().rss
-                    files += process.num_fds()
-                    threads += process.num_threads()
-            except psutil.Error:  # it has just ended
-                continue
-        return f"{rss / 2**20:.2f}", files, threads
+        with self._process.oneshot():
+            rss = self._process.memory_info().rss / 2**20
+            return f"{rss:.2f}", self._process.num_fds(), self._process.num_threads()
