@@ -15,6 +15,7 @@ _LAZY = {
     "LoRA": "tealightning.lora",
     "PromptDataModule": "tealightning.data",
     "RolloutCallback": "tealightning.callbacks",
+    "ResumableCheckpoint": "tealightning.callbacks",
     "BestOfNReport": "tealightning.callbacks",
     "ExportPolicy": "tealightning.callbacks",
     "SampleTable": "tealightning.callbacks",

@@ -106,7 +106,7 @@ def config_hash(config: Mapping[str, Any], fingerprints: dict[str, str]) -> str:
     read = [config["model"], config["data"], config["rollout"], config["trainer"]["callbacks"]]  # no folder of a logger
     paths = sorted({text for text in _texts(read) if _is_local(text)})
     inputs = {path: fingerprints.setdefault(path, _fingerprint(Path(path))) for path in paths}
-    settings = {key: value for key, value in config.items() if key != "ckpt_path"}
+    settings = {key: value for key, value in config.items() if key not in ("ckpt_path", "checkpoint")}
     return hashlib.sha256(json.dumps([settings, inputs], sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 

@@ -36,6 +36,15 @@ class Budget(Callback):
                 raise ValueError(f"{name} must be at least 1 or null, got {limit}.")
         self.spent = dict.fromkeys(COUNTED, 0)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.is_spent:  # a run that had ended, resumed
+            trainer.should_stop = True
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether one of the budgets is reached."""
+        return any(limit is not None and self.spent[name] >= limit for name, limit in self.limits.items())
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
     ) -> None:
@@ -47,7 +56,7 @@ class Budget(Callback):
         for name, count in zip(COUNTED, (*totals, float(trained)), strict=True):
             self.spent[name] += round(count)
             pl_module.log(f"train/total_{name}", float(self.spent[name]))
-        if any(limit is not None and self.spent[name] >= limit for name, limit in self.limits.items()):
+        if self.is_spent:
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:

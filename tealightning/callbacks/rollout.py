@@ -31,7 +31,7 @@ class RolloutCallback(Callback):
         sampling: How completions are sampled, in training and evaluation.
         steps_ahead: 0 = on-policy. 1 = while a step trains, the rollouts of the next one are collected, from weights
             that are one step old when they are trained on: for an engine that works elsewhere (VLLMServerEngine), and
-            with `loss.importance_cap`, which corrects for it. A resumed run samples what was under way anew.
+            with `loss.importance_cap`, which corrects for it.
         score_as_finished: Score a prompt's completions while those of others are still being generated: for a slow
             reward (over HTTP, on another device) and an engine that has some earlier than others (VLLMServerEngine).
             The reward is then called once a prompt.
@@ -79,6 +79,7 @@ class RolloutCallback(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot work before any model is loaded."""
+        self._ahead = OneStepAhead()  # what an earlier run may have left in flight is not this one's
         if trainer.world_size == 1:  # vLLM makes a process group of size 1, which Lightning takes for several ranks
             warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
         if stage == "fit":
@@ -102,8 +103,9 @@ class RolloutCallback(Callback):
         self.close()
 
     def close(self) -> None:
-        """Release engine and reward. Not called between stages: an engine serves fit, validate and test in turn."""
-        self._ahead.drop()
+        """Release engine and reward. Not called between stages: an engine serves fit, validate and test in turn.
+
+        A collection under way is not waited for, its thread ends with the process at the latest."""
         self.engine.close()
         self.reward.close()
         self._collector = self._policy = None
@@ -113,6 +115,15 @@ class RolloutCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rollout_step = state_dict["rollout_step"]
+
+    def rank_state_dict(self, *, of_step_under_way: bool = False, wait: bool = True) -> dict[str, Any]:
+        """What this rank has sampled and not trained on (see `OneStepAhead.state`): ResumableCheckpoint keeps it."""
+        ahead = self._ahead.state(of_step_under_way=of_step_under_way, wait=wait)
+        return {} if ahead is None else {"ahead": ahead}
+
+    def load_rank_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "ahead" in state_dict:
+            self._ahead.load_state(state_dict["ahead"])
 
     def _start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._synced_step = None  # a stage may have loaded other weights

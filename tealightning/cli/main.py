@@ -44,10 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(USAGE, end="")
         return
     try:
+        given = list(args)
         plugins, args = _pop_values(args, "--import")
         for plugin in plugins:
             import_plugin(plugin)
-        _run(args[0], args[1:])
+        _run(args[0], args[1:], given)
     except _user_errors() as error:
         told = None if debug else _told_to_the_user(error)
         if told is None:
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from error
 
 
-def _run(command: str, args: list[str]) -> None:
+def _run(command: str, args: list[str], given: list[str]) -> None:
     quiet_startup()
     if command == "playground":
         from tealightning.cli.commands import playground
@@ -78,7 +79,7 @@ def _run(command: str, args: list[str]) -> None:
     else:
         from tealightning.cli.training import run_training
 
-        run_training(command, args)
+        run_training(command, args, given)
 
 
 def _user_errors() -> tuple[type[Exception], ...]:

@@ -7,13 +7,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from tealightning.callbacks import BestOfNReport, RolloutCallback
+from tealightning.callbacks import BestOfNReport, ResumableCheckpoint, RolloutCallback
+from tealightning.callbacks.checkpoint_io import SealedCheckpointIO
 from tealightning.callbacks.folders import run_folder
 from tealightning.cli.console import quiet_transformers
 from tealightning.cli.messages import explain
 from tealightning.cli.names import canonical_args, canonical_settings
+from tealightning.cli.resume import command_to_go_on, keep_logged_metrics, last_checkpoint
 from tealightning.data import PromptDataModule
 from tealightning.module import PostTrainingModule
 from tealightning.registry import did_you_mean
@@ -25,9 +28,9 @@ COMMANDS = {
 }
 
 _HELP = """ Sections: trainer (Lightning's), model (policy, estimator, loss, optimizer), data (prompts), rollout
-(engine, reward, group size, sampling). Arguments of a class: --model.help, --data.help, --model.estimator.help tea,
---model.optimizer.help AdamW, --rollout.engine.help vllm_engine, --rollout.reward.help function_reward. What a command
-line amounts to: --print_config."""
+(engine, reward, group size, sampling), checkpoint (how often, how many). Arguments of a class: --model.help,
+--data.help, --model.estimator.help tea, --model.optimizer.help AdamW, --rollout.engine.help vllm_engine,
+--rollout.reward.help function_reward. What a command line amounts to: --print_config."""
 
 
 class _Refused(SystemExit):
@@ -70,10 +73,49 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class TrainingCLI(LightningCLI):
-    """LightningCLI plus the `rollout` section (engine, reward, group size, sampling)."""
+    """LightningCLI plus the sections `rollout` (engine, reward, group size, sampling) and `checkpoint`.
+
+    Args:
+        given: The whole command line, for the command to go on that a run which is stopped prints.
+    """
+
+    def __init__(self, *args: Any, given: Sequence[str], **kwargs: Any) -> None:
+        self.given = given
+        super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RolloutCallback, "rollout")
+        parser.add_class_arguments(ResumableCheckpoint, "checkpoint")
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """With checkpoints from which a run can go on, unless they are off, and their files sealed in any case."""
+        settings = self._get(self.config_init, "trainer")
+        callbacks, plugins = (_as_list(settings.get(name)) for name in ("callbacks", "plugins"))
+        if settings.get("enable_checkpointing") is not False and not settings.get("fast_dev_run"):
+            checkpoint = self._get(self.config_init, "checkpoint")
+            checkpoint.resume_command = command_to_go_on(self.given)
+            callbacks = [*callbacks, checkpoint]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, SealedCheckpointIO()]
+        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+
+    def before_fit(self) -> None:
+        self._find_last()
+        keep_logged_metrics(self.trainer)
+
+    def before_validate(self) -> None:
+        self._find_last()
+
+    def before_test(self) -> None:
+        self._find_last()
+
+    def _find_last(self) -> None:
+        """Put the path in the place of `--ckpt_path last`."""
+        assert self.subcommand is not None
+        if self._get(self.config, "ckpt_path") == "last":
+            settings = yaml.safe_load(self.parser.dump(self.config))[self.subcommand]
+            path = last_checkpoint(self.trainer, settings, self.subcommand)
+            self.config[self.subcommand]["ckpt_path"] = self.config_init[self.subcommand]["ckpt_path"] = path
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -83,7 +125,10 @@ class TrainingCLI(LightningCLI):
         """Nothing: Lightning would load the whole checkpoint to look for hyperparameters, and there are none in it."""
 
     def after_fit(self) -> None:
-        """Complete a best-of-n report whose last validation is older than the last optimizer step."""
+        """Make up for a last validation that was cut off, or that a best-of-n report lacks."""
+        for checkpoint in self.trainer.checkpoint_callbacks:
+            if isinstance(checkpoint, ResumableCheckpoint) and checkpoint.validation_due:
+                self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         for report in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(report, BestOfNReport) and report.is_behind(self.trainer.global_step):
                 self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
@@ -97,8 +142,11 @@ class _Unstarted(TrainingCLI):
         """Nothing."""
 
 
-def run_training(command: str, args: Sequence[str]) -> None:
+def run_training(command: str, args: Sequence[str], given: Sequence[str] = ()) -> None:
     """Parse and run `tealightning COMMAND ARGS`.
+
+    Args:
+        given: The command line as the user gave it, with the options that are not in `args`.
 
     Raises:
         ValueError: for an unknown command.
@@ -107,7 +155,7 @@ def run_training(command: str, args: Sequence[str]) -> None:
     if command not in COMMANDS:
         others = ["playground", "compare", "estimators", "diagnose"]
         raise ValueError(f"Unknown command {command!r}.{did_you_mean(command, [*COMMANDS, *others])}")
-    _parse(TrainingCLI, command, args)
+    _parse(TrainingCLI, command, args, given or [command, *args])
 
 
 def build_training(command: str, args: Sequence[str]) -> TrainingCLI:
@@ -116,10 +164,10 @@ def build_training(command: str, args: Sequence[str]) -> TrainingCLI:
     Raises:
         SystemExit: with status 2 for a config that does not parse.
     """
-    return _parse(_Unstarted, command, args)
+    return _parse(_Unstarted, command, args, [command, *args])
 
 
-def _parse(cli_class: type[TrainingCLI], command: str, args: Sequence[str]) -> TrainingCLI:
+def _parse(cli_class: type[TrainingCLI], command: str, args: Sequence[str], given: Sequence[str]) -> TrainingCLI:
     quiet_transformers()
     torch.set_float32_matmul_precision("high")
     try:
@@ -135,10 +183,15 @@ def _parse(cli_class: type[TrainingCLI], command: str, args: Sequence[str]) -> T
             seed_everything_default=0,
             parser_kwargs={"allow_abbrev": False} | {name: _command_kwargs(name) for name in COMMANDS},
             args=[command, *canonical_args(args)],
+            given=given,
         )
     except _Refused as refused:
         print(f"tealightning: error: {explain(refused.message, args)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
 def _command_kwargs(command: str) -> dict[str, Any]:

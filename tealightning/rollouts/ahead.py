@@ -2,8 +2,10 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from typing import Any
 
-from tealightning.types import RolloutBatch
+from tealightning.types import RolloutBatch, SamplingConfig
 
 Collected = tuple[RolloutBatch, dict[str, float]]
 """What `RolloutCollector.collect` returns."""
@@ -15,6 +17,7 @@ class OneStepAhead:
     def __init__(self) -> None:
         self._ids: list[str] = []
         self._task: _Task | None = None
+        self._taken: dict[str, Any] | None = None
 
     def submit(self, ids: Sequence[str], collect: Callable[[], Collected]) -> None:
         """Start to collect the rollouts of the prompts `ids`."""
@@ -33,15 +36,44 @@ class OneStepAhead:
         Raises:
             Exception: whatever engine or reward raised.
         """
-        task, self._task = self._task, None
+        task, self._task, self._taken = self._task, None, None
         if task is None:
             return None
         task.join()
-        return task.result() if self._ids == list(ids) else None
+        if self._ids != list(ids):
+            return None
+        collected = task.result()
+        self._taken = collected_state(self._ids, collected)
+        return collected
 
-    def drop(self) -> None:
-        """Forget what is under way, without waiting: its thread ends with the process at the latest."""
-        self._task = None
+    def state(self, *, of_step_under_way: bool = False, wait: bool = True) -> dict[str, Any] | None:
+        """What a checkpoint keeps: what was collected for the next step, or, to repeat the step under way, what was
+        taken for that. None if nothing was, or (without `wait`) if it is not there yet."""
+        if of_step_under_way:
+            return self._taken
+        if self._task is None:
+            return None
+        if wait:
+            self._task.join()
+        return None if self._task.is_alive() or self._task.failed else collected_state(self._ids, self._task.result())
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Have what was collected before a checkpoint ready to be taken."""
+        ids, collected = collected_of(state)
+        self.submit(ids, lambda: collected)
+
+
+def collected_state(ids: Sequence[str], collected: Collected) -> dict[str, Any]:
+    """Rollouts of the prompts `ids` as plain values and tensors (the same ones, not copies)."""
+    rollouts, seconds = collected
+    values = {f.name: getattr(rollouts, f.name) for f in fields(rollouts)} | {"sampling": asdict(rollouts.sampling)}
+    return {"ids": list(ids), "rollouts": values, "seconds": dict(seconds)}
+
+
+def collected_of(state: dict[str, Any]) -> tuple[list[str], Collected]:
+    """The inverse of `collected_state`."""
+    values = state["rollouts"] | {"sampling": SamplingConfig(**state["rollouts"]["sampling"])}
+    return list(state["ids"]), (RolloutBatch(**values), dict(state["seconds"]))
 
 
 class _Task(threading.Thread):
@@ -58,6 +90,11 @@ class _Task(threading.Thread):
             self._collected = self._collect()
         except BaseException as error:  # raised where the result is taken
             self._error = error
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended with an error."""
+        return self._error is not None
 
     def result(self) -> Collected:
         """Of a thread that has ended."""

@@ -1,0 +1,227 @@
+"""Checkpoints from which a run goes on as if it had never been stopped, and how it stops."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from tealightning.callbacks import rescue
+from tealightning.callbacks.boundary import (
+    RANKS,
+    Boundary,
+    HasRankState,
+    before_validation,
+    boundary_of,
+    over_ranks,
+    rank_state,
+)
+from tealightning.callbacks.checkpoint_files import checkpoint_file, move_folder, remove_older
+from tealightning.callbacks.folders import run_folder
+from tealightning.callbacks.random_state import random_state, set_random_state
+from tealightning.callbacks.stop_signals import StopRequestedError, StopSignals
+
+DEFAULT_EVERY_N_STEPS = 20
+
+
+class ResumableCheckpoint(Checkpoint):
+    """Writes `<run folder>/checkpoints/step=<optimizer step>.ckpt` every few steps and when training ends, and stops a
+    run such that it can go on.
+
+    A checkpoint holds all that the rest of the run depends on: beside what Lightning saves, the random streams of every
+    rank and the rollouts that are sampled but not trained on yet (`rollout.steps_ahead`). One that is due at a
+    validation is written before it, and a resumed run repeats the validation.
+
+    After SIGTERM or SIGINT the run ends its step, writes a checkpoint and exits with status 143 or 130, all ranks at
+    the same step; a second signal ends it at once. After an exception it writes one of the last completed step (see
+    `rescue`). In both cases it prints how to go on.
+
+    Args:
+        every_n_steps: Steps (batches of prompts) between checkpoints; None = 20, or, where `trainer.callbacks` has a
+            checkpoint callback of its own, none but those of a run that is stopped.
+        keep: The newest checkpoints of a run that are kept: with 2 there is one before a newest one that is damaged.
+
+    Raises:
+        ValueError: if one of them is below 1.
+    """
+
+    def __init__(self, *, every_n_steps: int | None = None, keep: int = 2) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("keep", keep)):
+            if value is not None and value < 1:
+                raise ValueError(f"checkpoint.{name} must be at least 1, got {value}.")
+        self.every_n_steps = every_n_steps
+        self.keep = keep
+        self.resume_command: str | None = None
+        """What the user is told to call to go on, once a checkpoint is there."""
+        self.folder: Path | None = None
+        self.boundary: Boundary | None = None
+        self.is_moving = False  # an optimizer step has begun since the boundary
+        self.validation_due = False
+        self.saved: Path | None = None  # the newest one of this run
+        self.rescued: Boundary | None = None  # while a rescue writes: what it writes
+        self._signals = StopSignals()
+        self._stop = 0  # the signal that all ranks have agreed on
+        self._is_due = False
+        self._random: dict[str, Any] | None = None  # of the checkpoint that was loaded
+        self._is_saving = False
+
+    # ---------------------------------------------------------------- life cycle
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.folder = run_folder(trainer) / "checkpoints"
+        others = [callback for callback in trainer.checkpoint_callbacks if callback is not self]
+        if self.every_n_steps is None and not others:
+            self.every_n_steps = DEFAULT_EVERY_N_STEPS
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._signals.install()
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop = max(over_ranks(self._signals.received))
+        self._end_if_asked(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._signals.install()
+        self.is_moving = False
+        if self._random is not None:
+            set_random_state(self._random)
+            self._random = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        is_agreed = isinstance(exception, StopRequestedError) and trainer.global_rank > 0  # rank 0 tells and saves
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run and not is_agreed:  # type: ignore[attr-defined]
+            told = rescue.after(exception, self, trainer, pl_module)
+            print(f"tealightning: {told}", file=sys.stderr, flush=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validation_due": self.validation_due}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.validation_due = bool(state_dict["validation_due"])
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Also of a checkpoint that another callback writes. Then, and for its own, this is a call of all ranks."""
+        if self.rescued is not None:
+            self.rescued.put_into(checkpoint, trainer.datamodule)  # type: ignore[attr-defined]
+            checkpoint[RANKS] = self.rescued.ranks
+            return
+        if self._is_saving and self.boundary is not None:
+            self.boundary.put_into(checkpoint, trainer.datamodule)  # type: ignore[attr-defined]
+        checkpoint[RANKS] = over_ranks(rank_state(trainer))
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        ranks = checkpoint.get(RANKS, [])
+        if len(ranks) != trainer.world_size:
+            rank_zero_warn(
+                f"The checkpoint has random streams of {len(ranks)} processes and this run has {trainer.world_size}: "
+                "they start anew, and rollouts that were sampled ahead are sampled again."
+            )
+            return
+        mine = ranks[trainer.global_rank]
+        self._random = mine["random"]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, HasRankState):
+                callback.load_rank_state_dict(mine["callbacks"].get(callback.state_key, {}))
+
+    # ---------------------------------------------------------------- steps
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+        self.is_moving = True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        everyone = over_ranks((self._signals.received, random_state()))
+        self._stop = max(signum for signum, _ in everyone)
+        self.boundary = boundary_of(trainer, [{"random": streams, "callbacks": {}} for _, streams in everyone])
+        self.is_moving = False
+        every = self.every_n_steps or 0
+        is_due = bool(every) and (self.boundary.batches % every == 0 or _is_ending(trainer))
+        self._is_due = self._is_due or is_due or bool(self._stop)
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not _will_validate(trainer):
+            self._save_and_end(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self._is_after_a_step(trainer):
+            self.validation_due = True
+            self._pass_boundary(trainer)
+            before_validation(self.boundary)  # type: ignore[arg-type]
+            self._save_and_end(trainer)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1:  # ranks may have unequal numbers
+            self._stop = self._signals.received
+            self._end_if_asked(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.validation_due = False
+        if self._is_after_a_step(trainer):
+            self._pass_boundary(trainer)
+            self._stop = max(over_ranks(self._signals.received))
+            self._is_due = bool(self._stop)
+            self._save_and_end(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self._is_after_a_step(trainer):
+            self._pass_boundary(trainer)
+            self._save_and_end(trainer)
+
+    # ---------------------------------------------------------------- saving
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Write a checkpoint of the boundary; a call of all ranks."""
+        assert self.folder is not None
+        path = checkpoint_file(self.folder, trainer.global_step)
+        is_sharded = isinstance(trainer.strategy, ModelParallelStrategy)  # writes a folder, or no whole file
+        written = path.with_name(f".{path.name}.part") if is_sharded else path
+        if is_sharded and trainer.is_global_zero:
+            shutil.rmtree(written, ignore_errors=True)  # of a run that was killed
+        self._is_saving = True
+        try:
+            trainer.save_checkpoint(written, weights_only=False)
+        finally:
+            self._is_saving = False
+        if trainer.is_global_zero:
+            if is_sharded:
+                move_folder(written, path, trainer.global_step)
+            remove_older(self.folder, self.keep)
+        trainer.strategy.barrier("checkpoint")
+        self.saved = path
+
+    def _is_after_a_step(self, trainer: pl.Trainer) -> bool:
+        return self.boundary is not None and not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING
+
+    def _pass_boundary(self, trainer: pl.Trainer) -> None:
+        """Of the same step, further on."""
+        assert self.boundary is not None
+        self.boundary = boundary_of(trainer, self.boundary.ranks)
+
+    def _save_and_end(self, trainer: pl.Trainer) -> None:
+        if self._is_due and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.save(trainer)
+        self._is_due = False
+        self._end_if_asked(trainer)
+
+    def _end_if_asked(self, trainer: pl.Trainer) -> None:
+        if self._stop:
+            raise StopRequestedError(self._stop, trainer.global_rank)
+
+
+def _is_ending(trainer: pl.Trainer) -> bool:
+    """Whether training ends with this step (and its epoch)."""
+    is_last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs  # type: ignore[operator]
+    is_last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    return trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step or (is_last_epoch and is_last_batch)
+
+
+def _will_validate(trainer: pl.Trainer) -> bool:
+    """Whether Lightning validates after this step: as it decides that itself."""
+    loop = trainer.fit_loop
+    batches = trainer.num_val_batches
+    number = sum(batches) if isinstance(batches, list) else batches
+    return number > 0 and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]

@@ -1,0 +1,68 @@
+"""The checkpoints in a folder: their names, the newest good one, and the removal of old ones."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from tealightning.callbacks.checkpoint_io import DamagedCheckpointError, read_seal, seal_folder, verify
+from tealightning.callbacks.folders import sync_folder
+
+Report = Callable[[str], None]
+
+
+def checkpoint_file(folder: Path, global_step: int) -> Path:
+    """Where ResumableCheckpoint keeps the checkpoint of an optimizer step."""
+    return folder / f"step={global_step:06d}.ckpt"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All in the folder, of the highest optimizer step first."""
+    found = [path for path in folder.glob("*.ckpt") if not path.name.startswith(".")] if folder.is_dir() else []
+    return sorted(found, key=lambda path: (_step_of(path), path.stat().st_mtime), reverse=True)
+
+
+def newest_good(folder: Path, damaged: Report) -> Path | None:
+    """The checkpoint of the highest optimizer step that is what was written and can be resumed.
+
+    Args:
+        folder: The checkpoints'.
+        damaged: Called with a sentence on each one that was passed over because it is damaged.
+    """
+    for path in checkpoints(folder):
+        try:
+            seal = verify(path)
+        except (DamagedCheckpointError, OSError) as error:
+            damaged(f"{path} is damaged and not used: {error}.")
+            continue
+        if seal is None or seal.resumable:
+            return path
+    return None
+
+
+def remove_older(folder: Path, keep: int) -> None:
+    """Leave the newest `keep` of ResumableCheckpoint's own."""
+    for path in [path for path in checkpoints(folder) if re.fullmatch(r"step=\d+\.ckpt", path.name)][keep:]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def move_folder(written: Path, path: Path, global_step: int) -> None:
+    """Give a complete checkpoint of sharded weights its name; one that has it is replaced."""
+    if written.is_dir():
+        seal_folder(written, global_step)
+    if path.is_dir():
+        shutil.rmtree(path)
+    os.replace(written, path)
+    sync_folder(path.parent)
+
+
+def _step_of(path: Path) -> float:
+    """From the name if it says so, else from the file; one that says nothing is taken for the newest."""
+    if match := re.search(r"step=(\d+)", path.name):
+        return int(match[1])
+    try:
+        seal = read_seal(path)
+    except (DamagedCheckpointError, OSError):
+        return float("inf")
+    return float("inf") if seal is None else seal.global_step

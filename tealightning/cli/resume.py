@@ -1,0 +1,133 @@
+"""`--ckpt_path last`: the newest good checkpoint of the runs of a configuration."""
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+
+from tealightning.callbacks.checkpoint_files import checkpoints, newest_good
+from tealightning.callbacks.folders import keep_metrics
+
+_COMPARED = {
+    "fit": ("model", "data", "rollout", "seed_everything"),
+    "validate": ("model.init_args.policy", "model.init_args.lora"),
+    "test": ("model.init_args.policy", "model.init_args.lora"),
+}
+"""Settings in which a run must be the same for its checkpoint to be this configuration's."""
+
+
+def command_to_go_on(given: Sequence[str]) -> str:
+    """The command line `tealightning GIVEN`, with the newest checkpoint to start from."""
+    args: list[str] = []
+    remaining = iter(given)
+    for arg in remaining:
+        if arg == "--ckpt_path":
+            next(remaining, None)
+        elif not arg.startswith("--ckpt_path="):
+            args.append(arg)
+    return shlex.join(["tealightning", *args, "--ckpt_path", "last"])
+
+
+def last_checkpoint(trainer: pl.Trainer, settings: dict[str, Any], command: str) -> str | None:
+    """The newest checkpoint that is whole: of the newest run of this configuration that has one.
+
+    Args:
+        trainer: Its loggers and callbacks say where runs are.
+        settings: Resolved, as `config.yaml` in a run's folder has them.
+        command: `fit`, `validate` or `test`.
+
+    Returns:
+        None for a `fit` of which there is no checkpoint at all: it begins.
+
+    Raises:
+        ValueError: if there are checkpoints, and all are damaged or of other settings; or none to evaluate.
+    """
+    damaged: list[str] = []
+    others: list[str] = []
+    for folder in _checkpoint_folders(trainer, settings):
+        if not checkpoints(folder):
+            continue
+        if differences := list(_differences(folder.parent / "config.yaml", settings, _COMPARED[command])):
+            others.append(f"{folder} is of a run with another {', '.join(differences)}")
+            continue
+        before = len(damaged)
+        path = newest_good(folder, damaged.append)
+        for sentence in damaged[before:]:
+            rank_zero_warn(sentence)
+        if path is not None:
+            return str(path)
+    if damaged or others or command != "fit":
+        raise ValueError(
+            f"--ckpt_path last: there is no checkpoint to use. {' '.join(damaged)} {'; '.join(others)}".strip()
+            + (". Give one's path to use it all the same, or leave --ckpt_path out to start anew." if others else "")
+        )
+    rank_zero_warn("--ckpt_path last: there is no checkpoint of this configuration yet, the run starts anew.")
+    return None
+
+
+@rank_zero_only
+def keep_logged_metrics(trainer: pl.Trainer) -> None:
+    """Put the metrics of an earlier run in the same folder aside, before a CSV logger deletes them."""
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger):
+            keep_metrics(Path(logger.log_dir))
+
+
+def _checkpoint_folders(trainer: pl.Trainer, settings: dict[str, Any]) -> Iterator[Path]:
+    """Where the runs of this configuration keep checkpoints, the newest run first."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+            yield Path(callback.dirpath)
+    if not trainer.loggers:
+        yield Path(trainer.default_root_dir) / "checkpoints"
+        return
+    logger = trainer.loggers[0]
+    runs = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name or "")
+    version = _given_version(settings["trainer"].get("logger"))
+    if version is not None:
+        yield runs / (version if isinstance(version, str) else f"version_{version}") / "checkpoints"
+        return
+    yield from sorted(runs.glob("*/checkpoints"), key=_age, reverse=True)
+
+
+def _given_version(logger: Any) -> Any:
+    """The version that the configuration gives its (first) logger; None if each run gets a new one."""
+    first = logger[0] if isinstance(logger, list) and logger else logger
+    init_args = first.get("init_args", {}) if isinstance(first, dict) else {}
+    return init_args.get("version")
+
+
+def _age(folder: Path) -> tuple[int, float]:
+    """Loggers number the folders of runs; where they do not, the time decides."""
+    number = re.fullmatch(r"version_(\d+)", folder.parent.name)
+    return int(number[1]) if number else -1, folder.stat().st_mtime
+
+
+def _differences(config: Path, settings: dict[str, Any], keys: Sequence[str]) -> Iterator[str]:
+    """Keys below `keys` whose values are others in a run's saved configuration; none if it has saved none."""
+    if not config.is_file():
+        return
+    saved = yaml.safe_load(config.read_text(encoding="utf-8"))
+    for key in keys:
+        yield from _differing(key, _inner(saved, key), _inner(settings, key))
+
+
+def _differing(key: str, one: Any, other: Any) -> Iterator[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in sorted({*one, *other}):
+            yield from _differing(f"{key}.{name}", one.get(name), other.get(name))
+    elif one != other:
+        yield key
+
+
+def _inner(settings: Any, key: str) -> Any:
+    for name in key.split("."):
+        settings = settings.get(name) if isinstance(settings, dict) else None
+    return settings
