@@ -1,11 +1,12 @@
-"""Where callbacks write, and how."""
+"""Where callbacks write."""
 
-import os
 import tempfile
 from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from tealightning.files import write_whole as write_whole
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
@@ -22,19 +23,3 @@ def run_folder(trainer: pl.Trainer) -> Path:
         return root
     parts = [str(part) for part in (logger.name, logger.version) if part is not None]
     return root.joinpath(*trainer.strategy.broadcast(parts))
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is either the new one or, after any error, the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp's files are for the owner alone
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

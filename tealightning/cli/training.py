@@ -8,13 +8,17 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
 
 from tealightning.callbacks import BestOfNReport, RolloutCallback
+from tealightning.callbacks.csv_logger import DurableCSVLogger
 from tealightning.callbacks.folders import run_folder
+from tealightning.callbacks.run_lock import claimed_run_folder, refuse_other_runs
 from tealightning.cli.console import quiet_transformers
 from tealightning.cli.messages import explain
 from tealightning.cli.names import canonical_args, canonical_settings
 from tealightning.data import PromptDataModule
+from tealightning.files import write_whole
 from tealightning.module import PostTrainingModule
 from tealightning.registry import did_you_mean
 
@@ -62,10 +66,9 @@ class _SaveConfig(SaveConfigCallback):
         if self.already_saved or not trainer.is_global_zero:
             return
         is_resumed = stage == "fit" and self.config.get("ckpt_path") is not None
-        if file.exists() and not is_resumed:
-            raise ValueError(f"{file} is another run's. Let trainer.logger write elsewhere, or delete that folder.")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, str(file), skip_none=False, overwrite=True, multifile=False)
+        if not is_resumed:
+            refuse_other_runs(file)
+        write_whole(file, self.parser.dump(self.config, skip_none=False).encode())
         self.already_saved = True
 
 
@@ -81,6 +84,19 @@ class TrainingCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would load the whole checkpoint to look for hyperparameters, and there are none in it."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Lightning's, with CSV loggers that lose nothing."""
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.loggers = [
+            DurableCSVLogger.taking_over(logger) if type(logger) is CSVLogger else logger for logger in trainer.loggers
+        ]
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        is_resumed = subcommand == "fit" and self.config_init[subcommand].get("ckpt_path") is not None
+        with claimed_run_folder(self.trainer, is_resumed=is_resumed):
+            super()._run_subcommand(subcommand)
 
     def after_fit(self) -> None:
         """Complete a best-of-n report whose last validation is older than the last optimizer step."""
