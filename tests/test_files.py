@@ -5,7 +5,6 @@ import fcntl
 import json
 import os
 import socket
-import warnings
 
 import pytest
 from full_disk import largest_file
@@ -22,7 +21,9 @@ def test_appended_lines_follow_the_others(tmp_path):
     assert file.read_text(encoding="utf-8") == "ä\nb\nc\n"
 
 
-@pytest.mark.parametrize(("content", "kept"), [("a\nhal", "a\n"), ("hal", ""), ("", ""), ("a\n" + "x" * 200_000, "a\n")])
+@pytest.mark.parametrize(
+    ("content", "kept"), [("a\nhal", "a\n"), ("hal", ""), ("", ""), ("a\n" + "x" * 200_000, "a\n")]
+)
 def test_half_line_of_a_killed_process_is_cut(tmp_path, content, kept):
     file = tmp_path / "samples.jsonl"
     file.write_text(content)
@@ -82,18 +83,19 @@ def test_folder_that_cannot_be_completed_leaves_the_old_one(tmp_path, monkeypatc
 
 
 def test_run_goes_on_without_what_the_disk_refuses_and_says_so(tmp_path):
-    with pytest.warns(UserWarning, match=r"Could not write samples; these are lost \(.*too large.*\)\. The run goes on"):  # noqa: SIM117
-        with largest_file(10), going_on_without("samples; these are lost"):
-            write_whole(tmp_path / "file", b"x" * 100)
+    told = pytest.warns(
+        UserWarning, match=r"Could not write samples; these are lost \(.*too large.*\)\. The run goes on"
+    )
+    with told, largest_file(10), going_on_without("samples; these are lost"):
+        write_whole(tmp_path / "file", b"x" * 100)
     with pytest.raises(KeyError), going_on_without("samples"):
         raise KeyError("a defect is no full disk")
 
 
 def test_folder_is_held_by_one_and_named(tmp_path):
-    with locked(tmp_path / "run", "in use."):
-        with pytest.raises(ValueError, match=rf"in use\. It is process {os.getpid()} on {socket.gethostname()}, since 20"):
-            with locked(tmp_path / "run", "in use."):
-                pytest.fail("held twice")
+    told = rf"in use\. It is process {os.getpid()} on {socket.gethostname()}, since 20"
+    with locked(tmp_path / "run", "in use."), pytest.raises(ValueError, match=told):
+        locked(tmp_path / "run", "in use.").__enter__()
     with locked(tmp_path / "run", "in use."):
         assert json.loads((tmp_path / "run" / ".lock").read_text())["pid"] == os.getpid()
 
@@ -117,6 +119,5 @@ def test_file_system_without_locks_is_warned_about(tmp_path, monkeypatch):
 
 def test_lock_waits_by_a_clock_that_does_not_jump(tmp_path, monkeypatch):
     monkeypatch.setattr("time.time", iter([1e9, -1e9, 1e12]).__next__)
-    with locked(tmp_path, "in use."), warnings.catch_warnings():
-        with pytest.raises(ValueError, match="in use"), locked(tmp_path, "in use.", wait_seconds=0.5):
-            pytest.fail("held twice")
+    with locked(tmp_path, "in use."), pytest.raises(ValueError, match="in use"):
+        locked(tmp_path, "in use.", wait_seconds=0.5).__enter__()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Let the kernel refuse writes of this process beyond `size` bytes of a file (EFBIG), with or without privileges."""
+    """Let the kernel refuse writes of this process beyond `size` bytes of a file (EFBIG), root or not."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
