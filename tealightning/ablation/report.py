@@ -14,7 +14,7 @@ from tealightning.ablation.reading import Results, label, main_split, split_name
 from tealightning.ablation.summary import counted, equal_words, failures, summary
 from tealightning.ablation.table_formats import interval_text, number_text, to_csv, to_latex, to_markdown
 from tealightning.ablation.tables import Table, all_tables
-from tealightning.callbacks.folders import write_whole
+from tealightning.files import write_whole
 
 
 @dataclass(kw_only=True, slots=True)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import platform
 import shutil
 import time
@@ -19,13 +18,14 @@ import numpy as np
 import yaml
 from lightning.pytorch.callbacks import Callback
 
-from tealightning.ablation.locks import locked
 from tealightning.ablation.plan import Job
 from tealightning.ablation.run_configs import with_folder
 from tealightning.callbacks import Budget, EvaluationRecord
+from tealightning.callbacks.csv_logger import set_aside
 from tealightning.callbacks.evaluation_record import FOLDER
-from tealightning.callbacks.folders import write_whole
 from tealightning.diagnostics.provenance import commit
+from tealightning.files import write_whole
+from tealightning.locks import locked
 from tealightning.version import __version__
 
 Build = Callable[[Sequence[str]], Any]
@@ -90,9 +90,9 @@ def _run(job: Job, build: Build, send: Send, started: float) -> dict[str, Any]:
     if checkpoint is None:
         _clear(job.folder)
     else:
-        _keep_metrics(job.folder)
+        set_aside(job.folder)
     file = job.folder / "settings.yaml"
-    file.write_text(yaml.safe_dump(with_folder(job.config, job.folder), sort_keys=False), encoding="utf-8")
+    write_whole(file, yaml.safe_dump(with_folder(job.config, job.folder), sort_keys=False).encode())
     resumed = [f"--ckpt_path={checkpoint}"] if checkpoint else []
     cli = build(["-c", str(file), *resumed])
     watch = _Watch(send, started)
@@ -214,10 +214,3 @@ def _clear(folder: Path) -> None:
         if path.name in ("log.txt", ".lock"):
             continue
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def _keep_metrics(folder: Path) -> None:
-    """Put the metrics of the steps before the checkpoint aside: Lightning's CSV logger begins a new file."""
-    if (folder / "metrics.csv").is_file():
-        earlier = len(list(folder.glob("metrics_*.csv")))
-        os.replace(folder / "metrics.csv", folder / f"metrics_{earlier:03d}.csv")

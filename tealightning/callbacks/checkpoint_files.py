@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tealightning.callbacks.checkpoint_io import DamagedCheckpointError, read_seal, seal_folder, verify
-from tealightning.callbacks.folders import sync_folder
+from tealightning.files import sync_folder
 
 Report = Callable[[str], None]
 

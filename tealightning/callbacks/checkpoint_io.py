@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from tealightning.callbacks.folders import sync_folder, whole_file, write_whole
+from tealightning.files import sync_folder, whole_file, write_whole
 
 MANIFEST = "checksums.json"
 _END_RECORD = b"PK\x05\x06"  # of a zip file: 22 bytes, the last two the length of the comment that follows

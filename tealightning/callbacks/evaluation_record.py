@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from tealightning.callbacks.folders import run_folder, write_whole
+from tealightning.callbacks.folders import run_folder
+from tealightning.files import going_on_without, write_whole
 from tealightning.functional.diversity import distinct_n, self_similarity
 from tealightning.micro_batches import score_completions, split_rows
 from tealightning.pretrained import load_policy
@@ -35,6 +36,8 @@ class EvaluationRecord(Callback):
     - `distinct_1`, `distinct_2`, `self_similarity` [Q] of the first `diversity_samples` samples of a prompt.
 
     Every rank writes a file of its own (`<val|test>_<step>.rank<r>.npz` from rank 1 on), with the prompts that it had.
+    What the disk refuses is kept in memory and written with the next evaluation, or when the run ends; if that fails
+    too, the run fails, because an evaluation of weights that have moved on cannot be had again.
 
     Args:
         gold: A second reward that is measured only, never trained on: does what the policy learns carry over?
@@ -54,18 +57,36 @@ class EvaluationRecord(Callback):
         self.last_step: dict[str, int] = {}  # phase -> optimizer step of the last record
         self._reference: Any = None
         self._rows: list[dict[str, np.ndarray]] = []
+        self._unwritten: dict[Path, dict[str, np.ndarray]] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.gold is not None:
             self.gold.setup(trainer.strategy.root_device)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """
+        Raises:
+            ValueError: if what the disk refused before is refused again.
+        """
+        self._close()
+        try:
+            self._save()
+        except OSError as error:
+            names = ", ".join(path.name for path in self._unwritten)
+            raise ValueError(
+                f"Evaluations could not be written: {names} ({error}). Free space on that disk and go on from the last "
+                "checkpoint."
+            ) from error
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._close()
+        with going_on_without("the last evaluations"):
+            self._save()
+
+    def _close(self) -> None:
         self._reference = None
         if self.gold is not None:
             self.gold.close()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "fit")
 
     def is_behind(self, phase: str, global_step: int) -> bool:
         """True if there is no record of `phase` at this optimizer step."""
@@ -108,9 +129,17 @@ class EvaluationRecord(Callback):
         if self._rows:
             rank = f".rank{trainer.global_rank}" if trainer.global_rank else ""
             arrays = {key: np.concatenate([rows[key] for rows in self._rows]) for key in self._rows[0]}
-            save_arrays(folder / f"{phase}_{trainer.global_step:06d}{rank}.npz", arrays)
+            self._unwritten[folder / f"{phase}_{trainer.global_step:06d}{rank}.npz"] = arrays
+            with going_on_without(f"an evaluation to {folder}; it is kept in memory until that works"):
+                self._save()
         self._rows = []
-        self.last_step[phase] = trainer.global_step
+        if not self._unwritten:
+            self.last_step[phase] = trainer.global_step
+
+    def _save(self) -> None:
+        for path in list(self._unwritten):
+            save_arrays(path, self._unwritten[path])
+            del self._unwritten[path]
 
     @torch.no_grad()
     def _measure(self, pl_module: Any, batch: PromptBatch) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """The best-of-n table and curve: before training, after it, and the paired difference."""
 
 import csv
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from tealightning.callbacks.folders import run_folder
+from tealightning.files import going_on_without, write_whole
 from tealightning.functional.statistics import mean_over_prompts, paired_difference
 
 
@@ -38,6 +40,7 @@ class BestOfNReport(Callback):
     def __init__(self) -> None:
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
+        self._is_written = False
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf"):
@@ -54,7 +57,7 @@ class BestOfNReport(Callback):
             self.after = evaluation
         folder = run_folder(trainer)
         if self.after is not None and trainer.is_global_zero:
-            self.write(folder, pl_module.ns)
+            self._try_to_write(folder, pl_module.ns)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not self.is_behind(trainer.global_step):
@@ -70,11 +73,14 @@ class BestOfNReport(Callback):
         if self.before is None or self.after is None:
             rank_zero_warn("No best-of-n comparison: set trainer.num_sanity_val_steps=-1 to evaluate before training.")
             return
+        if trainer.is_global_zero and not self._is_written:
+            self._try_to_write(folder, pl_module.ns)
+        files = f"Table: {folder / 'best_of_n.md'}\nCurve: {folder / 'best_of_n.png'}"
         rank_zero_info(
             f"\nBest-of-n reward on {len(self.after.keys)} validation prompts, {max(pl_module.ns)} samples each, "
             f"before training (step {self.before.step}) and after (step {self.after.step}); ± standard error over "
             f"prompts\n\n{self.table(pl_module.ns)}\n\n"
-            f"Table: {folder / 'best_of_n.md'}\nCurve: {folder / 'best_of_n.png'}"
+            f"{files if self._is_written else f'Not written to {folder}.'}"
         )
 
     def rows(self, ns: list[int]) -> list[dict[str, float]]:
@@ -106,20 +112,36 @@ class BestOfNReport(Callback):
             lines.append(f"| {row['n']:>4} | " + " | ".join(f"{c:<15}" for c in cells) + " |")
         return "\n".join(lines)
 
+    def _try_to_write(self, folder: Path, ns: list[int]) -> None:
+        self._is_written = False
+        with going_on_without(
+            f"the best-of-n report to {folder}; to be tried again at the next validation and the end"
+        ):
+            self.write(folder, ns)
+            self._is_written = True
+
     def write(self, folder: Path, ns: list[int]) -> None:
-        """Write table, curve and rewards into `folder`."""
+        """Write table, curve and rewards into `folder`.
+
+        Raises:
+            OSError: if one of them cannot be written; the older one is then still there.
+        """
         assert self.before is not None and self.after is not None
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "best_of_n.md").write_text(self.table(ns) + "\n", encoding="utf-8")
         rows = self.rows(ns)
-        with (folder / "best_of_n.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        write_rewards(self.before, folder / "rewards_before.jsonl")
-        write_rewards(self.after, folder / "rewards_after.jsonl")
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
         labels = {f"before (step {self.before.step})": "before", f"after (step {self.after.step})": "after"}
-        plot_best_of_n(rows, labels, folder / "best_of_n.png")
+        files = {
+            "best_of_n.md": (self.table(ns) + "\n").encode(),
+            "best_of_n.csv": table.getvalue().encode(),
+            "rewards_before.jsonl": reward_lines(self.before).encode(),
+            "rewards_after.jsonl": reward_lines(self.after).encode(),
+            "best_of_n.png": best_of_n_plot(rows, labels),
+        }
+        for name, data in files.items():
+            write_whole(folder / name, data)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -133,15 +155,16 @@ class BestOfNReport(Callback):
             setattr(self, name, None if saved is None else Evaluation(**saved))
 
 
-def write_rewards(evaluation: Evaluation, path: Path) -> None:
+def reward_lines(evaluation: Evaluation) -> str:
     """One line a prompt, `{"key": int, "rewards": [scored samples]}`: what `tealightning diagnose tail` reads."""
-    with path.open("w", encoding="utf-8") as file:
-        for key, rewards in zip(evaluation.keys.tolist(), evaluation.rewards, strict=True):
-            file.write(json.dumps({"key": key, "rewards": rewards[~rewards.isnan()].tolist()}) + "\n")
+    return "".join(
+        json.dumps({"key": key, "rewards": rewards[~rewards.isnan()].tolist()}) + "\n"
+        for key, rewards in zip(evaluation.keys.tolist(), evaluation.rewards, strict=True)
+    )
 
 
-def plot_best_of_n(rows: list[dict[str, float]], curves: dict[str, str], path: Path) -> None:
-    """Best-of-n curves with bands of two standard errors on a log-n axis.
+def best_of_n_plot(rows: list[dict[str, float]], curves: dict[str, str]) -> bytes:
+    """Best-of-n curves with bands of two standard errors on a log-n axis, as PNG.
 
     Args:
         rows: One dict for each n with `n`, and `<column>` and `<column>_se` for each curve.
@@ -163,4 +186,6 @@ def plot_best_of_n(rows: list[dict[str, float]], curves: dict[str, str], path: P
     axes.set_ylabel("best-of-n reward")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150)
+    return image.getvalue()

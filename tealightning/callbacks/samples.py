@@ -1,13 +1,13 @@
 """A table of sampled completions with their rewards."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from tealightning.callbacks.folders import run_folder
+from tealightning.files import append_lines, going_on_without
 from tealightning.types import PromptBatch
 
 COLUMNS = ["phase", "step", "prompt_id", "prompt", "completion", "reward", "tokens", "truncated"]
@@ -54,7 +54,8 @@ class SampleTable(Callback):
         if not trainer.is_global_zero or batch.rollouts is None:
             return
         rows = table_rows(batch, phase=phase, step=trainer.global_step, num_prompts=self.num_prompts)
-        _append_jsonl(folder / "samples.jsonl", rows)
+        with going_on_without(f"sampled completions to {folder / 'samples.jsonl'}; these are lost"):
+            append_lines(folder / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         for logger in trainer.loggers:
             if hasattr(logger, "log_table"):  # wandb
                 values = [[row[c] for c in COLUMNS] for row in rows]
@@ -86,12 +87,6 @@ def table_rows(batch: PromptBatch, *, phase: str, step: int, num_prompts: int) -
                 }
             )
     return rows
-
-
-def _append_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:

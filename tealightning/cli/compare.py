@@ -206,6 +206,6 @@ class _environment:
 
 def _alone(folder: Path) -> Any:
     """Hold the ablation's folder: two commands would write the same results."""
-    from tealightning.ablation.locks import locked
+    from tealightning.locks import locked
 
     return locked(folder, f"another `tealightning compare` is at work in {shlex.quote(str(folder))}.")

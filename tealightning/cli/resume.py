@@ -9,11 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from tealightning.callbacks.checkpoint_files import checkpoints, newest_good
-from tealightning.callbacks.folders import keep_metrics
 
 _COMPARED = {
     "fit": ("model", "data", "rollout", "seed_everything"),
@@ -70,14 +68,6 @@ def last_checkpoint(trainer: pl.Trainer, settings: dict[str, Any], command: str)
         )
     rank_zero_warn("--ckpt_path last: there is no checkpoint of this configuration yet, the run starts anew.")
     return None
-
-
-@rank_zero_only
-def keep_logged_metrics(trainer: pl.Trainer) -> None:
-    """Put the metrics of an earlier run in the same folder aside, before a CSV logger deletes them."""
-    for logger in trainer.loggers:
-        if isinstance(logger, CSVLogger):
-            keep_metrics(Path(logger.log_dir))
 
 
 def _checkpoint_folders(trainer: pl.Trainer, settings: dict[str, Any]) -> Iterator[Path]:

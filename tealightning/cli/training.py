@@ -9,15 +9,19 @@ import torch
 import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
 
 from tealightning.callbacks import BestOfNReport, ResumableCheckpoint, RolloutCallback
 from tealightning.callbacks.checkpoint_io import SealedCheckpointIO
+from tealightning.callbacks.csv_logger import DurableCSVLogger
 from tealightning.callbacks.folders import run_folder
+from tealightning.callbacks.run_lock import claimed_run_folder, refuse_other_runs
 from tealightning.cli.console import quiet_transformers
 from tealightning.cli.messages import explain
 from tealightning.cli.names import canonical_args, canonical_settings
-from tealightning.cli.resume import command_to_go_on, keep_logged_metrics, last_checkpoint
+from tealightning.cli.resume import command_to_go_on, last_checkpoint
 from tealightning.data import PromptDataModule
+from tealightning.files import write_whole
 from tealightning.module import PostTrainingModule
 from tealightning.registry import did_you_mean
 
@@ -65,10 +69,9 @@ class _SaveConfig(SaveConfigCallback):
         if self.already_saved or not trainer.is_global_zero:
             return
         is_resumed = stage == "fit" and self.config.get("ckpt_path") is not None
-        if file.exists() and not is_resumed:
-            raise ValueError(f"{file} is another run's. Let trainer.logger write elsewhere, or delete that folder.")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, str(file), skip_none=False, overwrite=True, multifile=False)
+        if not is_resumed:
+            refuse_other_runs(file)
+        write_whole(file, self.parser.dump(self.config, skip_none=False).encode())
         self.already_saved = True
 
 
@@ -88,7 +91,8 @@ class TrainingCLI(LightningCLI):
         parser.add_class_arguments(ResumableCheckpoint, "checkpoint")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """With checkpoints from which a run can go on, unless they are off, and their files sealed in any case."""
+        """With checkpoints from which a run can go on, unless they are off, their files sealed in any case, and CSV
+        loggers that lose nothing."""
         settings = self._get(self.config_init, "trainer")
         callbacks, plugins = (_as_list(settings.get(name)) for name in ("callbacks", "plugins"))
         if settings.get("enable_checkpointing") is not False and not settings.get("fast_dev_run"):
@@ -97,11 +101,14 @@ class TrainingCLI(LightningCLI):
             callbacks = [*callbacks, checkpoint]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, SealedCheckpointIO()]
-        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+        trainer = super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+        trainer.loggers = [
+            DurableCSVLogger.taking_over(logger) if type(logger) is CSVLogger else logger for logger in trainer.loggers
+        ]
+        return trainer
 
     def before_fit(self) -> None:
         self._find_last()
-        keep_logged_metrics(self.trainer)
 
     def before_validate(self) -> None:
         self._find_last()
@@ -123,6 +130,11 @@ class TrainingCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would load the whole checkpoint to look for hyperparameters, and there are none in it."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        is_resumed = subcommand == "fit" and self.config_init[subcommand].get("ckpt_path") is not None
+        with claimed_run_folder(self.trainer, is_resumed=is_resumed):
+            super()._run_subcommand(subcommand)
 
     def after_fit(self) -> None:
         """Make up for a last validation that was cut off, or that a best-of-n report lacks."""

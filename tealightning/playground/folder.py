@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +12,8 @@ from typing import Any
 import tokenizers
 import torch
 import transformers
+
+from tealightning.files import whole_folder
 
 MANIFEST = "playground.json"
 PROMPT_SPLITS = ("train", "val", "test")
@@ -63,17 +62,10 @@ def build_folder(
         if progress:
             print(f"Reusing the playground at {out} (same configuration and seed).")
         return _playground(out, manifest, reused=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with whole_folder(out) as new:
         with _deterministic_torch(num_threads):
-            manifest = wanted | fill(workspace / "new")
-        (workspace / "new" / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        if out.exists():
-            os.replace(out, workspace / "old")
-        os.replace(workspace / "new", out)
-    finally:
-        shutil.rmtree(workspace)
+            manifest = wanted | fill(new)
+        (new / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     if progress:
         print(f"Built a playground at {out} in {manifest['build_seconds']:.0f} s.")
     return _playground(out, manifest)

@@ -9,7 +9,7 @@ from playground_fits import data_of, fit, module_of, rollout_of, trainer_of
 from run_records import metrics_of, quickstart_args
 
 from tealightning import BestOfNReport
-from tealightning.callbacks.report import Evaluation, write_rewards
+from tealightning.callbacks.report import Evaluation, reward_lines
 
 VALIDATION = {"num_sanity_val_steps": -1, "limit_val_batches": 2, "check_val_every_n_epoch": None}
 
@@ -79,7 +79,7 @@ def test_rewards_are_written_a_line_a_prompt(playground, tmp_path):
 def test_unscorable_samples_are_not_in_the_rewards_file(tmp_path):
     rewards = torch.tensor([[1.5, float("nan"), -2.0], [0.1, 3.0, 4.0]], dtype=torch.float64)
     written = Evaluation(step=0, keys=torch.tensor([2**62, 7]), values=torch.zeros(2, 1), rewards=rewards)
-    write_rewards(written, tmp_path / "rewards.jsonl")
+    (tmp_path / "rewards.jsonl").write_text(reward_lines(written))
     assert (tmp_path / "rewards.jsonl").read_text().splitlines() == [
         '{"key": 4611686018427387904, "rewards": [1.5, -2.0]}',
         '{"key": 7, "rewards": [0.1, 3.0, 4.0]}',
