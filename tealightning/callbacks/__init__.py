@@ -1,10 +1,19 @@
-"""Lightning callbacks: rollouts, the best-of-n report, sample tables, records of evaluations, budgets, export."""
+"""Lightning callbacks: rollouts, health checks, best-of-n report, samples, records of evaluations, budgets, export."""
 
 from tealightning.callbacks.budget import Budget
 from tealightning.callbacks.evaluation_record import EvaluationRecord
 from tealightning.callbacks.export import ExportPolicy
+from tealightning.callbacks.health import HealthChecks
 from tealightning.callbacks.report import BestOfNReport
 from tealightning.callbacks.rollout import RolloutCallback
 from tealightning.callbacks.samples import SampleTable
 
-__all__ = ["BestOfNReport", "Budget", "EvaluationRecord", "ExportPolicy", "RolloutCallback", "SampleTable"]
+__all__ = [
+    "BestOfNReport",
+    "Budget",
+    "EvaluationRecord",
+    "ExportPolicy",
+    "HealthChecks",
+    "RolloutCallback",
+    "SampleTable",
+]

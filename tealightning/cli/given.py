@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import Trainer
 
-from tealightning.callbacks import RolloutCallback
+from tealightning.callbacks import HealthChecks, RolloutCallback
 from tealightning.cli.names import registry_of
 from tealightning.data import PromptDataModule
 from tealightning.loss import PolicyGradientLoss
@@ -24,8 +24,9 @@ SECTIONS: dict[str, type] = {
     "data": PromptDataModule,
     "rollout": RolloutCallback,
     "rollout.sampling": SamplingConfig,
+    "health": HealthChecks,
 }
-TOP_LEVEL = ("model", "data", "rollout", "trainer", "seed_everything", "ckpt_path")
+TOP_LEVEL = ("model", "data", "rollout", "health", "trainer", "seed_everything", "ckpt_path")
 
 _MODULES = {
     "optimizer": ["torch.optim"],

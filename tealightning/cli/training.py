@@ -9,7 +9,7 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from tealightning.callbacks import BestOfNReport, RolloutCallback
+from tealightning.callbacks import BestOfNReport, HealthChecks, RolloutCallback
 from tealightning.callbacks.folders import run_folder
 from tealightning.cli.console import quiet_transformers
 from tealightning.cli.messages import explain
@@ -25,9 +25,9 @@ COMMANDS = {
 }
 
 _HELP = """ Sections: trainer (Lightning's), model (policy, estimator, loss, optimizer), data (prompts), rollout
-(engine, reward, group size, sampling). Arguments of a class: --model.help, --data.help, --model.estimator.help tea,
---model.optimizer.help AdamW, --rollout.engine.help vllm_engine, --rollout.reward.help function_reward. What a command
-line amounts to: --print_config."""
+(engine, reward, group size, sampling), health (what is watched for). Arguments of a class: --model.help, --data.help,
+--model.estimator.help tea, --model.optimizer.help AdamW, --rollout.engine.help vllm_engine,
+--rollout.reward.help function_reward. What a command line amounts to: --print_config."""
 
 
 class _Refused(SystemExit):
@@ -70,10 +70,11 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class TrainingCLI(LightningCLI):
-    """LightningCLI plus the `rollout` section (engine, reward, group size, sampling)."""
+    """LightningCLI plus the sections `rollout` (engine, reward, group size, sampling) and `health`."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RolloutCallback, "rollout")
+        parser.add_lightning_class_args(HealthChecks, "health")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
