@@ -21,6 +21,8 @@ _LAZY = {
     "SampleTable": "tealightning.callbacks",
     "EvaluationRecord": "tealightning.callbacks",
     "Budget": "tealightning.callbacks",
+    "HealthChecks": "tealightning.callbacks",
+    "UnhealthyRun": "tealightning.nonfinite",
     "BestOfN": "tealightning.metrics",
     "SamplingConfig": "tealightning.types",
 }

@@ -26,6 +26,7 @@ from tealightning.lora import (
 from tealightning.loss import PolicyGradientLoss, StepBatch, merge_sums, micro_batch_loss
 from tealightning.micro_batches import score_completions, split_rows, tokens_of_a_pass
 from tealightning.module_settings import check_correction, check_settings
+from tealightning.nonfinite import SkippedSteps, is_not_finite, load_count, save_count, skipped_step, unclipped_norm
 from tealightning.pretrained import load_policy, load_tokenizer
 from tealightning.sharding import is_sharded, shard, whole, whole_state_dict
 from tealightning.types import PromptBatch, RolloutBatch
@@ -57,7 +58,8 @@ class PostTrainingModule(BestOfNEvaluation):
         micro_batch_size: Most rollouts of one pass; None = as many as fit.
         gradient_clip_norm: Largest gradient norm; None = no clipping.
         optimizer: Built with the policy's trainable parameters.
-        lr_scheduler: Built with the optimizer and stepped once a rollout step.
+        lr_scheduler: Built with the optimizer and stepped once a rollout step, unless the step was skipped because its
+            gradient was not finite: a schedule of `max_steps` ends with the run.
         dtype: Of the policy's weights: `float32`, `bfloat16` or `auto` (as saved).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more compute.
         trust_remote_code: Run model code that ships with the weights.
@@ -110,6 +112,7 @@ class PostTrainingModule(BestOfNEvaluation):
         self.load_kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
         self.gradient_checkpointing = gradient_checkpointing
         self.policy: Any = None  # a transformers.PreTrainedModel once `configure_model` ran
+        self.skipped = SkippedSteps()
         self._reference: tuple[Any, ...] = ()  # in a tuple: no submodule, so neither checkpointed nor wrapped
 
     # ---------------------------------------------------------------- loading
@@ -176,9 +179,11 @@ class PostTrainingModule(BestOfNEvaluation):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         drop_frozen(self, checkpoint, self.lora)
+        save_count(checkpoint, self.skipped)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_checkpoint(checkpoint, self.lora)
+        load_count(checkpoint, self.skipped)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Also without the frozen weights, which an adapter's checkpoint leaves out."""
@@ -192,6 +197,7 @@ class PostTrainingModule(BestOfNEvaluation):
         sampled_log_probs = self._sampled_log_probs(step) if self.inner_epochs > 1 else None
         sums: dict[str, Tensor] = {}
         trained_tokens = 0
+        self.skipped.begin()
         for epoch in range(self.inner_epochs):
             if epoch > 0:
                 assert sampled_log_probs is not None, "there is more than one inner epoch"
@@ -199,8 +205,11 @@ class PostTrainingModule(BestOfNEvaluation):
             epoch_sums = self._optimizer_step(step, record=sampled_log_probs if epoch == 0 else None, epoch=epoch)
             trained_tokens += int(epoch_sums.get("tokens", 0))
             sums |= epoch_sums
-        if self.lr_scheduler is not None:
+            if self.skipped.last is not None:  # the weights are where they were: later epochs would fail the same way
+                break
+        if self.lr_scheduler is not None and (self.skipped.last is None or epoch > 0):
             self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+        self.skipped.end()
         self._log_step(step, sums, trained_tokens)
 
     def _step_batch(self, rollouts: RolloutBatch) -> StepBatch:
@@ -280,16 +289,26 @@ class PostTrainingModule(BestOfNEvaluation):
         return log_probs
 
     def _optimizer_step(self, step: StepBatch, *, epoch: int, record: Tensor | None) -> dict[str, Tensor]:
-        """One pass over the step's rollouts, one optimizer step; returns the metrics' sums over this rank."""
+        """One pass over the step's rollouts, one optimizer step; returns the metrics' sums over this rank.
+
+        Where loss or gradient is not finite on any rank, no rank steps.
+        """
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        sums = self._backward(step, is_first=epoch == 0, record=record)
+        log_probs = torch.zeros_like(step.rollouts.rollout_log_probs) if record is None else record
+        sums = self._backward(step, is_first=epoch == 0, record=log_probs)
+        norm = unclipped_norm(self.policy)
+        sums["grad_norm"] = whole(norm)
+        if self._over_ranks(is_not_finite(sums), "max"):
+            advantages = step.advantages.view_as(step.rollouts.rewards)
+            self.skipped.add(skipped_step(sums, self.policy, epoch, advantages, log_probs))
+            return sums
         max_norm = self.gradient_clip_norm if self.gradient_clip_norm is not None else float("inf")
-        sums["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), max_norm))
+        torch.nn.utils.clip_grads_with_norm_(self.policy.parameters(), max_norm, norm)
         optimizer.step()
         return sums
 
-    def _backward(self, step: StepBatch, *, is_first: bool, record: Tensor | None) -> dict[str, Tensor]:
+    def _backward(self, step: StepBatch, *, is_first: bool, record: Tensor) -> dict[str, Tensor]:
         """Add up the gradient over micro-batches; ranks meet in the last one's backward. `record` [B, T] takes the
         log-probs.
 
@@ -305,8 +324,7 @@ class PostTrainingModule(BestOfNEvaluation):
                 self.manual_backward(loss if len(chosen) > 0 else loss * 0)
             if len(chosen) > 0:
                 merge_sums(sums, part)
-                if record is not None:
-                    record[chosen, : scores.mask.shape[1]] = scores.log_probs.detach()
+                record[chosen, : scores.mask.shape[1]] = scores.log_probs.detach()
         return sums
 
     def _over_ranks(self, value: Tensor, op: str = "mean") -> Tensor:
@@ -333,6 +351,7 @@ class PostTrainingModule(BestOfNEvaluation):
             "train/clip_fraction": total["clipped"] / tokens,
             "train/entropy": total["entropy"] / tokens,
             "train/grad_norm": sums["grad_norm"],
+            "train/nonfinite_steps": self.skipped.total,
             "train/lr": self.optimizers().param_groups[0]["lr"],  # type: ignore[union-attr]
             "train/advantage_std": self._over_ranks(step.advantages.std()),
             "train/trained_tokens": self._over_ranks(zero + trained_tokens, "sum"),

@@ -18,7 +18,7 @@ LAYERS = [
     {"version", "types", "registry", "functional", "files", "locks"},
     {"estimators", "metrics", "rewards", "pretrained", "sharding", "lora", "output_head", "micro_batches", "loss"},
     {"rollouts", "data"},
-    {"evaluation", "module_settings", "module", "callbacks"},
+    {"evaluation", "module_settings", "nonfinite", "module", "callbacks"},
     {"playground", "ablation", "diagnostics", "deployment"},
     {"cli", "__main__"},
 ]

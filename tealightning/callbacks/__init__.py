@@ -1,10 +1,11 @@
-"""Lightning callbacks: rollouts, checkpoints, the best-of-n report, sample tables, records of evaluations, budgets,
+"""Lightning callbacks: rollouts, checkpoints, health checks, best-of-n report, samples, records of evaluations, budgets,
 export."""
 
 from tealightning.callbacks.budget import Budget
 from tealightning.callbacks.checkpoint import ResumableCheckpoint
 from tealightning.callbacks.evaluation_record import EvaluationRecord
 from tealightning.callbacks.export import ExportPolicy
+from tealightning.callbacks.health import HealthChecks
 from tealightning.callbacks.report import BestOfNReport
 from tealightning.callbacks.rollout import RolloutCallback
 from tealightning.callbacks.samples import SampleTable
@@ -14,6 +15,7 @@ __all__ = [
     "Budget",
     "EvaluationRecord",
     "ExportPolicy",
+    "HealthChecks",
     "ResumableCheckpoint",
     "RolloutCallback",
     "SampleTable",

@@ -11,7 +11,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
-from tealightning.callbacks import BestOfNReport, ResumableCheckpoint, RolloutCallback
+from tealightning.callbacks import BestOfNReport, HealthChecks, ResumableCheckpoint, RolloutCallback
 from tealightning.callbacks.checkpoint_io import SealedCheckpointIO
 from tealightning.callbacks.csv_logger import DurableCSVLogger
 from tealightning.callbacks.folders import run_folder
@@ -32,8 +32,8 @@ COMMANDS = {
 }
 
 _HELP = """ Sections: trainer (Lightning's), model (policy, estimator, loss, optimizer), data (prompts), rollout
-(engine, reward, group size, sampling), checkpoint (how often, how many). Arguments of a class: --model.help,
---data.help, --model.estimator.help tea, --model.optimizer.help AdamW, --rollout.engine.help vllm_engine,
+(engine, reward, group size, sampling), checkpoint (how often, how many), health (what is watched for). Arguments of a
+class: --model.help, --data.help, --model.estimator.help tea, --model.optimizer.help AdamW, --rollout.engine.help vllm_engine,
 --rollout.reward.help function_reward. What a command line amounts to: --print_config."""
 
 
@@ -76,7 +76,7 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class TrainingCLI(LightningCLI):
-    """LightningCLI plus the sections `rollout` (engine, reward, group size, sampling) and `checkpoint`.
+    """LightningCLI plus the sections `rollout` (engine, reward, group size, sampling), `checkpoint` and `health`.
 
     Args:
         given: The whole command line, for the command to go on that a run which is stopped prints.
@@ -89,6 +89,7 @@ class TrainingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RolloutCallback, "rollout")
         parser.add_class_arguments(ResumableCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(HealthChecks, "health")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """With checkpoints from which a run can go on, unless they are off, their files sealed in any case, and CSV

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from tealightning.functional.reward_ties import tied
 from tealightning.rewards.base import Reward, RewardScores
 from tealightning.rollouts.base import RolloutEngine
 from tealightning.types import Completion, PromptBatch, RolloutBatch, SamplingConfig
@@ -143,6 +144,7 @@ def rollout_metrics(rollouts: RolloutBatch) -> dict[str, float]:
 
     `reward_std` is the mean of the within-prompt standard deviations over prompts with two scored rollouts or more, and
     `zero_variance_groups` the fraction of prompts whose scored rewards are all equal: nothing to learn from.
+    `reward_ties` is the fraction of scored rollouts whose reward a different completion of their prompt has too.
     """
     rewards, valid = rollouts.rewards.double(), rollouts.valid
     lengths = rollouts.completion_lengths.double()
@@ -158,6 +160,7 @@ def rollout_metrics(rollouts: RolloutBatch) -> dict[str, float]:
         "truncated_fraction": rollouts.truncated.double().mean(),
         "unscorable_fraction": 1 - valid.double().mean(),
         "zero_variance_groups": (lowest >= highest).double().mean(),
+        "reward_ties": tied(rewards.cpu(), rollouts.completions)[valid.cpu()].double().mean(),
     }
     for name, values in rollouts.reward_components.items():
         metrics[f"reward_{name}_mean"] = values[torch.isfinite(values)].double().mean()

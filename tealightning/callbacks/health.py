@@ -1,0 +1,176 @@
+"""Watches a training run for what is wrong without an error, and says so or stops it."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+
+from tealightning.callbacks.folders import run_folder
+from tealightning.callbacks.health_check import SEEN, HealthCheck, StepSeen
+from tealightning.callbacks.health_checks import CHECKS, LIMITS
+from tealightning.callbacks.health_of_engine import UnknownTokens
+from tealightning.callbacks.health_of_learning import RewardPrecision
+from tealightning.callbacks.rollout import RolloutCallback
+from tealightning.callbacks.unhealthy_batch import save_unhealthy_batch
+from tealightning.functional.reward_ties import TIE_CAUSES, tie_cause, tied
+from tealightning.nonfinite import UnhealthyRun
+from tealightning.registry import did_you_mean
+from tealightning.types import PromptBatch, RolloutBatch
+
+_AT_LEAST_ONE = ("max_nonfinite_steps", "max_degenerate_steps", "max_log_prob_growth", "patience")
+
+
+class HealthChecks(Callback):
+    """Looks at what every training step has logged. A check that fails is counted (`train/health_{check}`) and warned
+    about once an episode, or, for the checks in `stop_on`, ends the run with an `UnhealthyRun` on all ranks.
+
+    It only looks: a run in which nothing is wrong is the same to the last digit. null switches a check off.
+
+    Args:
+        stop_on: Checks that end the run; the others warn. Of nonfinite, weights_version, mismatch, drift,
+            stale_weights, unknown_tokens, reward_ties, degenerate, kl, entropy.
+        max_nonfinite_steps: `nonfinite`: steps in a row whose loss or gradient is NaN or infinite. (None of them is
+            taken.)
+        max_saved_batches: Batches of such steps that are saved, in `unhealthy/` of the run's folder.
+        max_log_prob_diff: `mismatch`: mean difference between the engine's and the trainer's log-prob of the sampled
+            tokens, in nats. `drift`: the same for rollouts of older weights (rollout.steps_ahead).
+        max_log_prob_growth: `stale_weights`: how many times that difference may be what it was at the first step.
+        max_version_lag: `weights_version`: optimizer steps by which the weights that sampled may be older than
+            rollout.steps_ahead makes them, by the trainer's own books.
+        max_unknown_tokens: `unknown_tokens`: of a step, sampled ids that the tokenizer has no token for.
+        max_reward_ties: `reward_ties`: fraction of completions whose reward equals that of a different completion of
+            the same prompt, where rewards look rounded, clipped or squashed.
+        max_degenerate_steps: `degenerate`: steps in a row at which no group has two different rewards.
+        max_kl: `kl`: to the reference, in nats per token; also exactly 0 while the policy trains.
+        min_entropy_share: `entropy`: as a fraction of what it was at the first step.
+        patience: Steps in a row that `reward_ties`, `kl` and `entropy` take to fail.
+    """
+
+    def __init__(
+        self,
+        *,
+        stop_on: Sequence[str] = ("nonfinite", "weights_version", "mismatch", "stale_weights"),
+        max_nonfinite_steps: int | None = 5,
+        max_saved_batches: int = 3,
+        max_log_prob_diff: float | None = 0.2,
+        max_log_prob_growth: float | None = 5.0,
+        max_version_lag: int | None = 0,
+        max_unknown_tokens: int | None = 0,
+        max_reward_ties: float | None = 0.2,
+        max_degenerate_steps: int | None = 20,
+        max_kl: float | None = 5.0,
+        min_entropy_share: float | None = 0.05,
+        patience: int = 10,
+    ) -> None:
+        for check in stop_on:
+            if check not in CHECKS:
+                raise ValueError(f"health.stop_on: there is no check {check!r}.{did_you_mean(check, CHECKS)}")
+        limits: dict[str, float | None] = {
+            "max_nonfinite_steps": max_nonfinite_steps,
+            "max_version_lag": max_version_lag,
+            "max_log_prob_diff": max_log_prob_diff,
+            "max_log_prob_growth": max_log_prob_growth,
+            "max_unknown_tokens": max_unknown_tokens,
+            "max_reward_ties": max_reward_ties,
+            "max_degenerate_steps": max_degenerate_steps,
+            "max_kl": max_kl,
+            "min_entropy_share": min_entropy_share,
+        }
+        for name, limit in (limits | {"patience": patience, "max_saved_batches": max_saved_batches}).items():
+            lowest = 1 if name in _AT_LEAST_ONE else 0
+            if limit is not None and not limit >= lowest:
+                raise ValueError(f"health.{name} must be at least {lowest}, or null for no check, got {limit}.")
+        self.stop_on = tuple(stop_on)
+        self.max_saved_batches = max_saved_batches
+        self.saved_batches = 0
+        self._checks = [
+            kind(name, limit, patience) for name, limit in limits.items() if limit is not None for kind in LIMITS[name]
+        ]
+        self._global_step = 0  # before the step under way
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Steps at which each check that is on has failed so far."""
+        return {check.name: check.total for check in self._checks}
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: PromptBatch, batch_idx: int
+    ) -> None:
+        self._global_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
+    ) -> None:
+        seen = self._seen(trainer, pl_module, batch)
+        if seen.skipped is not None and self.saved_batches < self.max_saved_batches:
+            self.saved_batches += 1
+            folder = run_folder(trainer) / "unhealthy"
+            step = trainer.fit_loop.total_batch_idx
+            save_unhealthy_batch(folder, batch, seen.skipped, step=step, rank=trainer.global_rank)
+        problems = {check: check.look(seen) for check in self._checks}
+        for check in self._checks:
+            pl_module.log(f"train/health_{check.name}", float(check.total))
+        for check, problem in problems.items():
+            if problem is not None:
+                self._tell(check, problem)
+
+    def state_dict(self) -> dict[str, Any]:
+        checks = {check.name: check.state_dict() for check in self._checks}
+        return {"checks": checks, "saved_batches": self.saved_batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.saved_batches = state_dict["saved_batches"]
+        for check in self._checks:
+            if check.name in state_dict["checks"]:
+                check.load_state_dict(state_dict["checks"][check.name])
+
+    def _seen(self, trainer: pl.Trainer, pl_module: Any, batch: PromptBatch) -> StepSeen:
+        rollouts = batch.rollouts
+        assert rollouts is not None, "a step that has ended had rollouts"
+        metrics = trainer.callback_metrics
+        sampler = next((c for c in trainer.callbacks if isinstance(c, RolloutCallback)), None)  # type: ignore[attr-defined]
+        observed = [self._unknown_tokens(pl_module, rollouts), self._tie_cause(rollouts)]
+        unknown, cause = trainer.strategy.reduce(
+            torch.tensor(observed, device=pl_module.device), reduce_op="max"
+        ).tolist()
+        return StepSeen(
+            metrics={key: float(metrics[key]) for key in SEEN if key in metrics},
+            skipped=pl_module.skipped.last,
+            global_step=self._global_step,
+            weights_version=rollouts.weights_version if sampler else self._global_step,
+            steps_ahead=sampler.steps_ahead * pl_module.inner_epochs if sampler else 0,
+            unknown_tokens=unknown,
+            tie_cause=TIE_CAUSES[cause - 1] if cause else None,
+        )
+
+    def _is_on(self, kind: type[HealthCheck]) -> bool:
+        return any(isinstance(check, kind) for check in self._checks)
+
+    def _unknown_tokens(self, pl_module: Any, rollouts: RolloutBatch) -> int:
+        if not self._is_on(UnknownTokens):
+            return 0
+        unknown = (rollouts.completion_ids >= len(pl_module.tokenizer)) & rollouts.completion_mask
+        return int(unknown.sum())
+
+    def _tie_cause(self, rollouts: RolloutBatch) -> int:
+        """0, or 1 + the place of the cause in `TIE_CAUSES`: what ranks can exchange."""
+        if not self._is_on(RewardPrecision):
+            return 0
+        rewards = rollouts.rewards.cpu()
+        cause = tie_cause(rewards, tied(rewards, rollouts.completions))
+        return 0 if cause is None else 1 + TIE_CAUSES.index(cause)
+
+    def _tell(self, check: HealthCheck, problem: str) -> None:
+        text = f"{problem}. (Health check {check.name}; health.{check.setting}=null switches it off.)"
+        if check.name in self.stop_on:
+            raise UnhealthyRun(f"Training was stopped after optimizer step {self._global_step}: {text}")
+        _warn(f"After optimizer step {self._global_step}: {text}")
+
+
+@rank_zero_only
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)

@@ -1,0 +1,141 @@
+import re
+
+import pytest
+import torch
+
+from tealightning import HealthChecks
+from tealightning.callbacks.health_check import GOOD_STEPS_THAT_END_AN_EPISODE, StepSeen
+from tealightning.callbacks.health_checks import CHECKS, LIMITS
+from tealightning.callbacks.health_of_engine import Drift, Mismatch, StaleWeights, UnknownTokens, WeightsVersion
+from tealightning.callbacks.health_of_learning import KL, Degenerate, Entropy, NonFinite, RewardPrecision
+from tealightning.nonfinite import SkippedStep
+
+GOOD = {
+    "train/trained_tokens": 100.0,
+    "train/grad_norm": 1.0,
+    "train/kl": 0.1,
+    "train/entropy": 1.0,
+    "rollout/log_prob_abs_diff_mean": 0.01,
+    "rollout/reward_ties": 0.0,
+    "rollout/zero_variance_groups": 0.25,
+}
+
+
+def seen(metrics=(), **fields):
+    usual = {"skipped": None, "global_step": 5, "weights_version": 5, "steps_ahead": 0, "unknown_tokens": 0}
+    return StepSeen(metrics=GOOD | dict(metrics), **{"tie_cause": None} | usual | fields)
+
+
+def check_of(kind, limit, patience=2):
+    return kind("setting", limit, patience)
+
+
+def skipped():
+    return SkippedStep(
+        inner_epoch=0,
+        loss=float("nan"),
+        kl=0.0,
+        grad_norm=float("nan"),
+        advantages=torch.zeros(1, 2),
+        policy_log_probs=torch.zeros(2, 3),
+        parameters=["a", "b", "c", "d"],
+    )
+
+
+MISMATCH, ENTROPY = "rollout/log_prob_abs_diff_mean", "train/entropy"
+CASES = [
+    (NonFinite, 3, seen(), seen(skipped=skipped()), 3, "NaN or infinite.*a, b, c and 1 more"),
+    (WeightsVersion, 0, seen(), seen(weights_version=4), 1, "step 4 and trained on after step 5"),
+    (WeightsVersion, 0, seen(weights_version=4, steps_ahead=1), seen(weights_version=3, steps_ahead=1), 1, "step 3"),
+    (Mismatch, 0.2, seen(), seen({MISMATCH: 0.3}), 1, "differ by 0.3 nats"),
+    (Drift, 0.2, seen(weights_version=4), seen({MISMATCH: 0.3}, weights_version=4), 1, "moves that far in 1 steps"),
+    (StaleWeights, 5, seen(), seen({MISMATCH: 0.06}), 3, "6 times what they did at the first step"),
+    (UnknownTokens, 0, seen(), seen(unknown_tokens=2), 1, "2 sampled tokens"),
+    (RewardPrecision, 0.2, seen(), seen({"rollout/reward_ties": 0.3}, tie_cause="bfloat16"), 2, "30%.*bfloat16"),
+    (Degenerate, 4, seen(), seen({"rollout/zero_variance_groups": 1.0}), 4, "for every prompt"),
+    (KL, 5, seen(), seen({"train/kl": 6.0}), 2, "KL to the reference is 6 nats"),
+    (KL, 5, seen(), seen({"train/kl": 0.0}), 2, "exactly 0 although the policy is trained"),
+    (Entropy, 0.05, seen(), seen({ENTROPY: 0.04}), 2, "4.0% of the 1"),
+]
+
+
+@pytest.mark.parametrize(("kind", "limit", "good", "bad", "steps", "message"), CASES)
+def test_check_tells_after_its_steps_in_a_row_and_once_an_episode(kind, limit, good, bad, steps, message):
+    check = check_of(kind, limit)
+    assert check.look(good) is None
+    for _ in range(steps - 1):
+        assert check.look(bad) is None
+    assert check.look(good) is None and check.total == steps - 1
+    told = [check.look(bad) for _ in range(steps + 3)]
+    assert [problem is not None for problem in told] == [i == steps - 1 for i in range(steps + 3)]
+    assert re.search(message, told[steps - 1])
+    assert check.total == 2 * steps + 2
+
+
+def test_an_episode_ends_after_good_steps_and_a_new_one_is_told():
+    check = check_of(Mismatch, 0.2)
+    bad = seen({MISMATCH: 0.3})
+    assert check.look(bad)
+    for _ in range(GOOD_STEPS_THAT_END_AN_EPISODE - 1):
+        check.look(seen())
+    assert check.look(bad) is None  # it comes and goes: the same episode
+    for _ in range(GOOD_STEPS_THAT_END_AN_EPISODE):
+        check.look(seen())
+    assert check.look(bad)
+
+
+def test_a_step_without_log_probs_says_nothing_of_the_engine():
+    nothing = {"train/trained_tokens": 0.0, MISMATCH: 0.0, ENTROPY: 0.0, "train/kl": 0.0}
+    for kind in (Mismatch, StaleWeights, KL, Entropy):
+        check = check_of(kind, 0.01, patience=1)
+        for _ in range(4):
+            assert check.look(seen(nothing)) is None
+        assert check.total == 0
+
+
+def test_stale_weights_leave_rounding_and_a_higher_entropy_alone():
+    check = check_of(StaleWeights, 5)
+    for value in (1e-7, 4e-4, 4e-4, 4e-4):  # all float32's
+        assert check.look(seen({MISMATCH: value})) is None
+    check = check_of(StaleWeights, 5)
+    check.look(seen({MISMATCH: 0.01, ENTROPY: 0.5}))
+    check.look(seen({MISMATCH: 0.09, ENTROPY: 1.0}))
+    assert check.total == 0
+    check.look(seen({MISMATCH: 0.11, ENTROPY: 1.0}))
+    assert check.total == 1
+
+
+def test_what_a_check_compares_with_survives_a_checkpoint():
+    for kind, metric in ((StaleWeights, MISMATCH), (Entropy, ENTROPY)):
+        first, second = check_of(kind, 0.5), check_of(kind, 0.5)
+        first.look(seen({metric: 0.3}))
+        second.load_state_dict(first.state_dict())
+        assert second.first == 0.3
+
+
+def test_ties_that_are_meant_are_left_alone():
+    check = check_of(RewardPrecision, 0.2, patience=1)
+    assert check.look(seen({"rollout/reward_ties": 1.0}, tie_cause=None)) is None
+
+
+def test_null_switches_a_check_off():
+    assert HealthChecks(**dict.fromkeys(LIMITS)).counts == {}
+    assert set(HealthChecks().counts) == set(CHECKS)
+
+
+def test_settings_name_every_check():
+    assert all(f"`{check}`" in HealthChecks.__doc__ for check in CHECKS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stop_on": ["mismach"]}, r"health.stop_on: there is no check 'mismach'. Did you mean 'mismatch'"),
+        ({"max_nonfinite_steps": 0}, "health.max_nonfinite_steps must be at least 1"),
+        ({"max_log_prob_diff": -1.0}, "health.max_log_prob_diff must be at least 0"),
+        ({"patience": 0}, "health.patience must be at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        HealthChecks(**settings)
