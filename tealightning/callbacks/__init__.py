@@ -1,5 +1,5 @@
-"""Lightning callbacks: rollouts, checkpoints, health checks, best-of-n report, samples, records of evaluations, budgets,
-export."""
+"""Lightning callbacks: rollouts, checkpoints, health checks, the best-of-n report, sample tables, records of
+evaluations, budgets, export."""
 
 from tealightning.callbacks.budget import Budget
 from tealightning.callbacks.checkpoint import ResumableCheckpoint
