@@ -34,7 +34,8 @@ COMMANDS = {
 _HELP = """ Sections: trainer (Lightning's), model (policy, estimator, loss, optimizer), data (prompts), rollout
 (engine, reward, group size, sampling), checkpoint (how often, how many), health (what is watched for). Arguments of a
 class: --model.help, --data.help, --model.estimator.help tea, --model.optimizer.help AdamW,
---rollout.engine.help vllm_engine, --rollout.reward.help function_reward. What a command line amounts to: --print_config."""
+--rollout.engine.help vllm_engine, --rollout.reward.help function_reward. What a command line amounts to:
+--print_config."""
 
 
 class _Refused(SystemExit):
