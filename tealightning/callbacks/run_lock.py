@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 from tealightning.callbacks.folders import run_folder
-from tealightning.locks import locked
+from tealightning.locks import LOCK_FILE, locked
 
 CHOOSING_SECONDS = 60.0
 """How long runs that start at once may take to choose their folders, all together."""
@@ -49,6 +49,24 @@ def refuse_other_runs(config: Path) -> None:
     """
     if config.exists():
         raise ValueError(f"{config} is another run's. Let trainer.logger write elsewhere, or delete that folder.")
+
+
+def refuse_live_run(checkpoint: Path, own: Path) -> None:
+    """A run that still lives is not to be gone on with.
+
+    Args:
+        checkpoint: In `checkpoints/` of the run's folder.
+        own: The folder that this process holds already.
+
+    Raises:
+        ValueError: if another process writes into the folder of the checkpoint's run.
+    """
+    folder = checkpoint.parents[1]
+    if folder.resolve() == own.resolve() or not (folder / LOCK_FILE).exists():
+        return
+    told = f"{folder} is of a run that still goes on. Wait until it ends, or name a checkpoint to branch off from it."
+    with locked(folder, f"--ckpt_path last: {told}"):
+        pass
 
 
 def _choosing(trainer: pl.Trainer) -> AbstractContextManager[None]:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,7 +16,7 @@ from tealightning.callbacks import BestOfNReport, HealthChecks, ResumableCheckpo
 from tealightning.callbacks.checkpoint_io import SealedCheckpointIO
 from tealightning.callbacks.csv_logger import DurableCSVLogger
 from tealightning.callbacks.folders import run_folder
-from tealightning.callbacks.run_lock import claimed_run_folder, refuse_other_runs
+from tealightning.callbacks.run_lock import claimed_run_folder, refuse_live_run, refuse_other_runs
 from tealightning.cli.console import quiet_transformers
 from tealightning.cli.messages import explain
 from tealightning.cli.names import canonical_args, canonical_settings
@@ -124,6 +125,8 @@ class TrainingCLI(LightningCLI):
         if self._get(self.config, "ckpt_path") == "last":
             settings = yaml.safe_load(self.parser.dump(self.config))[self.subcommand]
             path = last_checkpoint(self.trainer, settings, self.subcommand)
+            if path is not None and self.subcommand == "fit" and self.trainer.is_global_zero:
+                refuse_live_run(Path(path), run_folder(self.trainer))
             self.config[self.subcommand]["ckpt_path"] = self.config_init[self.subcommand]["ckpt_path"] = path
 
     @staticmethod

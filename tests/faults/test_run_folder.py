@@ -84,6 +84,9 @@ def test_folder_of_a_live_run_is_refused_and_free_once_it_was_killed(live_run, m
             assert result.status == 2, result.err
             assert f"{folder} is in use by a run." in result.err
             assert f"It is process {process.pid} on {socket.gethostname()}, since 20" in result.err
+        result = run(*args, "--ckpt_path=last")  # in a folder of its own, but the run is still under way
+        assert result.status == 2, result.err
+        assert f"{folder} is of a run that still goes on." in result.err and f"process {process.pid}" in result.err
     assert (folder / "metrics.csv").read_text().startswith(before)
     assert not list(folder.glob("metrics_*"))
 
@@ -94,7 +97,7 @@ def test_folder_of_a_live_run_is_refused_and_free_once_it_was_killed(live_run, m
     assert result.status == 0, result.err
     kept = (folder / "metrics_000.csv").read_bytes()
     assert kept == logged[: logged.rfind(b"\n") + 1]
-    injected(times=4)
+    injected(times=5)
 
 
 def claim(root, logger_class, barrier, results):
