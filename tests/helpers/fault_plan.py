@@ -8,14 +8,17 @@ moment is the `phase` of rollout step `step` on `rank` (0); `how` is kill (SIGKI
 import copy
 import json
 import os
+import random
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from lightning.pytorch.callbacks import Callback
 
-from tealightning import register
+from tealightning import RolloutCallback, register
 from tealightning.callbacks import checkpoint_io, folders
 from tealightning.rollouts import RolloutEngine, TransformersEngine
 
@@ -64,14 +67,10 @@ class CopyingEngine(RolloutEngine):
         self.engine.start(context)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        completions = self.engine.generate(*args, **kwargs)
-        FAULT.at("generate")
-        return completions
+        return self.engine.generate(*args, **kwargs)
 
     def sync_weights(self, weights: Any) -> None:
-        for index, (name, weight) in enumerate(weights):
-            if index == 4:
-                FAULT.at("sync")
+        for name, weight in weights:
             if name in self.weights:
                 self.weights[name].data.copy_(weight)
 
@@ -90,24 +89,11 @@ class FaultPlan(Callback):
         FAULT.folder = self.folder = Path(folder)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        seal, replace = checkpoint_io._seal, os.replace
+        _watch_rollouts(next(c for c in trainer.callbacks if isinstance(c, RolloutCallback)))
+        _watch_files()
 
-        def sealed(file: Any, **kwargs: Any) -> None:
-            if FAULT.plan.get("phase") == "half a checkpoint":
-                file.truncate(file.tell() // 2)
-                file.flush()
-            FAULT.at("half a checkpoint")
-            FAULT.at("checkpoint")
-            seal(file, **kwargs)
-
-        def renamed(source: Any, target: Any) -> None:
-            if str(target).endswith(".ckpt"):
-                FAULT.at("before the rename")
-            replace(source, target)
-            if str(target).endswith(".ckpt"):
-                FAULT.at("after the rename")
-
-        checkpoint_io._seal, folders.os.replace = sealed, renamed
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        torch.rand(trainer.global_rank)  # the streams of ranks, seeded alike, differ from here on
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         FAULT.at("epoch")
@@ -121,9 +107,6 @@ class FaultPlan(Callback):
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         FAULT.at("optimizer")
 
-    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        FAULT.at("zero_grad")
-
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         rollouts = batch.rollouts
         record = {
@@ -135,6 +118,7 @@ class FaultPlan(Callback):
                 for ids, length in zip(rollouts.completion_ids, rollouts.completion_lengths, strict=True)
             ],
             "weights_version": rollouts.weights_version,
+            "draws": [random.random(), float(np.random.rand()), float(torch.rand(()))],
             "spent": float(trainer.callback_metrics["train/total_rollouts"]),
         }
         with (self.folder / f"steps.{trainer.global_rank}.jsonl").open("a", encoding="utf-8") as file:
@@ -154,3 +138,49 @@ class FaultPlan(Callback):
             record = {"global_step": trainer.global_step, "best_of_4": float(trainer.callback_metrics["val/best_of_4"])}
             with (self.folder / "validations.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+
+
+def _watch_rollouts(rollout: RolloutCallback) -> None:
+    """Generation, scoring and sync of whatever engine and reward there are are moments, too."""
+    engine, reward = rollout.engine, rollout.reward
+    generate, sync_weights, score = engine.generate, engine.sync_weights, reward.score
+
+    def generated(*args: Any, **kwargs: Any) -> Any:
+        completions = generate(*args, **kwargs)
+        FAULT.at("generate")
+        return completions
+
+    def scored(*args: Any, **kwargs: Any) -> Any:
+        FAULT.at("reward")
+        return score(*args, **kwargs)
+
+    def watched(weights: Any) -> Any:
+        for index, weight in enumerate(weights):
+            if index == 4:
+                FAULT.at("sync")
+            yield weight
+
+    engine.generate, reward.score = generated, scored  # type: ignore[method-assign]
+    engine.sync_weights = lambda weights: sync_weights(watched(weights))  # type: ignore[method-assign]
+
+
+def _watch_files() -> None:
+    """The writing of a checkpoint has moments, too."""
+    seal, replace = checkpoint_io._seal, os.replace
+
+    def sealed(file: Any, **kwargs: Any) -> None:
+        if FAULT.plan.get("phase") == "half a checkpoint" and FAULT.plan["step"] == FAULT.step:
+            file.truncate(file.tell() // 2)
+            file.flush()
+        FAULT.at("half a checkpoint")
+        FAULT.at("checkpoint")
+        seal(file, **kwargs)
+
+    def renamed(source: Any, target: Any) -> None:
+        if str(target).endswith(".ckpt"):
+            FAULT.at("before the rename")
+        replace(source, target)
+        if str(target).endswith(".ckpt"):
+            FAULT.at("after the rename")
+
+    checkpoint_io._seal, folders.os.replace = sealed, renamed

@@ -11,10 +11,12 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from ranks import free_port
 
@@ -26,8 +28,13 @@ _CONTEXT.set_forkserver_preload(["interrupted_runs_preload"])
 
 @dataclass(kw_only=True, slots=True)
 class Ended:
-    status: int  # -9 after SIGKILL
-    text: str  # stdout and stderr
+    codes: list[int]  # of each rank: -9 after SIGKILL
+    text: str  # stdout and stderr of all
+
+    @property
+    def status(self) -> int:
+        """Of the first rank that did not end well, 0 if all did."""
+        return next((code for code in self.codes if code), 0)
 
 
 class Run:
@@ -36,7 +43,6 @@ class Run:
     Args:
         folder: For its config, its logs and `steps.<rank>.jsonl` (what each step trained on).
         ranks: Processes (gloo).
-        plan: What `fault_plan.FaultPlan` does, by name of the start.
         settings: Laid over the configuration.
     """
 
@@ -69,7 +75,7 @@ class Run:
         return Started(processes, log)
 
     def fit(self, *more: str, fault: dict[str, Any] | None = None, timeout: float = 240.0) -> Ended:
-        """Start and wait for the end."""
+        """Start, and wait for the end."""
         return self.start(*more, fault=fault).wait(timeout)
 
     def steps(self, rank: int = 0) -> list[dict[str, Any]]:
@@ -78,9 +84,14 @@ class Run:
         last = {record["step"]: record for record in map(json.loads, lines)}
         return [last[step] for step in sorted(last)]
 
+    def validations(self) -> dict[int, float]:
+        """Optimizer step -> what was measured; of one that was repeated, the last time."""
+        lines = (self.folder / "validations.jsonl").read_text(encoding="utf-8").splitlines()
+        return {record["global_step"]: record["best_of_4"] for record in map(json.loads, lines)}
+
     def policy(self) -> str:
         """Hash of the weights that the newest finished run has exported."""
-        (file,) = [max(self.folder.glob("*/policy/model.safetensors"), key=lambda path: path.stat().st_mtime)]
+        file = max(self.folder.glob("*/policy/model.safetensors"), key=lambda path: path.stat().st_mtime)
         return hashlib.sha256(file.read_bytes()).hexdigest()
 
     def checkpoints(self) -> list[Path]:
@@ -109,8 +120,7 @@ class Started:
             process.kill()
             process.join()
         assert not late, f"{len(late)} processes did not end in {timeout:g} s:\n{self.text()[-4000:]}"
-        codes = [process.exitcode for process in self.processes]
-        return Ended(status=next((code for code in codes if code), 0), text=self.text())
+        return Ended(codes=[process.exitcode for process in self.processes], text=self.text())
 
     def kill(self) -> Ended:
         """SIGKILL to all of them."""
@@ -124,11 +134,45 @@ class Started:
 
     def wait_for(self, file: Path, timeout: float = 200.0) -> None:
         """Until the file is there."""
+        self._wait_until(file.exists, str(file), timeout)
+
+    def wait_for_text(self, text: str, timeout: float = 200.0) -> None:
+        """Until a rank has said this."""
+        self._wait_until(lambda: text in self.text(), repr(text), timeout)
+
+    def _wait_until(self, is_there: Callable[[], bool], what: str, timeout: float) -> None:
         deadline = time.monotonic() + timeout
-        while not file.exists():
-            assert time.monotonic() < deadline, f"no {file} after {timeout:g} s:\n{self.text()[-4000:]}"
+        while not is_there():
+            assert time.monotonic() < deadline, f"no {what} after {timeout:g} s:\n{self.text()[-4000:]}"
             assert any(process.is_alive() for process in self.processes), self.text()[-4000:]
             time.sleep(0.02)
+
+
+def finished(run: Run, **kwargs: Any) -> Run:
+    """The run, gone on with until its end."""
+    ended = run.fit("--ckpt_path", "last", **kwargs)
+    assert ended.status == 0, ended.text[-4000:]
+    return run
+
+
+def assert_same(run: Run, unbroken: Run) -> None:
+    """Same prompts, tokens, random numbers and counts at every step, same evaluations, and the same final bits."""
+    for rank in range(run.ranks):
+        assert run.steps(rank) == unbroken.steps(rank)
+    assert run.validations() == unbroken.validations()
+    assert run.policy() == unbroken.policy()
+    one, other = (torch.load(r.checkpoints()[0], weights_only=True) for r in (run, unbroken))
+    assert one["global_step"] == other["global_step"]
+    for key in ("state_dict", "optimizer_states"):
+        tensors = [tensors_of(checkpoint[key]) for checkpoint in (one, other)]
+        assert all(torch.equal(a, b) for a, b in zip(*tensors, strict=True)), key
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
+    return [tensor for item in items for tensor in tensors_of(item)]
 
 
 def _main(args: list[str], environment: dict[str, str], log: str) -> None:
