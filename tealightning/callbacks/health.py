@@ -32,13 +32,14 @@ class HealthChecks(Callback):
 
     Args:
         stop_on: Checks that end the run; the others warn. Of nonfinite, weights_version, mismatch, drift,
-            stale_weights, unknown_tokens, reward_ties, degenerate, kl, entropy.
+            stale_weights, stale_ahead, unknown_tokens, reward_ties, degenerate, kl, entropy.
         max_nonfinite_steps: `nonfinite`: steps in a row whose loss or gradient is NaN or infinite. (None of them is
             taken.)
         max_saved_batches: Batches of such steps that are saved, in `unhealthy/` of the run's folder.
         max_log_prob_diff: `mismatch`: mean difference between the engine's and the trainer's log-prob of the sampled
             tokens, in nats. `drift`: the same for rollouts of older weights (rollout.steps_ahead).
         max_log_prob_growth: `stale_weights`: how many times that difference may be what it was at the first step.
+            `stale_ahead`: the same for rollouts of older weights.
         max_version_lag: `weights_version`: optimizer steps by which the weights that sampled may be older than
             rollout.steps_ahead makes them, by the trainer's own books.
         max_unknown_tokens: `unknown_tokens`: of a step, sampled ids that the tokenizer has no token for.
@@ -62,7 +63,7 @@ class HealthChecks(Callback):
         max_unknown_tokens: int | None = 0,
         max_reward_ties: float | None = 0.2,
         max_degenerate_steps: int | None = 20,
-        max_kl: float | None = 5.0,
+        max_kl: float | None = 1.0,
         min_entropy_share: float | None = 0.05,
         patience: int = 10,
     ) -> None:

@@ -13,6 +13,7 @@ MISMATCH = "rollout/log_prob_abs_diff_mean"
 SEEN = (
     "train/trained_tokens",
     "train/grad_norm",
+    "train/lr",
     "train/kl",
     ENTROPY,
     MISMATCH,

@@ -77,13 +77,17 @@ class StaleWeights(HealthCheck):
     def applies(self, seen: StepSeen) -> bool:
         return seen.has_trained and seen.is_on_policy
 
-    def problem(self, seen: StepSeen) -> str | None:
-        value, entropy = seen.metrics.get(MISMATCH, 0.0), seen.metrics.get(ENTROPY, 0.0)
+    def usual(self, seen: StepSeen) -> float | None:
+        """What the mismatch may be at this step, given what it was at the first one; None at the first one."""
+        entropy = seen.metrics.get(ENTROPY, 0.0)
         if self.first is None:
-            self.first, self.first_entropy = value, entropy
+            self.first, self.first_entropy = seen.metrics.get(MISMATCH, 0.0), entropy
             return None
-        usual = max(self.first, ROUNDING) * max(1.0, entropy / max(self.first_entropy, 1e-6))
-        if value <= self.limit * usual:
+        return max(self.first, ROUNDING) * max(1.0, entropy / max(self.first_entropy, 1e-6))
+
+    def problem(self, seen: StepSeen) -> str | None:
+        value, usual = seen.metrics.get(MISMATCH, 0.0), self.usual(seen)
+        if usual is None or value <= self.limit * usual:
             return None
         return (
             f"log-probs of the sampled tokens differ by {value:.3g} nats a token between engine and trainer, "
@@ -97,6 +101,36 @@ class StaleWeights(HealthCheck):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.first, self.first_entropy = state["first"], state["first_entropy"]
+
+
+class StaleAhead(StaleWeights):
+    """The same for rollouts that are meant to be a step old: that step's update makes a difference that goes with the
+    learning rate, and what an engine misses adds up."""
+
+    name = "stale_ahead"
+
+    def __init__(self, setting: str, limit: float, patience: int) -> None:
+        super().__init__(setting, limit, patience)
+        self.first_lr = math.nan
+
+    def applies(self, seen: StepSeen) -> bool:
+        # An update too small to be seen, as at the start of a warm-up, is nothing to compare with.
+        is_seen = self.first is not None or seen.metrics.get(MISMATCH, 0.0) > ROUNDING
+        return seen.has_trained and not seen.is_on_policy and is_seen
+
+    def usual(self, seen: StepSeen) -> float | None:
+        lr = seen.metrics.get("train/lr", 0.0)
+        if self.first is None:
+            self.first_lr = lr
+        usual = super().usual(seen)
+        return usual and usual * max(1.0, lr / max(self.first_lr, 1e-12))
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"first_lr": self.first_lr}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.first_lr = state["first_lr"]
 
 
 class UnknownTokens(HealthCheck):

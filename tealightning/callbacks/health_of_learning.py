@@ -9,7 +9,8 @@ from tealightning.functional.reward_ties import TieCause
 CAUSES: dict[TieCause, str] = {
     "bfloat16": "all scores are bfloat16 numbers. Let the reward score in float32",
     "float16": "all scores are float16 numbers. Let the reward score in float32",
-    "ceiling": "the highest score is shared by many, as after a clip or a sigmoid. Let the reward give its raw score",
+    "float32": "the scores are neighbours in float32, as after a sigmoid. Let the reward give its raw score",
+    "ceiling": "the highest score is shared by many, as after a clip. Let the reward give its raw score",
     "grid": "the scores are rounded. Let the reward give all digits",
 }
 

@@ -10,10 +10,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-TieCause = Literal["bfloat16", "float16", "ceiling", "grid"]
+TieCause = Literal["bfloat16", "float16", "float32", "ceiling", "grid"]
 TIE_CAUSES: tuple[TieCause, ...] = get_args(TieCause)
 
-SIGNIFICANT_BITS = {"bfloat16": 8, "float16": 11}
+SIGNIFICANT_BITS = {"bfloat16": 8, "float16": 11, "float32": 24}
 MORE_THAN_A_RUBRIC = 16
 """Distinct scores of a batch beyond which a reward passes for a continuous one."""
 
@@ -40,9 +40,10 @@ def tied(rewards: Tensor, completions: Sequence[str]) -> Tensor:
 def tie_cause(rewards: Tensor, ties: Tensor) -> TieCause | None:
     """Why the scores of a batch are tied, if they look like continuous ones that something has made equal.
 
-    - `bfloat16`, `float16`: all of them are numbers of that type, and neighbours of that type occur.
-    - `ceiling`: more prompts than not have several different best completions, at the batch's highest score, and there
-      are many other scores: a clip or a saturated sigmoid.
+    - `bfloat16`, `float16`, `float32`: all of them are numbers of that type, and neighbours of that type occur. In
+      float32 that is a score that was squashed.
+    - `ceiling`: more prompts than not have several best completions, at the batch's highest score, and other scores are
+      seldom tied: a clip.
     - `grid`: many distinct scores, and ties.
 
     None without ties, for whole numbers up to 256 in size (counts, right or wrong) and for a few distinct scores with
@@ -56,13 +57,14 @@ def tie_cause(rewards: Tensor, ties: Tensor) -> TieCause | None:
     if not bool(ties.any()) or _are_counts(finite):
         return None
     distinct = finite.unique()
-    for name in ("bfloat16", "float16"):
-        if len(distinct) > 2 and _is_rounded_to(distinct, name):
+    for name in SIGNIFICANT_BITS:
+        if len(distinct) > 1 and _is_rounded_to(distinct, name):
             return name  # type: ignore[return-value] # the literal of the loop
-    if len(distinct) <= MORE_THAN_A_RUBRIC:
-        return None
-    highest = (rewards == distinct[-1]) & ties
-    return "ceiling" if highest.any(dim=1).double().mean() > 0.5 else "grid"
+    highest = rewards == distinct[-1]
+    others = torch.isfinite(rewards) & ~highest
+    if (highest & ties).any(dim=1).double().mean() > 0.5 and ties[others].double().mean() < 0.1:
+        return "ceiling"
+    return "grid" if len(distinct) > MORE_THAN_A_RUBRIC else None
 
 
 def _are_counts(values: Tensor) -> bool:

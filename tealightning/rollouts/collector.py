@@ -160,7 +160,7 @@ def rollout_metrics(rollouts: RolloutBatch) -> dict[str, float]:
         "truncated_fraction": rollouts.truncated.double().mean(),
         "unscorable_fraction": 1 - valid.double().mean(),
         "zero_variance_groups": (lowest >= highest).double().mean(),
-        "reward_ties": tied(rewards.cpu(), rollouts.completions)[valid.cpu()].double().mean(),
+        "reward_ties": tied(rewards.cpu(), rollouts.completions).sum() / valid.sum().clamp(min=1).cpu(),
     }
     for name, values in rollouts.reward_components.items():
         metrics[f"reward_{name}_mean"] = values[torch.isfinite(values)].double().mean()

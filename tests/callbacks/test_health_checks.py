@@ -6,7 +6,14 @@ import torch
 from tealightning import HealthChecks
 from tealightning.callbacks.health_check import GOOD_STEPS_THAT_END_AN_EPISODE, StepSeen
 from tealightning.callbacks.health_checks import CHECKS, LIMITS
-from tealightning.callbacks.health_of_engine import Drift, Mismatch, StaleWeights, UnknownTokens, WeightsVersion
+from tealightning.callbacks.health_of_engine import (
+    Drift,
+    Mismatch,
+    StaleAhead,
+    StaleWeights,
+    UnknownTokens,
+    WeightsVersion,
+)
 from tealightning.callbacks.health_of_learning import KL, Degenerate, Entropy, NonFinite, RewardPrecision
 from tealightning.nonfinite import SkippedStep
 
@@ -50,6 +57,7 @@ CASES = [
     (Mismatch, 0.2, seen(), seen({MISMATCH: 0.3}), 1, "differ by 0.3 nats"),
     (Drift, 0.2, seen(weights_version=4), seen({MISMATCH: 0.3}, weights_version=4), 1, "moves that far in 1 steps"),
     (StaleWeights, 5, seen(), seen({MISMATCH: 0.06}), 3, "6 times what they did at the first step"),
+    (StaleAhead, 5, seen(weights_version=4), seen({MISMATCH: 0.06}, weights_version=4), 3, "6 times what they did"),
     (UnknownTokens, 0, seen(), seen(unknown_tokens=2), 1, "2 sampled tokens"),
     (RewardPrecision, 0.2, seen(), seen({"rollout/reward_ties": 0.3}, tie_cause="bfloat16"), 2, "30%.*bfloat16"),
     (Degenerate, 4, seen(), seen({"rollout/zero_variance_groups": 1.0}), 4, "for every prompt"),
@@ -103,6 +111,17 @@ def test_stale_weights_leave_rounding_and_a_higher_entropy_alone():
     assert check.total == 0
     check.look(seen({MISMATCH: 0.11, ENTROPY: 1.0}))
     assert check.total == 1
+
+
+def test_stale_ahead_goes_with_the_learning_rate_and_waits_for_a_difference_to_be_seen():
+    def one_step_old(value, lr):
+        return seen({MISMATCH: value, "train/lr": lr}, weights_version=4)
+
+    check = check_of(StaleAhead, 5)
+    for value, lr in [(0.0, 0.0), (1e-5, 1e-7), (2e-3, 1e-5), (1e-2, 5e-5), (5e-2, 1e-4), (2e-2, 1e-5)]:
+        check.look(one_step_old(value, lr))
+    assert check.first == 2e-3
+    assert check.total == 1  # the last one: a warm-up explains the others
 
 
 def test_what_a_check_compares_with_survives_a_checkpoint():

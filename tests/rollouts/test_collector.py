@@ -199,6 +199,7 @@ def test_rollout_metrics_leave_unscorable_rewards_out():
             "truncated_fraction": 1 / 9,
             "unscorable_fraction": 3 / 9,
             "zero_variance_groups": 2 / 3,  # all equal, and only one scored
+            "reward_ties": 3 / 6,
             "reward_helpful_mean": 4.0,
         }
     )
@@ -207,7 +208,8 @@ def test_rollout_metrics_leave_unscorable_rewards_out():
 def test_rollout_metrics_of_nothing_scored_are_nan_not_an_error():
     metrics = metrics_of([[math.nan, math.nan]])
     assert all(math.isnan(metrics[name]) for name in ("reward_mean", "reward_std", "reward_max"))
-    assert (metrics["unscorable_fraction"], metrics["zero_variance_groups"]) == (1.0, 1.0)
+    fractions = ("unscorable_fraction", "zero_variance_groups", "reward_ties")
+    assert [metrics[name] for name in fractions] == [1.0, 1.0, 0.0]
 
 
 def test_collector_runs_a_function_reward_on_a_real_engines_samples(tmp_path):
