@@ -27,6 +27,7 @@ from tealightning.loss import PolicyGradientLoss, StepBatch, merge_sums, micro_b
 from tealightning.micro_batches import score_completions, split_rows, tokens_of_a_pass
 from tealightning.module_settings import check_correction, check_settings
 from tealightning.nonfinite import SkippedSteps, is_not_finite, load_count, save_count, skipped_step, unclipped_norm
+from tealightning.phases import beat
 from tealightning.pretrained import load_policy, load_tokenizer
 from tealightning.sharding import is_sharded, shard, whole, whole_state_dict
 from tealightning.types import PromptBatch, RolloutBatch
@@ -286,6 +287,7 @@ class PostTrainingModule(BestOfNEvaluation):
             scores = score_completions(model, rollouts, _some(chosen))
             if len(chosen) > 0:
                 log_probs[chosen, : scores.mask.shape[1]] = scores.log_probs
+            beat()
         return log_probs
 
     def _optimizer_step(self, step: StepBatch, *, epoch: int, record: Tensor | None) -> dict[str, Tensor]:
@@ -322,6 +324,7 @@ class PostTrainingModule(BestOfNEvaluation):
                 scores = score_completions(self.policy, step.rollouts, _some(chosen), with_entropy=is_first)
                 loss, part = micro_batch_loss(self.loss, step, _some(chosen), scores)
                 self.manual_backward(loss if len(chosen) > 0 else loss * 0)
+            beat()
             if len(chosen) > 0:
                 merge_sums(sums, part)
                 record[chosen, : scores.mask.shape[1]] = scores.log_probs.detach()

@@ -1,8 +1,9 @@
-"""Lightning callbacks: rollouts, checkpoints, health checks, the best-of-n report, sample tables, records of
+"""Lightning callbacks: rollouts, checkpoints, health checks, deadlines, the best-of-n report, sample tables, records of
 evaluations, budgets, export."""
 
 from tealightning.callbacks.budget import Budget
 from tealightning.callbacks.checkpoint import ResumableCheckpoint
+from tealightning.callbacks.deadlines import Deadlines
 from tealightning.callbacks.evaluation_record import EvaluationRecord
 from tealightning.callbacks.export import ExportPolicy
 from tealightning.callbacks.health import HealthChecks
@@ -13,6 +14,7 @@ from tealightning.callbacks.samples import SampleTable
 __all__ = [
     "BestOfNReport",
     "Budget",
+    "Deadlines",
     "EvaluationRecord",
     "ExportPolicy",
     "HealthChecks",

@@ -25,6 +25,7 @@ from tealightning.callbacks.checkpoint_files import checkpoint_file, move_folder
 from tealightning.callbacks.folders import run_folder
 from tealightning.callbacks.random_state import random_state, set_random_state
 from tealightning.callbacks.stop_signals import StopRequestedError, StopSignals
+from tealightning.phases import RunPhase, during
 
 DEFAULT_EVERY_N_STEPS = 20
 
@@ -95,7 +96,8 @@ class ResumableCheckpoint(Checkpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         is_agreed = isinstance(exception, StopRequestedError) and trainer.global_rank > 0  # rank 0 tells and saves
         if trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run and not is_agreed:  # type: ignore[attr-defined]
-            told = rescue.after(exception, self, trainer, pl_module)
+            with during(RunPhase.SAVING):
+                told = rescue.after(exception, self, trainer, pl_module)
             print(f"tealightning: {told}", file=sys.stderr, flush=True)
 
     def state_dict(self) -> dict[str, Any]:
@@ -183,7 +185,8 @@ class ResumableCheckpoint(Checkpoint):
             shutil.rmtree(written, ignore_errors=True)  # of a run that was killed
         self._is_saving = True
         try:
-            trainer.save_checkpoint(written, weights_only=False)
+            with during(RunPhase.SAVING):
+                trainer.save_checkpoint(written, weights_only=False)
         finally:
             self._is_saving = False
         if trainer.is_global_zero:

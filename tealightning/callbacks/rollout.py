@@ -9,6 +9,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from tealightning.phases import RunPhase, during
 from tealightning.rewards.base import Reward
 from tealightning.rollouts import EngineContext, RolloutCollector, RolloutEngine, policy_weights, prompt_seed
 from tealightning.rollouts.ahead import Collected, OneStepAhead
@@ -106,9 +107,11 @@ class RolloutCallback(Callback):
         """Release engine and reward. Not called between stages: an engine serves fit, validate and test in turn.
 
         A collection under way is not waited for, its thread ends with the process at the latest."""
-        self.engine.close()
-        self.reward.close()
         self._collector = self._policy = None
+        try:
+            self.engine.close()
+        finally:
+            self.reward.close()
 
     def state_dict(self) -> dict[str, Any]:
         return {"rollout_step": self.rollout_step}
@@ -129,6 +132,19 @@ class RolloutCallback(Callback):
         self._synced_step = None  # a stage may have loaded other weights
         if self._policy is pl_module.policy:
             return
+        with during(RunPhase.STARTING):
+            self._start_engine(trainer, pl_module)
+        self._collector = RolloutCollector(
+            engine=self.engine,
+            reward=self.reward,
+            sampling=self.sampling,
+            pad_token_id=pl_module.tokenizer.pad_token_id or 0,
+            vocab_size=getattr(pl_module.policy.config, "vocab_size", None),
+            score_as_finished=self.score_as_finished,
+        )
+        self._policy = pl_module.policy
+
+    def _start_engine(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.reward.setup(pl_module.device)
         self.engine.start(
             EngineContext(
@@ -140,15 +156,6 @@ class RolloutCallback(Callback):
                 seed=self._run_seed,
             )
         )
-        self._collector = RolloutCollector(
-            engine=self.engine,
-            reward=self.reward,
-            sampling=self.sampling,
-            pad_token_id=pl_module.tokenizer.pad_token_id or 0,
-            vocab_size=getattr(pl_module.policy.config, "vocab_size", None),
-            score_as_finished=self.score_as_finished,
-        )
-        self._policy = pl_module.policy
 
     def _model_len(self, trainer: pl.Trainer, pl_module: Any) -> int:
         if self.max_model_len is not None:
@@ -167,7 +174,8 @@ class RolloutCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: PromptBatch, batch_idx: int
     ) -> None:
         started = time.perf_counter()
-        collected = self._ahead.take(batch.ids)
+        with during(RunPhase.GENERATING):  # what is left of it
+            collected = self._ahead.take(batch.ids)
         waited = time.perf_counter() - started
         synced = self._sync(trainer, pl_module)
         rollouts, seconds = collected or self._collect(trainer, batch, "train", self.group_size, self.rollout_step)
@@ -247,11 +255,13 @@ class RolloutCallback(Callback):
 
     def _sync(self, trainer: pl.Trainer, pl_module: Any) -> float:
         """Give the engine the trainer's weights if they changed; seconds taken."""
-        self._ahead.wait()  # a completion is of one policy from its first token to its last
+        with during(RunPhase.GENERATING):
+            self._ahead.wait()  # a completion is of one policy from its first token to its last
         if self.engine.shares_weights or self._synced_step == trainer.global_step:
             return 0.0
         started = time.perf_counter()
-        self.engine.sync_weights(policy_weights(pl_module.policy))
+        with during(RunPhase.SYNCING):
+            self.engine.sync_weights(policy_weights(pl_module.policy))
         self._synced_step = trainer.global_step
         return time.perf_counter() - started
 

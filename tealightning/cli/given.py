@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import Trainer
 
-from tealightning.callbacks import HealthChecks, ResumableCheckpoint, RolloutCallback
+from tealightning.callbacks import Deadlines, HealthChecks, ResumableCheckpoint, RolloutCallback
 from tealightning.cli.names import registry_of
 from tealightning.data import PromptDataModule
 from tealightning.loss import PolicyGradientLoss
@@ -26,8 +26,9 @@ SECTIONS: dict[str, type] = {
     "rollout.sampling": SamplingConfig,
     "checkpoint": ResumableCheckpoint,
     "health": HealthChecks,
+    "deadlines": Deadlines,
 }
-TOP_LEVEL = ("model", "data", "rollout", "checkpoint", "health", "trainer", "seed_everything", "ckpt_path")
+TOP_LEVEL = ("model", "data", "rollout", "checkpoint", "health", "deadlines", "trainer", "seed_everything", "ckpt_path")
 
 _MODULES = {
     "optimizer": ["torch.optim"],

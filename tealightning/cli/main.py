@@ -54,8 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if told is None:
             raise
         hint = "\n(--debug shows the traceback)" if told.__cause__ is not None else ""
-        print(f"tealightning: error: {' '.join(str(told).split())}{hint}", file=sys.stderr)
-        raise SystemExit(2) from error
+        words = " ".join([str(told), *getattr(told, "__notes__", ())])  # a note says in which phase it happened
+        print(f"tealightning: error: {' '.join(words.split())}{hint}", file=sys.stderr)
+        raise SystemExit(getattr(told, "exit_code", 2)) from error
 
 
 def _run(command: str, args: list[str], given: list[str]) -> None:

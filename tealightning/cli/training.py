@@ -12,7 +12,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
-from tealightning.callbacks import BestOfNReport, HealthChecks, ResumableCheckpoint, RolloutCallback
+from tealightning.callbacks import BestOfNReport, Deadlines, HealthChecks, ResumableCheckpoint, RolloutCallback
 from tealightning.callbacks.checkpoint_io import SealedCheckpointIO
 from tealightning.callbacks.csv_logger import DurableCSVLogger
 from tealightning.callbacks.folders import run_folder
@@ -33,10 +33,10 @@ COMMANDS = {
 }
 
 _HELP = """ Sections: trainer (Lightning's), model (policy, estimator, loss, optimizer), data (prompts), rollout
-(engine, reward, group size, sampling), checkpoint (how often, how many), health (what is watched for). Arguments of a
-class: --model.help, --data.help, --model.estimator.help tea, --model.optimizer.help AdamW,
---rollout.engine.help vllm_engine, --rollout.reward.help function_reward. What a command line amounts to:
---print_config."""
+(engine, reward, group size, sampling), checkpoint (how often, how many), health (what is watched for), deadlines (what
+ends a run that hangs). Arguments of a class: --model.help, --data.help, --model.estimator.help tea,
+--model.optimizer.help AdamW, --rollout.engine.help vllm_engine, --rollout.reward.help function_reward. What a command
+line amounts to: --print_config."""
 
 
 class _Refused(SystemExit):
@@ -78,7 +78,8 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class TrainingCLI(LightningCLI):
-    """LightningCLI plus the sections `rollout` (engine, reward, group size, sampling), `checkpoint` and `health`.
+    """LightningCLI plus the sections `rollout` (engine, reward, group size, sampling), `checkpoint`, `health` and
+    `deadlines`.
 
     Args:
         given: The whole command line, for the command to go on that a run which is stopped prints.
@@ -89,6 +90,7 @@ class TrainingCLI(LightningCLI):
         super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(Deadlines, "deadlines")
         parser.add_lightning_class_args(RolloutCallback, "rollout")
         parser.add_class_arguments(ResumableCheckpoint, "checkpoint")
         parser.add_lightning_class_args(HealthChecks, "health")

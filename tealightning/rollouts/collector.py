@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tealightning.functional.reward_ties import tied
+from tealightning.phases import RunPhase, beat, during
 from tealightning.rewards.base import Reward, RewardScores
 from tealightning.rollouts.base import RolloutEngine
 from tealightning.types import Completion, PromptBatch, RolloutBatch, SamplingConfig
@@ -83,26 +84,27 @@ class RolloutCollector:
         """P groups of m completions, their scores [B] and the seconds taken; the reward's are those that were left when
         everything was generated."""
         started = time.perf_counter()
-        finished = self.engine.generate_each(
-            batch.token_ids, num_samples=num_samples, sampling=self.sampling, seeds=seeds
-        )
         groups: dict[int, list[Completion]] = {}
-        pending: list[tuple[int, Future[RewardScores]]] = []
-        with ThreadPoolExecutor(1, thread_name_prefix="reward") as thread:
-            try:
-                for p, group in finished:
+        pending: dict[int, Future[RewardScores]] = {}
+        thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
+        try:
+            with during(RunPhase.GENERATING):
+                for p, group in self.engine.generate_each(
+                    batch.token_ids, num_samples=num_samples, sampling=self.sampling, seeds=seeds
+                ):
                     groups[p] = group
+                    beat()
                     if self.score_as_finished:
                         self._check([group], num_prompts=1, num_samples=num_samples)
-                        pending.append((p, thread.submit(self._score, batch, [p], [group])))
-                generated = time.perf_counter()
-                grouped = [groups[p] for p in sorted(groups)]
-                self._check(grouped, num_prompts=len(batch), num_samples=num_samples)
-                by_prompt = sorted(pending, key=lambda entry: entry[0])
-                parts = [scores.result() for _, scores in by_prompt] or [self._score(batch, range(len(batch)), grouped)]
-            except BaseException:
-                thread.shutdown(wait=False, cancel_futures=True)
-                raise
+                        pending[p] = thread.submit(self._score, batch, [p], [group])
+            generated = time.perf_counter()
+            grouped = [groups[p] for p in sorted(groups)]
+            self._check(grouped, num_prompts=len(batch), num_samples=num_samples)
+            with during(RunPhase.SCORING):
+                parts = [pending[p].result() for p in sorted(pending)]
+                parts = parts or [self._score(batch, range(len(batch)), grouped)]
+        finally:  # without waiting: after an error, what is being scored is of no use
+            thread.shutdown(wait=False, cancel_futures=True)
         seconds = {"generate": generated - started, "reward": time.perf_counter() - generated}
         return grouped, _joined(parts), seconds
 
@@ -113,7 +115,8 @@ class RolloutCollector:
         times = [len(group) for group in groups]
         texts = [completion.text for group in groups for completion in group]
         repeated = [p for p, count in zip(prompts, times, strict=True) for _ in range(count)]
-        return self.reward([batch.prompts[p] for p in repeated], texts, [batch.metadata[p] for p in repeated])
+        with during(RunPhase.SCORING):
+            return self.reward([batch.prompts[p] for p in repeated], texts, [batch.metadata[p] for p in repeated])
 
     def _check(self, grouped: Sequence[Sequence[Completion]], *, num_prompts: int, num_samples: int) -> None:
         engine = f"rollout engine {self.engine.name!r}"

@@ -76,14 +76,13 @@ class VLLMClient:
         Raises:
             ServerError: for the first request that fails; those not yet sent are not sent.
         """
-        with ThreadPoolExecutor(max_workers=min(self._connections, len(bodies))) as threads:
-            numbers = {threads.submit(self._generate, body): number for number, body in enumerate(bodies)}
-            try:
-                for future in as_completed(numbers):
-                    yield numbers[future], future.result()
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                raise
+        threads = ThreadPoolExecutor(max_workers=min(self._connections, len(bodies)))
+        numbers = {threads.submit(self._generate, body): number for number, body in enumerate(bodies)}
+        try:
+            for future in as_completed(numbers):
+                yield numbers[future], future.result()
+        finally:  # without waiting: after an error, the others may take until their timeout
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _generate(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         choices = self._call("POST", "/inference/v1/generate", "generating", body)["choices"]

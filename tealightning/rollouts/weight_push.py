@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tealightning import leftovers
 from tealightning.rollouts.local_server import free_port
 from tealightning.rollouts.vllm import nccl_sender
 from tealightning.rollouts.vllm_client import VLLMClient, is_local
@@ -43,6 +44,7 @@ class FilePush:
             raise ValueError(f"rollout.engine.weights_dir must be an existing folder, got {parent}.")
         self._temporary = tempfile.TemporaryDirectory(prefix="tealightning-weights-", dir=os.path.abspath(parent))
         self.folder = Path(self._temporary.name)
+        leftovers.add(self.folder)
 
     def push(self, client: VLLMClient, weights: Weights) -> None:
         needed, free = sum(tensor.nbytes for _, tensor in weights), shutil.disk_usage(self.folder).free
@@ -62,6 +64,7 @@ class FilePush:
 
     def close(self) -> None:
         self._temporary.cleanup()
+        leftovers.discard(self.folder)
 
 
 class NCCLPush:

@@ -1,0 +1,44 @@
+"""A small process beside this one that ends it when it is stuck, and cleans up after it: see `guard_script.py`."""
+
+import contextlib
+import faulthandler
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tealightning import leftovers
+
+
+class Guard:
+    """Runs until `stop`, or until this process ends."""
+
+    def __init__(self) -> None:
+        if not faulthandler.is_enabled():
+            faulthandler.enable(file=2)  # by number: what replaced `sys.stderr` may have none
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(Path(__file__).with_name("guard_script.py")), str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def expect(self, seconds: float | None, text: str) -> None:
+        """This process calls again within `seconds`, or it is ended with `text`; None = whenever it likes."""
+        self._send({"seconds": seconds, "text": text, "remove": leftovers.folders()})
+
+    def stop(self) -> None:
+        """It is needed no more; what is in `leftovers` is still in use, and stays."""
+        self._send({"seconds": None, "text": "", "remove": []})
+        self._process.kill()
+        self._process.wait(5)
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+
+    def _send(self, order: dict[str, object]) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it was killed, or stopped
+            self._process.stdin.write(json.dumps(order).encode() + b"\n")
+            self._process.stdin.flush()
