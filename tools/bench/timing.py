@@ -4,17 +4,17 @@ import functools
 import logging
 import os
 import platform
-import subprocess
 import sys
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+
+from tealightning.diagnostics.provenance import commit
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _chosen = "wall"
@@ -87,22 +87,16 @@ def paired_ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, fl
     return {"median": round(median(ratios), 4), "min": round(min(ratios), 4), "max": round(max(ratios), 4)}
 
 
+_COMMIT = commit()  # of the code that runs: a later commit changes nothing in this process
+
+
 def environment() -> dict[str, Any]:
     """Versions, threads and commit."""
     import transformers
 
-    import tealightning
-
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"],
-        cwd=Path(tealightning.__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "command": " ".join(["python", *sys.argv]),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": _COMMIT,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
