@@ -49,10 +49,13 @@ def boundary_of(trainer: pl.Trainer, ranks: list[dict[str, Any]]) -> Boundary:
     """The boundary at which the trainer is now."""
     states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}  # type: ignore[attr-defined]
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    loops = detached(trainer.fit_loop.state_dict())
+    validation = loops["epoch_loop.val_loop.batch_progress"]["total"]
+    validation |= dict.fromkeys(("ready", "started", "processed"), validation["completed"])  # none is under way
     return Boundary(
         global_step=trainer.global_step,
         batches=completed_batches(trainer),
-        loops=detached(trainer.fit_loop.state_dict()),
+        loops=loops,
         callbacks=detached({key: state for key, state in states.items() if state}),
         datamodule=detached(datamodule.state_dict()) if datamodule is not None else {},
         ranks=ranks,
@@ -63,9 +66,31 @@ def before_validation(boundary: Boundary) -> Boundary:
     """The boundary as Lightning knows one in the middle of a validation, none of whose batches is done: a resumed run
     then starts with that validation, which it would otherwise skip."""
     progress = boundary.loops["epoch_loop.val_loop.batch_progress"]
-    progress["total"]["ready"] += 1
-    progress["total"]["started"] += 1
+    progress["total"] |= {"ready": progress["total"]["ready"] + 1, "started": progress["total"]["started"] + 1}
     return boundary
+
+
+def after_epoch(boundary: Boundary, trainer: pl.Trainer) -> Boundary:
+    """The boundary, which is at the end of an epoch, as the beginning of the next one. From the end Lightning would go
+    on with another batch of the epoch that has ended, and all later epochs would be shifted by that."""
+    loops = boundary.loops
+    epoch, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+    for counts in epoch.values():
+        counts["completed"] = counts["processed"]
+    batches |= {"current": dict.fromkeys(batches["current"], 0), "is_last_batch": False}
+    validation = loops["epoch_loop.val_loop.batch_progress"]
+    validation["total"] = dict.fromkeys(validation["total"], 0)
+    if _takes_the_start_for_a_validation(trainer, epoch["current"]["processed"], boundary.batches):
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # it will be counted up once without a batch
+    return boundary
+
+
+def _takes_the_start_for_a_validation(trainer: pl.Trainer, epoch: int, batches: int) -> bool:
+    """Whether a resumed run, before its first batch, finds that a validation is due, which it then skips."""
+    every = trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or trainer.val_check_batch is None:
+        return False
+    return batches % trainer.val_check_batch == 0 if every is None else (epoch + 1) % every == 0
 
 
 def completed_batches(trainer: pl.Trainer) -> int:

@@ -16,6 +16,7 @@ from tealightning.callbacks.boundary import (
     RANKS,
     Boundary,
     HasRankState,
+    after_epoch,
     before_validation,
     boundary_of,
     over_ranks,
@@ -171,6 +172,7 @@ class ResumableCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self._is_after_a_step(trainer):
             self._pass_boundary(trainer)
+            after_epoch(self.boundary, trainer)  # type: ignore[arg-type]
             self._save_and_end(trainer)
 
     # ---------------------------------------------------------------- saving

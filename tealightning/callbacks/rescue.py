@@ -34,8 +34,8 @@ def after(exception: BaseException, saver: "ResumableCheckpoint", trainer: pl.Tr
     """Save what can be saved, and say how to go on. Raises nothing: the exception at hand is the one to be seen."""
     path: Path | None
     try:
-        path = _saved(saver, trainer, pl_module)
-        what = f"Step {saver.boundary.global_step if saver.boundary else trainer.global_step} is saved in {path}."
+        step, path = _saved(saver, trainer, pl_module)
+        what = f"Step {step} is saved in {path}."
     except _CannotSaveError as error:
         path, what = _newest(saver, trainer), f"Nothing was saved: {error}."
     except Exception as error:  # whatever it is: it must not take the place of the error that ended the run
@@ -47,13 +47,13 @@ def after(exception: BaseException, saver: "ResumableCheckpoint", trainer: pl.Tr
     return f"{what}{newest} To go on:\n  {command}"
 
 
-def _saved(saver: "ResumableCheckpoint", trainer: pl.Trainer, pl_module: Any) -> Path:
-    """The checkpoint of the last completed step, which is written if there is none yet."""
+def _saved(saver: "ResumableCheckpoint", trainer: pl.Trainer, pl_module: Any) -> tuple[int, Path]:
+    """The last completed (optimizer) step and its checkpoint, which is written if there is none yet."""
     boundary = _boundary(saver, trainer)
     assert saver.folder is not None
     path = checkpoint_file(saver.folder, boundary.global_step)
     if saver.saved == path:
-        return path
+        return boundary.global_step, path
     if is_sharded(pl_module.policy):
         raise _CannotSaveError("the weights are sharded, and gathering them needs all ranks")
     if not all(torch.isfinite(parameter).all() for parameter in pl_module.policy.parameters()):
@@ -62,7 +62,7 @@ def _saved(saver: "ResumableCheckpoint", trainer: pl.Trainer, pl_module: Any) ->
         if not _is_good(path):
             _write(boundary, path, saver, trainer)
             remove_older(saver.folder, saver.keep)
-    return path
+    return boundary.global_step, path
 
 
 def _boundary(saver: "ResumableCheckpoint", trainer: pl.Trainer) -> Boundary:
