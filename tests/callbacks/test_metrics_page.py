@@ -7,7 +7,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 from playground_fits import data_of, module_of, rollout_of, trainer_of
 
-from tealightning import Budget, PolicyGradientLoss
+from tealightning import Budget, HealthChecks, PolicyGradientLoss
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 # Logged only when some samples are unscorable or missing, and with steps_ahead=1; they have tests of their own.
@@ -33,7 +33,13 @@ def logged(playground, tmp_path_factory):
     logger = CSVLogger(folder, name="", version="")
     settings = {"limit_val_batches": 1, "limit_test_batches": 1, "val_check_interval": 2, "log_every_n_steps": 1}
     trainer = trainer_of(
-        rollout_of(playground), Budget(), max_steps=2, logger=logger, check_val_every_n_epoch=None, **settings
+        rollout_of(playground),
+        Budget(),
+        HealthChecks(),
+        max_steps=2,
+        logger=logger,
+        check_val_every_n_epoch=None,
+        **settings,
     )
     module = module_of(playground, loss=PolicyGradientLoss(kl_coef=0.1), ns=[1, 4, 32], extrapolate_ns=[64])
     data = data_of(playground)

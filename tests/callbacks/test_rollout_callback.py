@@ -86,6 +86,7 @@ def test_an_engine_that_shares_weights_is_never_synced(playground):
 
 
 def test_the_engine_has_the_trained_weights(playground):
+    """Peers sampled from stale weights without noticing (verl #7495, TRL #5312)."""
     engine = CountingEngine()
     trainer, _ = fit(playground, steps=2, engine=engine, reward=RowReward())
     assert engine.context.policy is trainer.lightning_module.policy

@@ -85,6 +85,7 @@ def test_engine_returns_nothing_for_no_prompts(tied):
 
 @pytest.mark.parametrize("sampling", [PLAIN, FILTERED], ids=["plain", "filtered"])
 def test_engine_log_probs_are_the_trainers_of_the_same_tokens(tied, untied, sampling):
+    """Also at a temperature other than 1 (TRL #4159) and with top-p and top-k (TRL #6789)."""
     for engine, policy in (tied, untied):
         assert largest_difference(policy, PROMPTS, sample(engine, sampling=sampling), sampling) < 1e-5
 

@@ -162,10 +162,11 @@ def test_inner_epochs_end_with_one_that_is_not_finite(playground, tmp_path, inje
 
 
 @pytest.mark.fault("a loss that is NaN on one of two ranks", how="two processes (gloo, DDP and FSDP2), NaN on rank 1")
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_step_that_is_not_finite_on_one_rank_is_skipped_on_all(strategy, tmp_path, injected):
     policy = save_policy(tmp_path)
-    run_ranks(Path(sick_ranks.__file__), policy, str(tmp_path), strategy)
+    run_ranks(Path(sick_ranks.__file__), policy, str(tmp_path), strategy, timeout=800)
     first, second = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for rank in (first, second):
         moved = [bool((after != before).any()) for before, after in pairwise(rank["weights"])]

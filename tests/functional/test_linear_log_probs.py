@@ -68,6 +68,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_linear_log_probs_never_hold_more_logits_than_they_may():
+    """In peers the logits of all tokens, [tokens, vocabulary], run out of memory (TRL #3678, NeMo-RL #3124)."""
     tokens, vocabulary, limit = 64, 1000, 4 * 1000 * 8
     hidden, weight, _, token_ids, upstream = layer(tokens, 4, vocabulary)
     with LargestTensor() as ours:

@@ -34,11 +34,13 @@ def main(policy: str, folder: str, strategy: str) -> None:
 
     estimator.min_group_size = 1
     module.estimator = estimator
-    health, weights, error = HealthChecks(max_nonfinite_steps=2), WeightsAfterSteps(), ""
+    # The rollouts are made up, and so are their log-probs.
+    health = HealthChecks(stop_on=["nonfinite"], max_nonfinite_steps=2)
+    weights, error = WeightsAfterSteps(), ""
     batches = [make_batch(make_rollouts(SPREAD, seed=10 * step + rank)) for step in range(len(SICK))]
-    settings = {"strategy": strategy_of(strategy), "devices": 2, "default_root_dir": folder}
+    own = {"use_distributed_sampler": False, "default_root_dir": folder}  # each rank has made its own batches
     try:
-        run_steps(module, batches, callbacks=[weights, health], **settings)
+        run_steps(module, batches, callbacks=[weights, health], strategy=strategy_of(strategy), devices=2, **own)
     except UnhealthyRun as raised:
         error = str(raised)
     told = {"weights": torch.stack(weights.weights), "error": error, "counts": health.counts}

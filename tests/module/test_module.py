@@ -64,6 +64,7 @@ def test_gradient_equals_the_textbook_sum(policy, reduction):
 @pytest.mark.parametrize("loss", [{}, {"reduction": "sequence_mean"}, {"kl_coef": 0.1, "kl_estimator": "k2"}])
 @pytest.mark.parametrize("split", [{"micro_batch_size": 3}, {"micro_batch_size": 1}, {"micro_batch_tokens": 20}])
 def test_gradient_does_not_depend_on_the_micro_batch_size(policy, loss, split):
+    """In peers the loss changed with gradient accumulation (TRL #3021, #5619; open-instruct #1161)."""
     batch = make_batch(make_rollouts(REWARDS))
     _, (whole,) = run_steps(module_of(policy, "grpo", loss), [batch])
     _, (parts,) = run_steps(module_of(policy, "grpo", loss, **split), [batch])
@@ -99,6 +100,26 @@ def test_a_batch_with_nothing_to_learn_from_takes_a_zero_step(policy):
     trainer, gradients = run_steps(module, [all_nan, constant])
     assert len(gradients) == 2 and all((g == 0).all() for g in gradients)
     assert trainer.callback_metrics["train/groups_too_small"] == 0.0  # of the last batch; the first had 1.0
+
+
+@pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
+def test_groups_without_spread_leave_the_direction_of_the_step_alone(policy, reduction):
+    """In peers groups of equal rewards dilute or spike the loss (TRL #6367, NeMo-RL #4158). Here they count as what they
+    are, prompts with nothing to learn from: the mean over prompts has a zero more, and no number explodes."""
+    rollouts = make_rollouts([[2.0, 1.0, 0.5, -1.0], [0.1 + 0.2] * 4])  # a number whose mean is not itself, by rounding
+    lengths = rollouts.completion_lengths.reshape(2, 4).sum(dim=1)
+    share = float(lengths[0] / lengths.sum()) if reduction == "token_mean" else 0.5
+    module = module_of(policy, "grpo", {"reduction": reduction})
+    trainer, (both,) = run_steps(module, [make_batch(rollouts)])
+    advantages = build_estimator("grpo")(rollouts.rewards)
+    assert (advantages[1] == 0).all()
+    assert trainer.callback_metrics["train/rollouts_skipped"] == 0.5
+    weight = {"sequence_mean": lambda row: 1 / (4 * float(rollouts.completion_lengths[row]))}.get(
+        reduction, lambda row: 1 / float(lengths[0])
+    )
+    alone = textbook_gradient(rollouts, advantages.flatten(), weight)
+    assert alone.abs().max() > 1e-2
+    assert torch.allclose(both, alone * share, atol=1e-6)
 
 
 def test_groups_too_small_are_counted(policy):
