@@ -23,7 +23,7 @@ class RunPhase(StrEnum):
     SCORING = "scoring"
     TRAINING = "training (forward, backward, optimizer step)"
     SAVING = "saving a checkpoint"
-    OTHER = "between steps (data, logging, metrics, callbacks)"
+    OTHER = "working between steps (data, logging, metrics, callbacks)"
     CLOSING = "ending after an error"
 
 
@@ -71,7 +71,7 @@ def during(phase: RunPhase) -> Iterator[None]:
         yield
     except Exception as error:
         if not any(note.startswith(_NOTE) for note in getattr(error, "__notes__", ())):
-            error.add_note(f"{_NOTE} {phase}.")
+            error.add_note(in_phase(phase))
         raise
     finally:
         with _LOCK:
@@ -79,6 +79,11 @@ def during(phase: RunPhase) -> Iterator[None]:
             _BEATS[me] = time.monotonic()
             _forget_if_idle(me)
         _tell_listeners()
+
+
+def in_phase(phase: RunPhase) -> str:
+    """The note on an error that was raised in `phase`."""
+    return f"{_NOTE} {phase}."
 
 
 def beat() -> None:

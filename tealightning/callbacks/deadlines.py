@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from tealightning.callbacks.other_ranks import OtherRanks
 from tealightning.callbacks.peers import Peers
 from tealightning.callbacks.watch import RunEnded, Surroundings, Watch
-from tealightning.phases import SETTINGS, RunPhase, set_ground
+from tealightning.phases import SETTINGS, RunPhase, in_phase, set_ground
 
 _NEWS_SECONDS = 3.0  # for the news of which rank failed first
 _OF_A_COLLECTIVE = re.compile("gloo|nccl|connection|peer|store", re.IGNORECASE)
@@ -120,7 +120,9 @@ class Deadlines(Callback):
             set_ground(None)
             watch.handled()
             return
-        watch.closing()
+        phase = watch.closing()
+        if not isinstance(exception, ValueError) and not getattr(exception, "__notes__", ()):
+            exception.add_note(in_phase(phase))
         if watch.ranks is None or isinstance(exception, RunEnded):
             return
         is_of_others = isinstance(exception, dist.DistError) or _OF_A_COLLECTIVE.search(str(exception))

@@ -184,7 +184,8 @@ class RolloutCallback(Callback):
         metrics |= {"sync_seconds": synced, "step": self.rollout_step}
         if self.steps_ahead:
             metrics |= {"wait_seconds": waited, "staleness": trainer.global_step - rollouts.weights_version}
-        self._log(trainer, pl_module, batch, "rollout", metrics)
+        with during(RunPhase.OTHER):  # ranks meet in it
+            self._log(trainer, pl_module, batch, "rollout", metrics)
         pl_module.log("reward", metrics["reward_mean"], prog_bar=True, logger=False, batch_size=len(batch))
         self.rollout_step += 1
         if self.steps_ahead:

@@ -65,12 +65,13 @@ class Watch(threading.Thread):
 
     # ---------------------------------------------------------------- called by the main thread
 
-    def closing(self) -> None:
-        """An exception is being handled: this takes `limits[CLOSING]` at most."""
+    def closing(self) -> RunPhase:
+        """An exception is being handled, which takes `limits[CLOSING]` at most; the phase that it was raised in."""
         if self._state != self._watch_closing:
             self._failed_in = self._failed_in or self._doing()
             set_ground(RunPhase.CLOSING, self._main.ident)
             self._state = self._watch_closing
+        return self._failed_in.phase if self._failed_in is not None else RunPhase.CLOSING
 
     def handled(self) -> None:
         """What is left is to leave the process, if it is left."""
@@ -172,12 +173,14 @@ class Watch(threading.Thread):
     # ---------------------------------------------------------------- faults
 
     def _raise(self, fault: str) -> None:
-        self.fault, self._ended_at, self._failed_in = fault, time.monotonic(), self._doing()
+        self.fault, self._failed_in = fault, self._doing()
         self.say(fault)
         if self.ranks is not None:
             self.ranks.report(fault)
         self._guard.expect(120.0, f"{self.around.who} could not end itself: killed.")
-        self._state = self._watch_raised
+        if self._state != self._watch or self.around.is_failing():  # it comes to an end by itself
+            return
+        self._state, self._ended_at = self._watch_raised, time.monotonic()
         if self._handler is None:
             self._ended_at -= _RAISE_SECONDS
         else:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tealightning.registry import register
 from tealightning.rollouts.base import EngineContext, RolloutEngine
+from tealightning.rollouts.engine_errors import broken_down
 from tealightning.rollouts.host import contained, placement
 from tealightning.rollouts.requests import EndRule, check_requests, completion_texts, end_rule, vllm_sampling
 from tealightning.rollouts.weights import checked_off, policy_weights, refuse_partial_push, weight_names
@@ -26,6 +27,14 @@ _OWN_ARGS = frozenset({"model", "seed", "max_model_len", "generation_config", "l
 _IDLE: dict[str, list[Any]] = {}
 """`LLM`s that no engine uses any more, by their arguments. Deleting one destroys the global process group, also one
 that it did not create, so they stay until the process ends and serve the next engine with the same arguments."""
+
+_BROKEN: list[Any] = []
+"""`LLM`s that serve nobody any more, and cannot be deleted either."""
+
+_MEMORY_HINT = (
+    "It was out of memory: lower rollout.engine.gpu_memory_utilization or kv_cache_gib, rollout.engine.max_num_seqs or "
+    "rollout.max_model_len, or set rollout.engine.sleep=true, which has trainer and engine take the memory in turns."
+)
 
 
 @register
@@ -103,7 +112,8 @@ class VLLMEngine(RolloutEngine):
                 self.close()
             if self._llm is None:
                 idle = _IDLE.setdefault(key, [])
-                self._llm = idle.pop() if idle else _load(args, context.device)
+                with broken_down("vLLM", "starting the engine", _MEMORY_HINT, self._give_up):
+                    self._llm = idle.pop() if idle else _load(args, context.device)
                 self._release = weakref.finalize(self, idle.append, self._llm)
             self._context, self._key = context, key
         self.sync_weights(policy_weights(context.policy))  # they may have moved on from those in the folder
@@ -129,7 +139,8 @@ class VLLMEngine(RolloutEngine):
         rule = end_rule(context, sampling)
         params = [_sampling_params(sampling, rule, num_samples=num_samples, seed=seed) for seed in seeds]
         prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_token_ids]
-        with contained(context.device), self._no_compiling():
+        broken = broken_down("vLLM", "generating", _MEMORY_HINT, self._give_up)
+        with contained(context.device), self._no_compiling(), broken:
             self._wake_up()
             outputs = self._llm.generate(prompts, params, use_tqdm=False)
         raw = [sample for output in outputs for sample in sorted(output.outputs, key=lambda sample: sample.index)]
@@ -142,10 +153,12 @@ class VLLMEngine(RolloutEngine):
 
         Raises:
             ValueError: if a parameter of the policy was missing; vLLM would go on with its old value.
+            EngineError: if vLLM broke down.
         """
         context = self._started()
         missing = weight_names(context.policy)
-        with contained(context.device), torch.no_grad():
+        broken = broken_down("vLLM", "syncing weights", _MEMORY_HINT, self._give_up)
+        with contained(context.device), torch.no_grad(), broken:
             self._wake_up()
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checked_off(weights, missing)})
             self._llm.reset_prefix_cache()  # it was computed with the old weights
@@ -170,6 +183,14 @@ class VLLMEngine(RolloutEngine):
             self._wake_up()  # for the next engine that takes it over
             self._release()
         self._llm = self._context = self._release = None
+
+    def _give_up(self) -> None:
+        """It has broken down: no engine is to get it again."""
+        if self._release is not None:
+            self._release.detach()
+            _BROKEN.append(self._llm)
+        self._llm = self._context = self._release = None
+        self._asleep = False
 
     def _started(self) -> EngineContext:
         if self._context is None:

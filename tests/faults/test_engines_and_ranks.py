@@ -2,89 +2,19 @@
 
 import os
 import re
-import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from ranks import free_port
-from run_records import quickstart_args
-from zygote import Run, Zygote, session_members
+from fault_runs import (
+    MINUTE,
+    SLACK,
+    ends_within_a_minute,
+    faulty_backward,
+    faulty_engine,
+    goes_on,
+    injected_at,
+)
 
 from tealightning.callbacks.watch import EXIT_CODE
-
-HELPERS = Path(__file__).parents[1] / "helpers"
-MINUTE = 60.0
-SLACK = float(os.environ.get("TEALIGHTNING_TEST_SLACK", "3"))  # a busy machine: more than a minute, never minutes
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with Zygote() as started:
-        yield started
-
-
-@pytest.fixture
-def shared_memory() -> Iterator[None]:
-    """Nothing is left in shared memory."""
-    before = set(os.listdir("/dev/shm"))
-    yield
-    deadline = time.monotonic() + 20
-    while (left := set(os.listdir("/dev/shm")) - before) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not left
-
-
-@pytest.fixture
-def fit(zygote, playground, tmp_path, shared_memory):
-    """Starts `tealightning fit` on so many ranks; with the launcher rank 0 starts the others, as Lightning does it."""
-
-    def start(*args: str, world_size: int = 1, launcher: bool = False, **trainer) -> list[Run]:
-        if world_size > 1:
-            trainer |= {"devices": world_size, "strategy": "ddp"}
-        settings = quickstart_args("fit", playground, tmp_path, max_steps=6, **trainer)
-        command = [*settings, *args, "--import", str(HELPERS / "faulty.py")]
-        port = str(free_port())
-        if launcher or world_size == 1:
-            return [zygote.start(command, tmp_path / "rank0.txt", MASTER_PORT=port)]
-        place = {"WORLD_SIZE": str(world_size), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        return [
-            zygote.start(command, tmp_path / f"rank{rank}.txt", LOCAL_RANK=str(rank), **place)
-            for rank in range(world_size)
-        ]
-
-    return start
-
-
-def faulty_engine(fault: str, where: str, rank: int = 0) -> list[str]:
-    settings = {"fault": fault, "where": where, "rank": rank}
-    return ["--rollout.engine=FaultyEngine", *(f"--rollout.engine.{name}={value}" for name, value in settings.items())]
-
-
-def faulty_backward(fault: str, rank: int = 0) -> dict:
-    arguments = {"fault": fault, "rank": rank}
-    return {"callbacks": [{"class_path": "faulty.FaultyBackward", "init_args": arguments}]}
-
-
-def injected_at(*runs: Run) -> float:
-    times = [float(at) for run in runs for at in re.findall(r"^FAULT (\S+)", run.text(), re.MULTILINE)]
-    assert len(times) == 1, "\n".join(run.text()[-4000:] for run in runs)
-    return times[0]
-
-
-def ends_within_a_minute(runs: list[Run], limit: float = 0.0) -> None:
-    """All of them end with an error a minute after the fault, `limit` seconds of which a deadline takes, and leave no
-    process."""
-    for run in runs:
-        assert run.wait() != 0, run.text()[-4000:]
-    at = injected_at(*runs)
-    for run in runs:
-        assert run.ended_at - at < (MINUTE + limit) * SLACK
-    deadline = time.monotonic() + 20
-    while any(session_members(run.pid) for run in runs) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not any(session_members(run.pid) for run in runs)
-
 
 # ---------------------------------------------------------------- one process
 
@@ -94,6 +24,7 @@ def test_engine_out_of_memory_ends_the_run_and_names_the_phase(fit, injected):
     (run,) = fit(*faulty_engine("memory", "generate"))
     ends_within_a_minute([run])
     assert "MemoryError: no memory left" in run.text() and "It happened while generating." in run.text()
+    goes_on(fit, run)
     injected(times=1)
 
 
@@ -102,13 +33,14 @@ def test_engine_out_of_memory_ends_the_run_and_names_the_phase(fit, injected):
 )
 @pytest.mark.parametrize("fault", ["hang", "hang_in_c"])
 def test_hung_weight_sync_ends_by_its_deadline(fit, injected, fault):
-    (run,) = fit(*faulty_engine(fault, "sync"), "--deadlines.sync_seconds=4")
-    ends_within_a_minute([run], limit=4)
+    (run,) = fit(*faulty_engine(fault, "sync"), "--deadlines.sync_seconds=8")
+    ends_within_a_minute([run], limit=8)
     assert run.exit_code == EXIT_CODE
     assert re.search(
-        r"no progress for \d+ s while syncing weights \(deadlines.sync_seconds=4; optimizer step 2\)", run.text()
+        r"no progress for \d+ s while syncing weights \(deadlines.sync_seconds=8; optimizer step 2\)", run.text()
     )
     assert "sync_weights" in run.text().partition("Current thread")[2]  # of the stacks of all threads
+    goes_on(fit, run)
     injected(times=1)
 
 
@@ -116,8 +48,8 @@ def test_hung_weight_sync_ends_by_its_deadline(fit, injected, fault):
     "an engine hangs and holds Python's lock", how="`generate` locks a mutex twice, through ctypes.PyDLL"
 )
 def test_engine_that_stops_all_threads_is_killed_from_outside(fit, injected):
-    (run,) = fit(*faulty_engine("hang_with_lock", "generate"), "--deadlines.generate_seconds=4")
-    ends_within_a_minute([run], limit=4)
+    (run,) = fit(*faulty_engine("hang_with_lock", "generate"), "--deadlines.generate_seconds=8")
+    ends_within_a_minute([run], limit=8)
     assert run.exit_code == -6  # SIGABRT, which has faulthandler write the stacks
     assert "The run hangs while generating (optimizer step 2)" in run.text()
     assert "_hang_in_c" in run.text()
@@ -136,10 +68,11 @@ def test_dead_rank_ends_the_others(fit, injected, where):
         runs = fit(*faulty_engine("kill", where, rank=1), world_size=2)
     ends_within_a_minute(runs)
     assert runs[1].exit_code == -9
-    phase = {"generate": "between steps", "backward": "training", "sync": "syncing weights"}[where]
-    assert "Connection closed by peer" in runs[0].text()
+    phase = {"generate": "working between steps", "backward": "training", "sync": "syncing weights"}[where]
+    assert re.search("Connection (closed|reset) by peer", runs[0].text())
     assert re.search(r"Rank 1 has not been heard of for \d+ s, since it was ", runs[0].text())
     assert f"Rank 0 was {phase}" in runs[0].text()
+    assert "Step 2 is saved in" in runs[0].text()
     injected(times=1)
 
 
@@ -149,16 +82,18 @@ def test_rank_that_raises_is_named_by_the_others(fit, injected):
     ends_within_a_minute(runs)
     expected = "Rank 1 failed: KeyError: 'something that nobody expected' It happened while generating."
     assert expected in runs[0].text()
+    assert all("Step 2 is saved in" in run.text() for run in runs)
     injected(times=1)
 
 
 @pytest.mark.fault("a rank is stopped in a collective", how="SIGSTOP of rank 1 of 2 in the weight sync")
-def test_rank_that_falls_silent_ends_the_others(fit, injected, zygote):
+def test_rank_that_falls_silent_ends_the_others(fit, injected):
     runs = fit(*faulty_engine("stop", "sync", rank=1), "--deadlines.silent_seconds=6", world_size=2)
     assert runs[0].wait() == EXIT_CODE
     assert runs[0].ended_at - injected_at(*runs) < (MINUTE + 6) * SLACK
     assert re.search(r"Rank 1 has given no sign of life for \d+ s \(deadlines.silent_seconds=6\)", runs[0].text())
     assert "Rank 0 was syncing weights (optimizer step 2)" in runs[0].text()
+    assert "Step 2 is saved in" in runs[0].text()
     os.kill(runs[1].pid, 18)  # SIGCONT: what a stopped process does once it can go on
     ends_within_a_minute(runs)
     injected(times=1)
@@ -166,11 +101,11 @@ def test_rank_that_falls_silent_ends_the_others(fit, injected, zygote):
 
 @pytest.mark.fault("a collective hangs", how="rank 1 of 2 never comes to the barrier of the weight sync")
 def test_hung_collective_ends_all_ranks_by_the_deadline(fit, injected):
-    runs = fit(*faulty_engine("hang_in_c", "sync", rank=1), "--deadlines.sync_seconds=5", world_size=2)
-    ends_within_a_minute(runs, limit=5)
+    runs = fit(*faulty_engine("hang_in_c", "sync", rank=1), "--deadlines.sync_seconds=8", world_size=2)
+    ends_within_a_minute(runs, limit=8)
     for rank, run in enumerate(runs):
         assert run.exit_code == EXIT_CODE
-        assert "while syncing weights (deadlines.sync_seconds=5; optimizer step 2)" in run.text()
+        assert "while syncing weights (deadlines.sync_seconds=8; optimizer step 2)" in run.text()
         assert f"Rank {1 - rank} was last heard of while syncing weights" in run.text()
     injected(times=1)
 
@@ -184,6 +119,7 @@ def test_rank_zero_outlives_a_rank_that_it_started(fit, injected):
     (run,) = fit(*faulty_engine("kill", "none"), world_size=2, launcher=True, **faulty_backward("kill", rank=1))
     ends_within_a_minute([run])
     assert run.exit_code is not None and run.exit_code > 0
+    goes_on(fit, run, world_size=2)
     assert re.search(r"Rank 1 \(process \d+\) was killed by SIGKILL; .* Rank 0 was training", run.text())
     injected(times=1)
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from zygote import children_of
 
 from tealightning import register
+from tealightning.rollouts import VLLMEngine, VLLMServerEngine
 from tealightning.rollouts.transformers import TransformersEngine
 
 
@@ -82,6 +84,57 @@ class FaultyEngine(TransformersEngine):
             self._fault()
         if dist.is_initialized():
             dist.barrier()
+
+
+@register
+class FaultyVLLMEngine(VLLMEngine):
+    """vLLM whose model runner is out of memory from its third use on."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        self._uses = getattr(self, "_uses", 0) + 1
+        if self._uses == 3:
+            print(f"FAULT {time.time()}", flush=True)
+            self._llm.collective_rpc(_break_model_runner)
+        return super().generate(*args, **kwargs)
+
+
+def _break_model_runner(worker: Any) -> None:
+    def execute_model(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    worker.model_runner.execute_model = execute_model
+
+
+@register
+class FaultyServerEngine(VLLMServerEngine):
+    """Sends a signal to all processes of its server just before its third use.
+
+    Args:
+        number: Of the signal.
+        where: "generate" or "sync".
+        pids: Of the server's processes, comma-separated; empty = those of the server that this engine has started.
+    """
+
+    def __init__(self, number: int = 9, where: str = "generate", pids: str = "", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.number, self.where, self.pids = number, where, pids
+        self._uses = {"generate": 0, "sync": 0}
+
+    def generate_each(self, *args: Any, **kwargs: Any) -> Any:
+        self._use("generate")
+        return super().generate_each(*args, **kwargs)
+
+    def sync_weights(self, weights: Any) -> None:
+        self._use("sync")
+        super().sync_weights(weights)
+
+    def _use(self, where: str) -> None:
+        self._uses[where] += 1
+        if where == self.where and self._uses[where] == 3:
+            pids = [int(pid) for pid in self.pids.split(",")] if self.pids else children_of(self._server._process.pid)
+            print(f"FAULT {time.time()} {' '.join(map(str, pids))}", flush=True)
+            for pid in pids:
+                os.kill(pid, self.number)
 
 
 class FaultyBackward(Callback):

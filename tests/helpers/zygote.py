@@ -96,6 +96,12 @@ def session_members(session: int) -> list[int]:
     return found
 
 
+def children_of(supervisor: int) -> list[int]:
+    """The processes of the sessions that a process has started."""
+    children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
+    return [pid for child in children for pid in session_members(int(child))]
+
+
 def kill_session(session: int) -> None:
     for pid in session_members(session):
         try:
