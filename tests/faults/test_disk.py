@@ -15,11 +15,16 @@ import numpy as np
 import pytest
 import torch
 from full_disk import fill_disk, largest_file, small_disk
+from lightning.pytorch.callbacks import ModelCheckpoint
 from playground_fits import fit, module_of
 from transformers import AutoModelForCausalLM
 
 from tealightning import BestOfNReport, ExportPolicy, SampleTable
+from tealightning.ablation import worker
 from tealightning.callbacks import EvaluationRecord
+from tealightning.callbacks.checkpoint import ResumableCheckpoint
+from tealightning.callbacks.checkpoint_files import checkpoints, newest_good, step_of
+from tealightning.callbacks.checkpoint_io import SealedCheckpointIO, verify
 from tealightning.callbacks.csv_logger import DurableCSVLogger, MetricsWriter
 from tealightning.callbacks.report import Evaluation
 from tealightning.estimators import _constants
@@ -294,3 +299,63 @@ def test_jumping_clock_changes_nothing(undisturbed, playground, tmp_path, monkey
     assert len(seconds) >= 3 * STEPS and all(0 <= value < 300 for value in seconds)
     assert asked
     injected(times=len(asked))
+
+
+@pytest.mark.fault("the disk is full while checkpoints are written", how="a limit on the size of files for some steps")
+def test_checkpoint_that_does_not_fit_leaves_the_others_and_the_next_is_tried(
+    undisturbed, playground, tmp_path, injected
+):
+    saver = ResumableCheckpoint(every_n_steps=1, keep=2)
+    settings = {"plugins": [SealedCheckpointIO()], "enable_checkpointing": True, "default_root_dir": tmp_path}
+    folder, seen = tmp_path / "checkpoints", []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append([path.name for path in checkpoints(folder)])
+
+    with pytest.warns(UserWarning, match=r"checkpoint of step \d could not be written .*training goes on") as told:
+        _, record = fit(playground, steps=STEPS, callbacks=[saver, FullFor(None), Look()], **settings | VALIDATION)
+    assert torch.equal(record.weights, undisturbed.weights)
+    assert len([warning for warning in told if "could not be written" in str(warning.message)]) == len(REFUSED)
+    assert seen[2:5] == [["step=000001.ckpt"]] * 3
+    assert [path.name for path in checkpoints(folder)] == ["step=000006.ckpt", "step=000005.ckpt"]
+    assert all(verify(path) is not None for path in checkpoints(folder))
+    assert not [name for name in os.listdir(folder) if name.startswith(".")]
+    injected(times=len(REFUSED))
+
+
+@pytest.mark.fault("the disk is full for the last checkpoint", how="a limit on the size of files from a step on")
+def test_last_checkpoint_that_does_not_fit_ends_the_run_with_what_to_do(playground, tmp_path, capsys, injected):
+    saver = ResumableCheckpoint(every_n_steps=1)
+    settings = {"plugins": [SealedCheckpointIO()], "enable_checkpointing": True, "default_root_dir": tmp_path}
+    full = FullFor(None)
+    try:
+        with (
+            pytest.warns(UserWarning, match="could not be written"),
+            pytest.raises(OSError, match="Free space on the disk"),
+        ):
+            fit(playground, steps=REFUSED.start, callbacks=[saver, full], **settings)
+    finally:
+        full.limit.__exit__(None, None, None)
+    assert "The last step could not be saved: OSError" in capsys.readouterr().err
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step=000001.ckpt"]
+    _, record = fit(
+        playground, steps=REFUSED.start, ckpt_path=str(tmp_path / "checkpoints" / "step=000001.ckpt"),
+        callbacks=[ResumableCheckpoint()], **settings,
+    )  # fmt: skip
+    assert len(record.steps) == 1
+    injected(times=1, lost="the steps since the checkpoint before")
+
+
+@pytest.mark.fault("the clock was set back between checkpoints", how="times of files opposite to their steps")
+def test_newest_checkpoint_is_that_of_the_highest_step_whatever_the_clock_said(playground, tmp_path, injected):
+    saver = ResumableCheckpoint(every_n_steps=1, keep=4)
+    last = ModelCheckpoint(tmp_path / "other", every_n_train_steps=1, save_last=True, save_top_k=-1, filename="{step}")
+    settings = {"plugins": [SealedCheckpointIO()], "enable_checkpointing": True, "default_root_dir": tmp_path}
+    fit(playground, steps=3, callbacks=[saver, last], **settings)
+    for folder in (tmp_path / "checkpoints", tmp_path / "other"):
+        for age, path in enumerate(checkpoints(folder)):
+            os.utime(path, (1e9 + 1e6 * age,) * 2)
+        assert step_of(newest_good(folder, pytest.fail)) == 3
+    assert step_of(worker._checkpoint(tmp_path)) == 3
+    injected(times=7)
