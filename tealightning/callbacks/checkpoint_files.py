@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from tealightning.callbacks.checkpoint_io import DamagedCheckpointError, read_seal, seal_folder, verify
 from tealightning.files import sync_folder
 
@@ -20,7 +22,7 @@ def checkpoint_file(folder: Path, global_step: int) -> Path:
 def checkpoints(folder: Path) -> list[Path]:
     """All in the folder, of the highest optimizer step first."""
     found = [path for path in folder.glob("*.ckpt") if not path.name.startswith(".")] if folder.is_dir() else []
-    return sorted(found, key=lambda path: (_step_of(path), path.stat().st_mtime), reverse=True)
+    return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime), reverse=True)
 
 
 def newest_good(folder: Path, damaged: Report) -> Path | None:
@@ -47,6 +49,17 @@ def remove_older(folder: Path, keep: int) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def warn_if_the_next_may_not_fit(path: Path) -> None:
+    """Compare the space that is left with what the newest checkpoint takes: a full disk is announced."""
+    size = sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        rank_zero_warn(
+            f"{free / 2**30:.1f} GiB are free in {path.parent}, and a checkpoint takes {size / 2**30:.1f} GiB: the "
+            "next one may not fit. Free space; the checkpoints that are there stay as they are."
+        )
+
+
 def move_folder(written: Path, path: Path, global_step: int) -> None:
     """Give a complete checkpoint of sharded weights its name; one that has it is replaced."""
     if written.is_dir():
@@ -57,7 +70,7 @@ def move_folder(written: Path, path: Path, global_step: int) -> None:
     sync_folder(path.parent)
 
 
-def _step_of(path: Path) -> float:
+def step_of(path: Path) -> float:
     """From the name if it says so, else from the file; one that says nothing is taken for the newest."""
     if match := re.search(r"step=(\d+)", path.name):
         return int(match[1])

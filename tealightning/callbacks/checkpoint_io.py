@@ -46,10 +46,15 @@ class SealedCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if _is_remote(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
-        with whole_file(Path(path)) as file:
-            torch.save(checkpoint, file)
-            step = int(checkpoint.get("global_step", 0))
-            _seal(file, global_step=step, resumable="optimizer_states" in checkpoint)
+        try:
+            with whole_file(Path(path)) as file:
+                torch.save(checkpoint, file)
+                step = int(checkpoint.get("global_step", 0))
+                _seal(file, global_step=step, resumable="optimizer_states" in checkpoint)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch reports a full disk as an inconsistent zip file
+                raise error.__context__ from None
+            raise
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """The checkpoint, on the CPU.
