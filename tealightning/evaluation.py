@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch
 
 from tealightning.metrics import BestOfN, TailFit
+from tealightning.metrics.best_of_n import check_budgets
 from tealightning.types import PromptBatch, RolloutBatch
 
 
@@ -20,7 +21,13 @@ class BestOfNEvaluation(pl.LightningModule):
 
     def __init__(self, *, ns: Sequence[int], extrapolate_ns: Sequence[int]) -> None:
         super().__init__()
-        self.ns = sorted(set(ns))
+        self.ns = sorted(check_budgets("ns", ns))
+        extrapolated = check_budgets("extrapolate_ns", extrapolate_ns, may_be_empty=True)
+        if extrapolated and min(extrapolated) <= self.ns[-1]:
+            raise ValueError(
+                f"extrapolate_ns must hold budgets above max(ns)={self.ns[-1]}, up to which they are measured; got "
+                f"{list(extrapolate_ns)}."
+            )
         self.best_of_n = torch.nn.ModuleDict(
             {phase: BestOfN(ns=self.ns, extrapolate_ns=extrapolate_ns) for phase in ("val", "test")}
         )

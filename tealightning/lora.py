@@ -1,5 +1,6 @@
 """Low-rank adapters (LoRA) through peft: only small matrices beside the frozen linear layers are trained."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -38,7 +39,7 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"lora.rank must be at least 1, got {self.rank}.")
-        if not self.alpha > 0:
+        if not 0 < self.alpha < math.inf:
             raise ValueError(f"lora.alpha must be above 0, got {self.alpha}.")
         if not self.target_modules:
             raise ValueError("lora.target_modules is empty: name modules, or all-linear.")

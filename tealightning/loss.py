@@ -1,5 +1,6 @@
 """Settings of the policy-gradient loss and its value on a micro-batch."""
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -46,13 +47,13 @@ class PolicyGradientLoss:
             raise ValueError(f"loss.clip_lower must be in (0, 1], got {self.clip_lower}.")
         if not self.clip_upper > 0:
             raise ValueError(f"loss.clip_upper must be above 0, got {self.clip_upper}.")
-        if self.kl_coef < 0:
+        if not 0 <= self.kl_coef < math.inf:
             raise ValueError(f"loss.kl_coef must be 0 or more, got {self.kl_coef}.")
         if self.reduction not in ("token_mean", "sequence_mean", "constant"):
             raise ValueError(f"loss.reduction must be token_mean, sequence_mean or constant, got {self.reduction!r}.")
         if self.kl_estimator not in ("k1", "k2", "k3"):
             raise ValueError(f"loss.kl_estimator must be k1, k2 or k3, got {self.kl_estimator!r}.")
-        if self.constant is not None and not self.constant > 0:
+        if self.constant is not None and not 0 < self.constant < math.inf:
             raise ValueError(f"loss.constant must be above 0, got {self.constant}.")
         if self.constant is not None and self.reduction != "constant":
             warnings.warn(f"loss.constant has no effect with reduction={self.reduction!r}.", stacklevel=3)

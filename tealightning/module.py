@@ -28,7 +28,7 @@ from tealightning.micro_batches import score_completions, split_rows, tokens_of_
 from tealightning.module_settings import check_correction, check_settings
 from tealightning.nonfinite import SkippedSteps, is_not_finite, load_count, save_count, skipped_step, unclipped_norm
 from tealightning.phases import beat
-from tealightning.pretrained import load_policy, load_tokenizer
+from tealightning.pretrained import load_policy, load_tokenizer, policy_config
 from tealightning.sharding import is_sharded, shard, whole, whole_state_dict
 from tealightning.types import PromptBatch, RolloutBatch
 
@@ -122,6 +122,11 @@ class PostTrainingModule(BestOfNEvaluation):
     def tokenizer(self) -> Any:
         """The policy's tokenizer."""
         return load_tokenizer(self.policy_path, trust_remote_code=self.load_kwargs["trust_remote_code"])
+
+    @cached_property
+    def policy_config(self) -> Any:
+        """The policy's configuration as it is saved; needs no weights."""
+        return policy_config(self.policy_path, trust_remote_code=self.load_kwargs["trust_remote_code"])
 
     @property
     def micro_batch_tokens(self) -> int:

@@ -41,6 +41,37 @@ def load_policy(
     return model
 
 
+def policy_config(path: str, *, trust_remote_code: bool = False, argument: str = "policy") -> Any:
+    """The configuration of the causal LM at `path`, without its weights.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    from transformers import AutoConfig
+
+    _check_exists(path, argument)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{argument} {path!r} is no folder or hub id of a causal LM: {error}") from error
+
+
+def positions_of(config: Any) -> int | None:
+    """Tokens that a model with this configuration has positions for; None if it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_weights(path: str, *, argument: str = "policy") -> None:
+    """
+    Raises:
+        ValueError: if `path` is neither a hub id nor a folder with weights.
+    """
+    _check_exists(path, argument)
+    folder = Path(path)
+    if folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]:
+        raise ValueError(f"{argument} {path!r}: the folder has no weights (model.safetensors).")
+
+
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer saved with a model; its pad token falls back to eos (masks come from lengths, so that is safe).
 

@@ -9,6 +9,7 @@ Legend of shapes, used in every docstring of the package:
 """
 
 import hashlib
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -43,12 +44,14 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"sampling.max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"sampling.temperature must be above 0, got {self.temperature}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling.top_p must be in (0, 1], got {self.top_p}.")
         if self.top_k < 0:
             raise ValueError(f"sampling.top_k must be 0 (off) or more, got {self.top_k}.")
+        if "" in self.stop:
+            raise ValueError(f"sampling.stop must hold texts that are not empty, got {self.stop}.")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from tealightning.ablation.spec_types import check_types
 from tealightning.registry import did_you_mean
+from tealightning.strict_yaml import load_yaml
 
 EQUAL = ("optimizer_steps", "rollouts", "generated_tokens", "trained_tokens")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
@@ -26,8 +26,8 @@ class Evaluation:
         batch_size: Prompts of a batch.
         every: Rollout steps between evaluations during training; None = only the final one.
         gold: A second reward that is only measured: a registered name, or `class_path` and `init_args`.
-        kl_samples: Samples a prompt for the KL to the starting policy; 0 = none.
-        diversity_samples: Samples a prompt whose diversity is measured.
+        kl_samples: Samples a prompt for the KL to the starting policy; 0 = none, None = 16 (at most max(ns)).
+        diversity_samples: Samples a prompt whose diversity is measured; None = likewise.
         equal_kls: Where variants are compared at equal KL, in nats a completion; None = chosen from the runs.
     """
 
@@ -38,8 +38,8 @@ class Evaluation:
     batch_size: int = 8
     every: int | None = None
     gold: Any = None
-    kl_samples: int = 16
-    diversity_samples: int = 16
+    kl_samples: int | None = None
+    diversity_samples: int | None = None
     equal_kls: list[float] | None = None
 
     def __post_init__(self) -> None:
@@ -50,6 +50,9 @@ class Evaluation:
         self.headline_n = self.ns[-1] if self.headline_n is None else self.headline_n
         if self.headline_n not in self.ns:
             raise ValueError(f"evaluation.headline_n must be one of ns {self.ns}, got {self.headline_n}.")
+        if not _is_count(self.batch_size, 1):
+            raise ValueError(f"evaluation.batch_size must be an integer of at least 1, got {self.batch_size!r}.")
+        self._settle_samples()
         for name in ("prompts", "held_out_prompts"):
             value = getattr(self, name)
             if value is not None and (not _is_count(value, 0) or value % self.batch_size):
@@ -63,6 +66,17 @@ class Evaluation:
             raise ValueError(f"evaluation.equal_kls must hold numbers above 0, got {self.equal_kls}.")
         if self.every is not None and not _is_count(self.every, 1):
             raise ValueError(f"evaluation.every must be at least 1 or null, got {self.every!r}.")
+
+    def _settle_samples(self) -> None:
+        """No measure takes more samples of a prompt than there are."""
+        for name, least in (("kl_samples", 0), ("diversity_samples", 2)):
+            most = max(least, self.ns[-1])
+            value = min(16, most) if getattr(self, name) is None else getattr(self, name)
+            if not _is_count(value, least) or value > most:
+                raise ValueError(
+                    f"evaluation.{name} must be an integer from {least} to max(evaluation.ns)={most}, got {value!r}."
+                )
+            setattr(self, name, value)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -175,10 +189,9 @@ def load_spec(path: Path | str) -> AblationSpec:
     if not path.is_file():
         raise ValueError(f"there is no ablation at {path}; configs/ablations/ has examples.")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise ValueError(f"{path}{f', line {mark.line + 1}' if mark else ''}: this is not YAML.") from error
+        settings = load_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}.") from error
     try:
         return parse_spec(settings)
     except ValueError as error:
@@ -193,10 +206,10 @@ def parse_spec(settings: Any) -> AblationSpec:
     """
     spec = _known(settings, AblationSpec, "an ablation")
     if "evaluation" in spec:
-        spec["evaluation"] = Evaluation(**_known(spec["evaluation"], Evaluation, "evaluation"))
-    for name, kind in _CONTAINERS.items():
-        if name in spec and not isinstance(spec[name], kind):
-            raise ValueError(f"{name} must be a {_KINDS[kind]}, got {spec[name]!r}.")
+        evaluation = _known(spec["evaluation"], Evaluation, "evaluation")
+        check_types(evaluation, Evaluation, "evaluation.")
+        spec["evaluation"] = Evaluation(**evaluation)
+    check_types(spec, AblationSpec)
     return AblationSpec(**spec)
 
 
@@ -229,13 +242,6 @@ def filled(value: Any, point: Mapping[str, Any]) -> Any:
     if isinstance(value, list):
         return [filled(inner, point) for inner in value]
     return value
-
-
-_CONTAINERS: dict[str, type] = {
-    "base": list, "variants": dict, "seeds": list, "equal": dict, "settings": dict, "grid": dict, "labels": dict,
-    "playgrounds": list, "evaluation": Evaluation,
-}  # fmt: skip
-_KINDS = {list: "list", dict: "mapping", Evaluation: "mapping"}
 
 
 def _known(settings: Any, cls: type, what: str) -> dict[str, Any]:

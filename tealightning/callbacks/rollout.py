@@ -9,6 +9,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from tealightning.callbacks.rollout_checks import check_prompts, model_length
 from tealightning.phases import RunPhase, during
 from tealightning.rewards.base import Reward
 from tealightning.rollouts import EngineContext, RolloutCollector, RolloutEngine, policy_weights, prompt_seed
@@ -55,6 +56,10 @@ class RolloutCallback(Callback):
     ) -> None:
         if group_size < 1:
             raise ValueError(f"rollout.group_size must be at least 1, got {group_size}.")
+        if max_model_len is not None and max_model_len < 2:
+            raise ValueError(
+                f"rollout.max_model_len must be at least 2 (a prompt and a token) or null, got {max_model_len}."
+            )
         self.engine = engine
         self.reward = reward
         self.group_size = group_size
@@ -83,9 +88,22 @@ class RolloutCallback(Callback):
         self._ahead = OneStepAhead()  # what an earlier run may have left in flight is not this one's
         if trainer.world_size == 1:  # vLLM makes a process group of size 1, which Lightning takes for several ranks
             warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
-        if stage == "fit":
-            pl_module.estimator.check_group_size(self.group_size)  # type: ignore[union-attr, operator]
-        if stage == "fit" and self.steps_ahead and pl_module.loss.importance_cap is None:  # type: ignore[union-attr]
+        self.check(stage, pl_module)
+        if sets := getattr(getattr(trainer, "datamodule", None), "prompt_sets", None):
+            config = pl_module.policy_config
+            length = self._model_len(trainer, config)
+            check_prompts(sets, config, pl_module.tokenizer, self.sampling, length)  # type: ignore[arg-type]
+
+    def check(self, stage: str, pl_module: Any) -> None:
+        """Check the settings against the module's.
+
+        Raises:
+            ValueError: if the group is too small for the estimator, or older rollouts are not corrected for.
+        """
+        if stage != "fit":
+            return
+        pl_module.estimator.check_group_size(self.group_size)
+        if self.steps_ahead and pl_module.loss.importance_cap is None:
             raise ValueError(
                 "rollout.steps_ahead=1 trains on rollouts of older weights: set model.loss.importance_cap (2.0 is "
                 "usual), which corrects for them."
@@ -152,17 +170,14 @@ class RolloutCallback(Callback):
                 policy_path=pl_module.policy_path,
                 tokenizer=pl_module.tokenizer,
                 device=pl_module.device,
-                max_model_len=self._model_len(trainer, pl_module),
+                max_model_len=self._model_len(trainer, pl_module.policy.config),
                 seed=self._run_seed,
             )
         )
 
-    def _model_len(self, trainer: pl.Trainer, pl_module: Any) -> int:
-        if self.max_model_len is not None:
-            return self.max_model_len
-        holds = getattr(pl_module.policy.config, "max_position_embeddings", None) or 8192
-        prompt = getattr(getattr(trainer, "datamodule", None), "max_prompt_tokens", None)
-        return min(holds, 8192 if prompt is None else prompt + self.sampling.max_new_tokens)
+    def _model_len(self, trainer: pl.Trainer, config: Any) -> int:
+        longest_prompt = getattr(getattr(trainer, "datamodule", None), "max_prompt_tokens", None)
+        return self.max_model_len or model_length(config, self.sampling, longest_prompt)
 
     @property
     def _run_seed(self) -> int:

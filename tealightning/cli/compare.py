@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from tealightning.cli.compare_options import parser, restricted
 
 if TYPE_CHECKING:
-    from tealightning.ablation.plan import Job, Plan
+    from tealightning.ablation.plan import Job, Plan, Resolve
     from tealightning.ablation.worker import Send
+    from tealightning.cli.training import TrainingCLI
 
 
 def compare(args: Sequence[str]) -> None:
@@ -28,7 +29,7 @@ def compare(args: Sequence[str]) -> None:
     spec = restricted(load_spec(options.config), options)
     if not options.report_only:
         build_playgrounds(spec.playgrounds)
-    plan = plan_of(spec)
+    plan = plan_of(spec, resolve if options.report_only else resolve_on_disk)
     if options.dry_run:
         show_plan(plan, options)
         return
@@ -44,7 +45,7 @@ def compare(args: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def plan_of(spec: Any) -> "Plan":
+def plan_of(spec: Any, resolve: "Resolve") -> "Plan":
     """Every run of the ablation, checked."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -59,12 +60,32 @@ def resolve(args: Sequence[str]) -> dict[str, Any]:
     """The configuration that `tealightning fit ARGS` amounts to, with everything built once to see that it can be.
 
     Raises:
-        ValueError: if it cannot be parsed or built, or the group is too small for the estimator.
+        ValueError: if it cannot be parsed or built, or its settings do not go together.
     """
+    return config_of(_built(args))
+
+
+def resolve_on_disk(args: Sequence[str]) -> dict[str, Any]:
+    """`resolve`, and a look at whether policy, prompts and reward are there.
+
+    Raises:
+        ValueError: also if one of them is not.
+    """
+    cli = _built(args)
+    cli.check_inputs()
+    return config_of(cli)
+
+
+def config_of(cli: "TrainingCLI") -> dict[str, Any]:
+    """The configuration as plain values."""
+    import yaml
+
+    return yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))["fit"]
+
+
+def _built(args: Sequence[str]) -> "TrainingCLI":
     import contextlib
     import io
-
-    import yaml
 
     from tealightning.cli.console import without_announcements
     from tealightning.cli.training import build_training
@@ -75,9 +96,8 @@ def resolve(args: Sequence[str]) -> dict[str, Any]:
             cli = build_training("fit", args)
     except SystemExit:
         raise ValueError(said.getvalue().strip().removeprefix("tealightning: error: ")) from None
-    config = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))["fit"]
-    cli.model.estimator.check_group_size(config["rollout"]["group_size"])
-    return config
+    cli.check_together()
+    return cli
 
 
 def build_playgrounds(playgrounds: Sequence[dict[str, Any]]) -> None:

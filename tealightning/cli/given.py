@@ -67,22 +67,22 @@ def _file_settings(path: str) -> Iterator[Setting]:
         document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return
-    yield from _flat("", document, path)
+    yield from flat_settings("", document, path)
 
 
-def _flat(key: str, node: Any, source: str) -> Iterator[Setting]:
+def flat_settings(key: str, node: Any, source: str) -> Iterator[Setting]:
     if isinstance(node, list):
         for item in node:
-            yield from _flat(key, item, source)
+            yield from flat_settings(key, item, source)
     if not isinstance(node, dict):
         yield Setting(key=key, value=node, source=source)
         return
     yield Setting(key=key, value=node.get("class_path", node), source=source)
     for name, value in node.items():
         if name == "init_args":
-            yield from _flat(key, value, source)
+            yield from flat_settings(key, value, source)
         elif name != "class_path":
-            yield from _flat(f"{key}.{name}".lstrip("."), value, source)
+            yield from flat_settings(f"{key}.{name}".lstrip("."), value, source)
 
 
 def takes_class(key: str) -> bool:

@@ -92,6 +92,10 @@ def _user_errors() -> tuple[type[Exception], ...]:
 def _told_to_the_user(error: BaseException) -> BaseException | None:
     """`error`, or the one it wraps, that was raised on purpose: by this package, or by Lightning's and the parser's
     checks of settings, or for a missing file; None for a defect."""
+    from tealightning.cli.located import SettingError
+
+    if isinstance(error, SettingError):
+        return error
     chain = [error]
     while (wrapped := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(wrapped)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tealightning.cli.given import TOP_LEVEL, Setting, class_names, class_of, given_settings, takes_class
+from tealightning.cli.given import SECTIONS, TOP_LEVEL, Setting, class_names, class_of, given_settings, takes_class
 
 
 def explain(message: str, args: Sequence[str]) -> str:
@@ -108,6 +108,11 @@ def _in_words(type_text: str) -> str:
     return _WORDS.get(name, f"settings of {name} (key: value)")
 
 
+def _own_check(match: re.Match[str], key: str, settings: Sequence[Setting]) -> str:
+    """What a dataclass of settings says about itself, `lora.rank must be ...`, amid what else the parser tried."""
+    return f"{_full_key(match[1], '', settings)[0]} {match[2]}"
+
+
 # ---------------------------------------------------------------- classes
 
 
@@ -136,8 +141,20 @@ def _callable_class(match: re.Match[str], key: str, settings: Sequence[Setting])
 
 
 def _missing(match: re.Match[str], key: str, settings: Sequence[Setting]) -> str:
-    names = re.sub(r"\b(fit|validate|test)\.", "", match[1])
+    bare = re.sub(r"\b(fit|validate|test)\.", "", match[1]).split(", ")
+    names = ", ".join(_required_key(name, settings) for name in bare)
     return f"Not set: {names}. Start from a config: `tealightning fit -c configs/quickstart.yaml`."
+
+
+def _required_key(name: str, settings: Sequence[Setting]) -> str:
+    """The whole key of a setting without a default that the parser names by its last part."""
+    given = [setting.key for setting in settings]
+    for section in dict.fromkeys([*given, *SECTIONS]) if name not in TOP_LEVEL else ():
+        cls = class_of(section, settings)
+        parameter = inspect.signature(cls).parameters.get(name) if cls is not None else None
+        if parameter is not None and parameter.default is parameter.empty and f"{section}.{name}" not in given:
+            return f"{section}.{name}"
+    return name
 
 
 def _no_file(match: re.Match[str], key: str, settings: Sequence[Setting]) -> str:
@@ -153,6 +170,7 @@ def _stray(match: re.Match[str], key: str, settings: Sequence[Setting]) -> str:
 
 
 _KINDS = (
+    (r"\n\s*- ((?:\w+\.)+\w+) ((?:must|is) [^\n]+)", _own_check),
     (r"Option '([^']+)' is not accepted", _unknown_setting),
     (r"does not accept option '([^']+)'", _unknown_setting),
     (r"[Uu]nrecognized arguments: --(\S+)", _unknown_setting),

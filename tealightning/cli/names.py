@@ -33,6 +33,13 @@ def class_path(registry: Registry, name: str) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def _class_path(registry: Registry, name: str, key: str) -> str:
+    try:
+        return class_path(registry, name)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
 def canonical_args(args: Sequence[str]) -> list[str]:
     """`args` with registered names as class paths: of `--model.estimator=tea`, `--model.estimator tea` and
     `--model.estimator.help tea`. Everything else passes through.
@@ -46,9 +53,9 @@ def canonical_args(args: Sequence[str]) -> list[str]:
         option, equals, value = arg.partition("=")
         registry = registry_of(_dotted_key(option)) if option.startswith("--") else None
         if registry is not None and equals:
-            arg = f"{option}={class_path(registry, value)}"
+            arg = f"{option}={_class_path(registry, value, _dotted_key(option))}"
         elif expected is not None and not arg.startswith("-"):
-            arg = class_path(expected, arg)
+            arg = _class_path(expected, arg, _dotted_key(result[-1]))
         result.append(arg)
         expected = None if equals else registry
     return result
@@ -69,13 +76,13 @@ def canonical_settings(settings: Any, key: str = "") -> Any:
     if registry is not None and settings is None:
         raise ValueError(f"{key} must be set, got null. Valid: {', '.join(registry.names())}.")
     if registry is not None and isinstance(settings, str):
-        return class_path(registry, settings)
+        return _class_path(registry, settings, key)
     if not isinstance(settings, dict):
         return settings
     result = {}
     for name, value in settings.items():
         if name == "class_path" and registry is not None and isinstance(value, str):
-            result[name] = class_path(registry, value)
+            result[name] = _class_path(registry, value, key)
         else:
             inner = key if name == "init_args" else f"{key}.{name}".lstrip(".")
             result[name] = canonical_settings(value, inner)

@@ -18,13 +18,16 @@ from tealightning.callbacks.csv_logger import DurableCSVLogger
 from tealightning.callbacks.folders import run_folder
 from tealightning.callbacks.run_lock import claimed_run_folder, refuse_live_run, refuse_other_runs
 from tealightning.cli.console import quiet_transformers
+from tealightning.cli.located import located
 from tealightning.cli.messages import explain
 from tealightning.cli.names import canonical_args, canonical_settings
+from tealightning.cli.preflight import check_inputs, check_seed, check_together
 from tealightning.cli.resume import command_to_go_on, last_checkpoint
 from tealightning.data import PromptDataModule
 from tealightning.files import write_whole
 from tealightning.module import PostTrainingModule
 from tealightning.registry import did_you_mean
+from tealightning.strict_yaml import load_yaml
 
 COMMANDS = {
     "fit": "Train a policy.",
@@ -51,7 +54,7 @@ class _Parser(LightningArgumentParser):
     """Takes registered names in config files, and ends with the bare message instead of usage and message."""
 
     def parse_string(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Any:
-        settings = _load_yaml(content, str(path) or "config")
+        settings = _load_settings(content, str(path) or "config")
         canonical = canonical_settings(settings)
         # The text as it is where nothing was renamed: YAML dialects differ in numbers such as 1e-3.
         text = content if canonical == settings and settings else yaml.safe_dump(canonical)
@@ -113,13 +116,12 @@ class TrainingCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
+        """Refuse what cannot work before anything is loaded, the cheap checks first."""
+        self.check_together()
+        self.check_inputs()
         self._find_last()
 
-    def before_validate(self) -> None:
-        self._find_last()
-
-    def before_test(self) -> None:
-        self._find_last()
+    before_validate = before_test = before_fit
 
     def _find_last(self) -> None:
         """Put the path in the place of `--ckpt_path last`."""
@@ -134,6 +136,25 @@ class TrainingCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {name: arguments for name, arguments in LightningCLI.subcommands().items() if name in COMMANDS}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        command, *self.args = args
+        self.resolved = self.config[command]
+        check_seed(self.resolved.seed_everything)
+
+    def instantiate_classes(self) -> None:
+        """Build everything; what a constructor refuses is told with the whole key of the setting."""
+        with located(self.resolved, self.args):
+            super().instantiate_classes()
+
+    def check_together(self) -> None:
+        """Check settings of different sections against each other; reads no file."""
+        check_together(str(self.subcommand), self.trainer, self.model, self.datamodule, self.resolved, self.args)
+
+    def check_inputs(self) -> None:
+        """Check that what the run reads is there; loads no weights."""
+        check_inputs(str(self.subcommand), self.trainer, self.model, self.datamodule, self.resolved, self.args)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would load the whole checkpoint to look for hyperparameters, and there are none in it."""
@@ -218,18 +239,17 @@ def _command_kwargs(command: str) -> dict[str, Any]:
     return {"allow_abbrev": False, "usage": usage, "description": COMMANDS[command] + _HELP}
 
 
-def _load_yaml(content: str, name: str) -> dict[str, Any]:
+def _load_settings(content: str, name: str) -> dict[str, Any]:
     """The settings in a config's text; nothing in it is no settings.
 
     Raises:
         ValueError: if it is no YAML, or no mapping.
     """
-    try:
-        settings = yaml.safe_load(content)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        raise ValueError(f"{name}{line}: this is not YAML: {error.problem}.") from None
+    settings = load_yaml(content, name)
     if settings is not None and not isinstance(settings, dict):
         raise ValueError(f"{name}: expected settings, `name: value`, got {str(settings)[:60]!r}.")
-    return settings or {}
+    settings = settings or {}
+    for section in ("trainer", "rollout"):
+        if not isinstance(value := settings.get(section, {}), dict):
+            raise ValueError(f"{name}: {section}: expected settings, `name: value`, got {str(value)[:60]!r}.")
+    return settings

@@ -1,5 +1,7 @@
 """The data module: from files or hub data sets to loaders of prompts."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -7,7 +9,7 @@ import lightning.pytorch as pl
 from tealightning.data.loader import EvaluationLoader, PromptLoader
 from tealightning.data.prompts import PromptSet, build_prompt_set
 from tealightning.data.sources import parse_source, read_rows
-from tealightning.rewards.chat import ChatFormatter, ChatTemplate
+from tealightning.rewards.chat import ChatFormatter, ChatTemplate, check_template
 from tealightning.types import Phase
 
 _PHASES: dict[str | None, tuple[Phase, ...]] = {
@@ -16,6 +18,16 @@ _PHASES: dict[str | None, tuple[Phase, ...]] = {
     "test": ("test",),
     None: ("train", "val", "test"),
 }
+
+
+@contextmanager
+def _named(setting: str) -> Iterator[None]:
+    """Errors about what `setting` names begin with it."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        told = f"{setting}.{error}" if setting == "data" else f"{setting}: {error}"
+        raise type(error)(told).with_traceback(error.__traceback__) from error.__cause__
 
 
 class PromptDataModule(pl.LightningDataModule):
@@ -63,6 +75,9 @@ class PromptDataModule(pl.LightningDataModule):
         for name, value in limits.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        if seed < 0:
+            raise ValueError(f"seed must be at least 0, got {seed}.")
+        check_template(chat_template)
         self.sources: dict[Phase, str | None] = {"train": train, "val": val, "test": test}
         self.prompt_column = prompt_column
         self.id_column = id_column
@@ -78,9 +93,10 @@ class PromptDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download hub data once per machine, before every rank reads it."""
-        for source in self.sources.values():
-            if source is not None and not parse_source(source).is_file:
-                read_rows(source)
+        for phase, source in self.sources.items():
+            with _named(f"data.{phase}"):
+                if source is not None and not parse_source(source).is_file:
+                    read_rows(source)
 
     def setup(self, stage: str | None = None) -> None:
         """Read, check and encode the splits that `stage` uses ("fit", "validate", "test"; None = all that are set).
@@ -91,12 +107,15 @@ class PromptDataModule(pl.LightningDataModule):
         phases = _PHASES[stage]
         if stage is not None and self.sources[phases[0]] is None:
             raise ValueError(f"data.{phases[0]} is not set: give it a file or a data set of the hub.")
-        formatter = ChatFormatter(self._load_tokenizer(), self.chat_template)
+        formatter = self._formatter()
         for phase in phases:
             source = self.sources[phase]
             if source is not None:
-                self.prompt_sets[phase] = self._build(source, formatter)
+                with _named(f"data.{phase}"):
+                    self.prompt_sets[phase] = self._build(source, formatter)
         self._train_loader = None
+        if stage == "fit":
+            self._check_steps()
 
     def train_dataloader(self) -> PromptLoader:
         """The training stream. The same one until the next `setup`, so that asking again does not start it anew."""
@@ -141,6 +160,31 @@ class PromptDataModule(pl.LightningDataModule):
             system_prompt=self.system_prompt,
             max_prompt_tokens=self.max_prompt_tokens,
         )
+
+    def _formatter(self) -> ChatFormatter:
+        tokenizer = self._load_tokenizer()
+        with _named("data"):
+            formatter = ChatFormatter(tokenizer, self.chat_template)
+        if self.system_prompt is not None and not formatter.uses_template:
+            raise ValueError(
+                "data.system_prompt needs a chat template, and prompts are used as plain text here: put it into the "
+                "prompts, or set data.chat_template."
+            )
+        return formatter
+
+    def _check_steps(self) -> None:
+        """Whether there are prompts for a step, and validations within an epoch, before a model is loaded."""
+        with _named("data.batch_size"):
+            steps = len(self.train_dataloader())
+        if self.trainer is None or self.trainer.check_val_every_n_epoch is None or "val" not in self.prompt_sets:
+            return
+        limit, interval = self.trainer.limit_train_batches, self.trainer.val_check_interval
+        steps = min(steps, limit) if isinstance(limit, int) else int(steps * limit)
+        if isinstance(interval, int) and interval > steps and self.trainer.limit_val_batches:
+            raise ValueError(
+                f"trainer.val_check_interval must be at most {steps}, the steps of an epoch, got {interval}; or set "
+                "trainer.check_val_every_n_epoch=null, and it counts steps over epochs."
+            )
 
     def _load_tokenizer(self) -> Any:
         if isinstance(self.tokenizer, str):

@@ -1,19 +1,25 @@
-"""Prompts in memory: checked, encoded once, handed out as batches."""
+"""Prompts: checked, encoded once, handed out as batches."""
 
+import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from numpy.typing import NDArray
+from tqdm import tqdm
 
-from tealightning.data.sources import Rows, columns_of
+from tealightning.data.packed import PackedTexts
+from tealightning.data.sources import Rows, columns_of, place_of
 from tealightning.registry import did_you_mean
 from tealightning.rewards.chat import ChatFormatter
 from tealightning.types import Message, Prompt, PromptBatch
 
 _ENCODE_CHUNK = 1024
+_SHOWN = 5  # bad prompts in a message
 
 
 @dataclass(kw_only=True, slots=True)
@@ -22,7 +28,7 @@ class PromptSet:
 
     rows: Rows  # at least n, as read
     row_numbers: NDArray[np.int64]  # [n] where each prompt is in `rows`
-    ids: list[str]  # n, unique
+    ids: Sequence[str]  # n, unique
     tokens: NDArray[np.int32]  # all prompts' tokens, one after another
     ends: NDArray[np.int64]  # [n] where each prompt's tokens end
     prompt_column: str
@@ -40,6 +46,19 @@ class PromptSet:
             token_ids=[self._tokens_of(i) for i in chosen],
             metadata=[{key: value for key, value in row.items() if key != self.prompt_column} for row in rows],
         )
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[n] tokens of each prompt."""
+        return np.diff(self.ends, prepend=0)
+
+    def name_of(self, index: int) -> str:
+        """The prompt at `index`, for people: its identifier and where it is in the file."""
+        return f"prompt {self.ids[index]!r} ({place_of(self.rows, int(self.row_numbers[index]))})"
+
+    def prompt_of_token(self, position: int) -> int:
+        """The index of the prompt that `tokens[position]` belongs to."""
+        return int(np.searchsorted(self.ends, position, side="right"))
 
     def _tokens_of(self, index: int) -> list[int]:
         start = self.ends[index - 1] if index else 0
@@ -68,22 +87,20 @@ def build_prompt_set(
             every prompt is too long.
     """
     columns = columns_of(rows)
-    if prompt_column not in columns:
-        raise ValueError(f"{source}: there is no column {prompt_column!r}.{did_you_mean(prompt_column, columns)}")
-    ids = _read_ids(rows, source=source, columns=columns, id_column=id_column)
-    prompts = _read_prompts(rows, source=source, column=prompt_column)
-    try:
-        encoded = list(_encode(prompts, formatter, system_prompt))
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-    lengths = np.array([len(row) for row in encoded])
-    kept = _short_enough(lengths, source=source, limit=max_prompt_tokens)
+    for column in filter(None, (prompt_column, id_column)):
+        if column not in columns:
+            raise ValueError(f"{source}: there is no column {column!r}.{did_you_mean(column, columns)}")
+    id_column = id_column or ("id" if "id" in columns else None)
+    encoder = _Encoder(rows, source, formatter, system_prompt, max_prompt_tokens)
+    ids = _read(rows, encoder, source=source, prompt_column=prompt_column, id_column=id_column)
+    kept = np.frombuffer(encoder.kept, dtype=np.int64)
+    encoder.check_kept(len(rows))
     return PromptSet(
         rows=rows,
         row_numbers=kept,
-        ids=[ids[i] for i in kept],
-        tokens=np.concatenate([encoded[i] for i in kept]),
-        ends=np.cumsum(lengths[kept]),
+        ids=ids if len(kept) == len(rows) else PackedTexts(ids[int(i)] for i in kept),
+        tokens=np.frombuffer(encoder.tokens, dtype=np.int32),
+        ends=np.frombuffer(encoder.ends, dtype=np.int64),
         prompt_column=prompt_column,
     )
 
@@ -97,6 +114,7 @@ def as_prompt(value: Any) -> Prompt:
     if isinstance(value, str):
         if not value:
             raise ValueError("it is empty")
+        _check_text(value)
         return value
     if not isinstance(value, list):
         raise ValueError(f"it is {'missing' if value is None else type(value).__name__}")
@@ -111,68 +129,119 @@ def as_prompt(value: Any) -> Prompt:
 def _as_message(message: Any) -> Message:
     if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
         raise ValueError('its messages are not all {"role": "...", "content": "..."}')
+    _check_text(message["content"])
     return {"role": message["role"], "content": message["content"]}
 
 
-def _read_prompts(rows: Rows, *, source: str, column: str) -> list[Prompt]:
-    prompts: list[Prompt] = []
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can write half of a character: "\\ud83d"
+        raise ValueError(f"it holds half a character (a lone surrogate) at {error.start}") from None
+
+
+def _read(rows: Rows, encoder: "_Encoder", *, source: str, prompt_column: str, id_column: str | None) -> PackedTexts:
+    """Check and encode every row in one pass, and return the identifiers."""
+    ids = PackedTexts()
     bad: list[str] = []
-    for number, row in enumerate(rows):
+    is_quiet = bool(getattr(rank_zero_only, "rank", 0))
+    for number, row in enumerate(tqdm(rows, desc=source, unit=" prompts", delay=5, leave=False, disable=is_quiet)):
+        ids.append(_identifier(row, number, rows, source=source, column=id_column))
         try:
-            prompts.append(as_prompt(row.get(column)))
+            prompt = as_prompt(row.get(prompt_column))
         except ValueError as error:
-            bad.append(f"row {number} ({error})")
+            bad.append(f"{place_of(rows, number)}: {error}" if len(bad) < _SHOWN else "")
+        if not bad:
+            encoder.add(prompt)
     if bad:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        more = f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         raise ValueError(
-            f"{source}: column {column!r} must hold non-empty texts or chats; counted from 0, "
-            f"{', '.join(bad[:5])}{more} is neither."
+            f"{source}: column {prompt_column!r} must hold non-empty texts or chats. {'; '.join(bad[:_SHOWN])}{more}."
         )
-    return prompts
+    encoder.flush()
+    if (repeated := ids.first_repeated() if id_column is not None else None) is not None:
+        first, again = (place_of(rows, row) for row in repeated)
+        raise ValueError(
+            f"{source}: identifiers must be unique, and {ids[repeated[0]]!r} is that of {first} and of {again}. Name "
+            "another column with id_column, or remove the duplicates."
+        )
+    return ids
 
 
-def _read_ids(rows: Rows, *, source: str, columns: Sequence[str], id_column: str | None) -> list[str]:
-    if id_column is None and "id" not in columns:
-        return [str(number) for number in range(len(rows))]
-    column = id_column or "id"
-    if column not in columns:
-        raise ValueError(f"{source}: there is no column {column!r}.{did_you_mean(column, columns)}")
-    seen: dict[str, int] = {}
-    for number, row in enumerate(rows):
-        value = row.get(column)
-        if value is None:
-            raise ValueError(f"{source}: row {number} (from 0) has no identifier in column {column!r}.")
-        first = seen.setdefault(str(value), number)
-        if first != number:
+def _identifier(row: dict[str, Any], number: int, rows: Rows, *, source: str, column: str | None) -> str:
+    if column is None:
+        return str(number)
+    if row.get(column) is None:
+        raise ValueError(f"{source}: {place_of(rows, number)} has no identifier in column {column!r}.")
+    return str(row[column])
+
+
+class _Encoder:
+    """Encodes prompts as they come, a chunk at a time, and keeps the tokens of those that are short enough."""
+
+    def __init__(
+        self, rows: Rows, source: str, formatter: ChatFormatter, system_prompt: str | None, limit: int | None
+    ) -> None:
+        self.rows = rows
+        self.source = source
+        self.formatter = formatter
+        self.system_prompt = system_prompt
+        self.limit = limit
+        self.kept = array("q")  # rows
+        self.tokens = array("i")
+        self.ends = array("q")
+        self.shortest: float = math.inf
+        self._chunk: list[Prompt] = []
+        self._encoded = 0
+
+    def add(self, prompt: Prompt) -> None:
+        """Encode the next row's prompt, now or with later ones."""
+        self._chunk.append(prompt)
+        if len(self._chunk) == _ENCODE_CHUNK:
+            self.flush()
+
+    def flush(self) -> None:
+        """Encode what was added.
+
+        Raises:
+            ValueError: for a prompt that the template refuses or that has no tokens, with its row.
+        """
+        for number, token_ids in enumerate(self._encode(self._chunk), start=self._encoded):
+            if not token_ids:
+                raise ValueError(f"{self.source}: the prompt of {place_of(self.rows, number)} has no tokens.")
+            self.shortest = min(self.shortest, len(token_ids))
+            if self.limit is None or len(token_ids) <= self.limit:
+                self.kept.append(number)
+                self.tokens.extend(token_ids)
+                self.ends.append(len(self.tokens))
+        self._encoded += len(self._chunk)
+        self._chunk.clear()
+
+    def check_kept(self, count: int) -> None:
+        """Say how many of `count` prompts were too long.
+
+        Raises:
+            ValueError: if all were.
+        """
+        dropped = count - len(self.kept)
+        if dropped == count:
             raise ValueError(
-                f"{source}: identifiers must be unique, and {str(value)!r} is that of rows {first} and {number} "
-                "(from 0). Name another column with id_column, or remove the duplicates."
+                f"{self.source}: all {dropped:,} prompts are longer than max_prompt_tokens={self.limit} (the shortest "
+                f"has {self.shortest} tokens)."
             )
-    return list(seen)
+        if dropped:
+            warnings.warn(
+                f"{self.source}: dropped {dropped:,} of {count:,} prompts longer than {self.limit} tokens.",
+                stacklevel=2,
+            )
 
-
-def _encode(
-    prompts: Sequence[Prompt], formatter: ChatFormatter, system_prompt: str | None
-) -> Iterator[NDArray[np.int32]]:
-    for start in range(0, len(prompts), _ENCODE_CHUNK):
-        chunk = prompts[start : start + _ENCODE_CHUNK]
-        for number, row in enumerate(formatter.encode_prompts(chunk, system_prompt=system_prompt), start=start):
-            if not row:
-                raise ValueError(f"the prompt of row {number} (from 0) has no tokens.")
-            yield np.array(row, dtype=np.int32)
-
-
-def _short_enough(lengths: NDArray[np.int64], *, source: str, limit: int | None) -> NDArray[np.int64]:
-    """[n] rows with at most `limit` tokens."""
-    kept = np.arange(len(lengths)) if limit is None else np.flatnonzero(lengths <= limit)
-    dropped = len(lengths) - len(kept)
-    if dropped == len(lengths):
-        raise ValueError(
-            f"{source}: all {dropped:,} prompts are longer than max_prompt_tokens={limit} (the shortest has "
-            f"{lengths.min()} tokens)."
-        )
-    if dropped:
-        warnings.warn(
-            f"{source}: dropped {dropped:,} of {len(lengths):,} prompts longer than {limit} tokens.", stacklevel=2
-        )
-    return kept
+    def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        try:
+            return self.formatter.encode_prompts(prompts, system_prompt=self.system_prompt)
+        except ValueError:
+            for number, prompt in enumerate(prompts, start=self._encoded):  # which one?
+                try:
+                    self.formatter.encode_prompts([prompt], system_prompt=self.system_prompt)
+                except ValueError as error:
+                    raise ValueError(f"{self.source}: {place_of(self.rows, number)}: {error}") from error
+            raise

@@ -4,10 +4,12 @@ import csv
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tealightning.data.json_lines import JsonLines
 
 Rows = Sequence[dict[str, Any]]
 
@@ -57,11 +59,26 @@ def parse_source(text: str) -> Source:
     return source
 
 
+def check_source(text: str) -> None:
+    """Refuse a source that cannot be read, as far as its name tells; a data set of the hub is looked up later.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for a form that is none of a source, or a format that is not known.
+    """
+    source = parse_source(text)
+    if source.is_file:
+        _reader_of(source.path)
+    elif (source.path.is_absolute() or text.startswith(".")) and not source.path.exists():
+        raise FileNotFoundError(f"There is no file or folder {source.path.absolute()}.")
+
+
 def read_rows(text: str) -> Rows:
     """The rows that a source names, in their order.
 
     JSON and CSV are read by Python, so that every value is what the file says (in CSV a string); Parquet and hub data
-    are Arrow tables. A file is read anew each time.
+    are Arrow tables. JSON lines stay on the disk, a list of JSON and CSV are kept in memory. A file is read anew each
+    time.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -81,8 +98,7 @@ def columns_of(rows: Rows) -> list[str]:
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
-def _read_file(source: Source) -> Rows:
-    path = source.path
+def _reader_of(path: Path) -> Callable[[Path], Rows]:
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, n=1)
@@ -91,10 +107,24 @@ def _read_file(source: Source) -> Rows:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"{path}: cannot tell the format from {path.suffix!r}. Known: {', '.join(READERS)}.")
+    return reader
+
+
+def place_of(rows: Rows, row: int) -> str:
+    """Where a row is, for people: `line 17` of JSON lines, else `row 16 (from 0)`."""
+    return rows.place(row) if isinstance(rows, JsonLines) else f"row {row} (from 0)"
+
+
+def _read_file(source: Source) -> Rows:
+    path = source.path
+    reader = _reader_of(path)
     try:
         rows = reader(path)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line} is not UTF-8 text: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} cannot be read: it is nested too deeply.") from error
     if source.slice:
         start, stop = _slice_bounds(source, len(rows))
         rows = rows.select(range(start, stop)) if hasattr(rows, "select") else rows[start:stop]
@@ -111,24 +141,6 @@ def _slice_bounds(source: Source, count: int) -> tuple[int, int]:
             f"{source.text!r}: {source.slice} is no slice: {error}. Say [:1000], [90%:], [10:20]."
         ) from error
     return part.from_, max(part.from_, part.to)
-
-
-def _read_jsonl(path: Path) -> Rows:
-    return list(_jsonl_rows(path))
-
-
-def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error.msg}.") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected an object, {{...}}, got {type(row).__name__}.")
-            yield row
 
 
 def _read_json(path: Path) -> Rows:
@@ -185,7 +197,7 @@ def _read_data_set(source: Source) -> Rows:
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {
-    ".jsonl": _read_jsonl,
+    ".jsonl": JsonLines,
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,

@@ -33,6 +33,9 @@ class Reward(ABC):
         """Its key in metrics and tables."""
         return snake_case(type(self).__name__).removesuffix("_reward")
 
+    def check(self) -> None:  # noqa: B027 - optional hook
+        """Refuse, with a ValueError, what cannot work: called at the start of a run, before anything is loaded."""
+
     def setup(self, device: torch.device) -> None:  # noqa: B027 - optional hook
         """Load what it needs on `device`; called once before the first `score`, safe to call again."""
 

@@ -73,9 +73,9 @@ class ChatFormatter:
             return self.tokenizer.apply_chat_template(
                 chat, chat_template=self.template, tokenize=False, add_generation_prompt=answer is None
             )
-        except TemplateError as error:
+        except Exception as error:  # a template runs code of its own: a TypeError is as much its refusal as a raise
             roles = [message["role"] for message in chat]
-            raise ValueError(f"the chat template refuses a chat with the roles {roles}: {error}") from error
+            raise ValueError(f"the chat template refuses a chat with the roles {roles}: {_reason(error)}") from error
 
     def _plain(self, prompt: Prompt) -> str:
         if isinstance(prompt, str):
@@ -103,6 +103,10 @@ class ChatFormatter:
         return bos is not None and bos in full[:start], len(full) - start - len(bare)
 
 
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+
+
 def _as_chat(prompt: Prompt, system_prompt: str | None = None) -> list[Message]:
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system_prompt is None or chat[0]["role"] == "system":
@@ -110,12 +114,18 @@ def _as_chat(prompt: Prompt, system_prompt: str | None = None) -> list[Message]:
     return [{"role": "system", "content": system_prompt}, *chat]
 
 
-def _read_template(chat_template: str) -> str | None:
-    if chat_template == "auto":
-        return None
-    path = Path(chat_template).expanduser()
-    if not path.is_file():
+def check_template(chat_template: ChatTemplate) -> None:
+    """
+    Raises:
+        ValueError: unless `chat_template` is true, false, auto or the path of a file.
+    """
+    if isinstance(chat_template, str) and chat_template != "auto" and not Path(chat_template).expanduser().is_file():
         raise ValueError(
-            f'chat_template must be "auto", true, false or the path of a Jinja file; no file is at {path.absolute()}.'
+            'chat_template must be "auto", true, false or the path of a Jinja file; no file is at '
+            f"{Path(chat_template).expanduser().absolute()}."
         )
-    return path.read_text(encoding="utf-8")
+
+
+def _read_template(chat_template: str) -> str | None:
+    check_template(chat_template)
+    return None if chat_template == "auto" else Path(chat_template).expanduser().read_text(encoding="utf-8")

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from tealightning.micro_batches import tokens_of_a_pass
+from tealightning.pretrained import check_weights
 from tealightning.registry import register
 from tealightning.rewards.base import Reward
-from tealightning.rewards.chat import ChatFormatter, ChatTemplate
+from tealightning.rewards.chat import ChatFormatter, ChatTemplate, check_template
 from tealightning.types import Prompt
 
 
@@ -50,6 +51,7 @@ class SequenceClassifierReward(Reward):
     ) -> None:
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}.")
+        check_template(chat_template)
         for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens), ("max_length", max_length)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -65,6 +67,19 @@ class SequenceClassifierReward(Reward):
         """Completions met so far that were longer than `max_length`."""
         self._model: Any = None
         self._formatter: ChatFormatter | None = None
+
+    def check(self) -> None:
+        """Read configuration and tokenizer, not the weights.
+
+        Raises:
+            ValueError: if one is not there, or the model is no reward model.
+        """
+        check_weights(self.model_path, argument="model")
+        try:
+            _reward_config(self.model_path, self.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model {self.model_path!r} cannot be used as a reward model: {error}") from error
+        ChatFormatter(_load_tokenizer(self.tokenizer_path, self.trust_remote_code), self.chat_template)
 
     def setup(self, device: torch.device) -> None:
         """Load model and tokenizer on `device`.
@@ -152,13 +167,20 @@ def _micro_batches(rows: list[int], lengths: list[int], max_rows: int, max_token
         rows = rows[count:]
 
 
+def _reward_config(path: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if config.num_labels != 1:
+        raise ValueError(f"it has {config.num_labels} labels, and a reward model has 1 (num_labels in config.json)")
+    return config
+
+
 def _load_model(path: str, dtype: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        if config.num_labels != 1:
-            raise ValueError(f"it has {config.num_labels} labels, and a reward model has 1 (num_labels in config.json)")
+        config = _reward_config(path, trust_remote_code)
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path,
             config=config,

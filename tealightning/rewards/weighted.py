@@ -41,6 +41,14 @@ class WeightedReward(Reward):
         self.rewards = dict(rewards)
         self.weights = dict(weights)
 
+    def check(self) -> None:
+        """Check every component."""
+        for key, reward in self.rewards.items():
+            try:
+                reward.check()
+            except ValueError as error:
+                raise ValueError(f"rewards.{key}: {error}") from error
+
     def setup(self, device: torch.device) -> None:
         """Set every component up."""
         for reward in self.rewards.values():

@@ -44,6 +44,10 @@ class RolloutEngine(ABC):
         """Its key in metrics and tables."""
         return snake_case(type(self).__name__).removesuffix("_engine")
 
+    def check(self) -> None:  # noqa: B027 - optional hook
+        """Refuse, with a ValueError or ImportError, what cannot work: called at the start of a run, before anything is
+        loaded."""
+
     @abstractmethod
     def start(self, context: EngineContext) -> None:
         """Load. Called after the process group exists; safe to call again. Leaves the global RNG streams, the thread

@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,6 +24,11 @@ from tealightning.types import Completion, SamplingConfig
 
 _OWN_ARGS = frozenset({"model", "seed", "max_model_len", "generation_config", "logprobs_mode", "tensor_parallel_size"})
 """What the engine's promises rest on: `extra_args` may not change these."""
+
+_WAYS_OUT = (
+    'On a GPU: pip install "tealightning[vllm]". On a CPU: make install. Or use --rollout.engine=TransformersEngine, '
+    "which works without."
+)
 
 _IDLE: dict[str, list[Any]] = {}
 """`LLM`s that no engine uses any more, by their arguments. Deleting one destroys the global process group, also one
@@ -92,6 +98,14 @@ class VLLMEngine(RolloutEngine):
         self._key = ""  # the arguments of `_llm`
         self._asleep = False
         self._release: Any = None  # moves `_llm` to `_IDLE`, when called or when this engine is garbage collected
+
+    def check(self) -> None:
+        """
+        Raises:
+            ImportError: if vLLM is not installed.
+        """
+        if find_spec("vllm") is None:
+            raise ImportError(f"VLLMEngine needs vLLM, which is not installed. {_WAYS_OUT}")
 
     def start(self, context: EngineContext) -> None:
         """Load vLLM and the policy, and take over the live policy's weights.
@@ -273,10 +287,7 @@ def _runs_on_cpu() -> bool:
     try:
         from vllm.platforms import current_platform
     except ImportError as error:
-        raise ImportError(
-            f'VLLMEngine needs vLLM, which cannot be imported ({error}). On a GPU: pip install "tealightning[vllm]". '
-            "On a CPU: make install. Or use --rollout.engine=TransformersEngine, which works without."
-        ) from error
+        raise ImportError(f"VLLMEngine needs vLLM, which cannot be imported ({error}). {_WAYS_OUT}") from error
     return bool(current_platform.is_cpu())
 
 

@@ -153,17 +153,29 @@ def fit_args(playground, tmp_path):
 @pytest.mark.parametrize(
     ("option", "told"),
     [
-        ("rollout.sampling.temperature=0", "sampling.temperature must be above 0, got 0.0."),
-        ("model.estimator.alpha=3", "alpha must be a number in (0, 1], the upper share of each group that counts; got"),
-        ("model.loss.kl_coef=-1", "loss.kl_coef must be 0 or more, got -1.0."),
-        ("model.ns=[0,4]", "ns must hold different integers of at least 1, for example [1, 4, 16]; got [0, 4]."),
-        ("rollout.group_size=0", "rollout.group_size must be at least 1, got 0."),
-        ("rollout.group_size=4", "tea needs at least 5 rollouts a prompt, got group_size=4: the tail would have"),
-        ("data.batch_size=0", "batch_size must be at least 1, got 0."),
-        ("model.policy=runs/no/policy", "policy 'runs/no/policy': there is no such folder (looked in "),
+        ("rollout.sampling.temperature=0", "error: rollout.sampling.temperature must be above 0, got 0.0."),
+        (
+            "model.estimator.alpha=3",
+            "error: model.estimator.alpha must be a number in (0, 1], the upper share of each group that counts; got",
+        ),
+        ("model.loss.kl_coef=-1", "error: model.loss.kl_coef must be 0 or more, got -1.0."),
+        (
+            "model.ns=[0,4]",
+            "error: model.ns must hold different integers of at least 1, for example [1, 4, 16]; got [0, 4].",
+        ),
+        ("rollout.group_size=0", "error: rollout.group_size must be at least 1, got 0."),
+        (
+            "rollout.group_size=4",
+            "error: rollout.group_size: tea needs at least 5 rollouts a prompt, got group_size=4: the tail would have",
+        ),
+        ("data.batch_size=0", "error: data.batch_size must be at least 1, got 0."),
+        (
+            "model.policy=runs/no/policy",
+            "error: model.policy: policy 'runs/no/policy': there is no such folder (looked in ",
+        ),
         ("rollout.reward.model=runs/no/reward_model", "'runs/no/reward_model'"),
-        ("ckpt_path=no.ckpt", "Checkpoint file not found: no.ckpt"),
-        ("trainer.gradient_clip_val=1", "Automatic gradient clipping is not supported for manual optimization."),
+        ("ckpt_path=no.ckpt", "ckpt_path: there is no file "),
+        ("trainer.gradient_clip_val=1", "trainer.gradient_clip_val: automatic gradient clipping is not supported for"),
     ],
 )
 def test_out_of_range_or_missing(fit_args, option, told):

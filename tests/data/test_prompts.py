@@ -70,17 +70,17 @@ def test_missing_column_suggests_the_nearest(prompt_set, setting):
     ],
 )
 def test_bad_prompt_is_named_with_its_row(prompt_set, value, reason):
-    with pytest.raises(ValueError, match=rf"row 1 \({reason}"):
+    with pytest.raises(ValueError, match=rf"row 1 \(from 0\): {reason}"):
         prompt_set([{"prompt": "good"}, {"prompt": value}])
 
 
 def test_many_bad_prompts_are_counted(prompt_set):
-    with pytest.raises(ValueError, match=r"row 0 \(it is empty\), .*row 4 \(it is empty\) and 3 more"):
+    with pytest.raises(ValueError, match=r"row 0 \(from 0\): it is empty; .*row 4 \(from 0\): it is empty; and 3 more"):
         prompt_set([{"prompt": ""}] * 8)
 
 
 def test_duplicate_identifiers_are_an_error(prompt_set):
-    with pytest.raises(ValueError, match="'1' is that of rows 0 and 2"):
+    with pytest.raises(ValueError, match=r"'1' is that of row 0 \(from 0\) and of row 2"):
         prompt_set([{"prompt": "a", "id": 1}, {"prompt": "b", "id": 2}, {"prompt": "c", "id": "1"}])
 
 
@@ -90,7 +90,7 @@ def test_missing_identifier_is_an_error(prompt_set):
 
 
 def test_error_of_the_template_names_the_source(prompt_set):
-    with pytest.raises(ValueError, match="data: a prompt is a chat"):
+    with pytest.raises(ValueError, match=r"data: row 0 \(from 0\): a prompt is a chat"):
         prompt_set([{"prompt": CHAT}])
 
 

@@ -40,7 +40,7 @@ def test_existing_file_wins_over_the_syntax(tmp_path: Path):
     path = tmp_path / "odd@name.jsonl"
     path.write_text('{"prompt": "a"}\n')
     assert parse_source(str(path)) == Source(text=str(path), name=str(path))
-    assert read_rows(str(path)) == [{"prompt": "a"}]
+    assert list(read_rows(str(path))) == [{"prompt": "a"}]
 
 
 @pytest.mark.parametrize("text", ["", "a@b@c", "name:config:more", "name@train[", "@train"])
@@ -93,7 +93,7 @@ def test_values_are_what_the_file_says(tmp_path: Path):
     odd = [{"prompt": "null", "when": "2024-01-01", "x": {"a": 1}}, {"prompt": "é\u2028", "x": [1, "two"]}]
     path = tmp_path / "odd.jsonl"
     path.write_text("\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in odd), encoding="utf-8")
-    assert read_rows(str(path)) == odd
+    assert list(read_rows(str(path))) == odd
     assert columns_of(odd) == ["prompt", "when", "x"]
     (tmp_path / "odd.csv").write_text('prompt,answer\n"null","007"\n"two\nlines",NA\n')
     expected = [{"prompt": "null", "answer": "007"}, {"prompt": "two\nlines", "answer": "NA"}]
@@ -150,7 +150,7 @@ def test_unknown_data_set_is_neither_file_nor_hub(monkeypatch):
             r"a\.jsonl, line 3 is not JSON: Expecting value",
         ),
         ("a.jsonl", b'{"prompt": "a"}\n["b"]\n', r"line 2: expected an object, \{\.\.\.\}, got list"),
-        ("a.jsonl", b'{"prompt": "\xff"}\n', "is not UTF-8 text"),
+        ("a.jsonl", b'{"prompt": "\xff"}\n', r"a\.jsonl, line 1 is not UTF-8 text: byte 0xff at 12"),
         ("a.json", b'{"prompt": "a"}\n{"prompt": "b"}', r"line 2, column 1\)\. Is it JSON lines"),
         ("a.json", b'{"prompt": "a"}', "expected a list of objects"),
         ("a.csv", b"prompt,answer\na,1\nb\n", "line 3: expected the header's 2 fields"),

@@ -1,0 +1,188 @@
+"""Checks of a whole run before anything is loaded: settings against each other first, then what is on the disk.
+
+What one class can tell about its own arguments its constructor has refused already.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from tealightning.callbacks import EvaluationRecord, RolloutCallback
+from tealightning.cli.located import SettingError, located
+from tealightning.data import PromptDataModule
+from tealightning.data.sources import check_source
+from tealightning.module import PostTrainingModule
+from tealightning.pretrained import check_weights, policy_config, positions_of
+from tealightning.types import Phase
+
+PHASES: dict[str, tuple[Phase, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+"""What a command reads of the data; the first of them it must have."""
+
+
+def check_seed(seed: Any) -> None:
+    """
+    Raises:
+        SettingError: for a seed that random number generators do not take.
+    """
+    if not isinstance(seed, bool) and isinstance(seed, int) and not 0 <= seed < 2**32:
+        raise SettingError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}.")
+
+
+def check_together(command: str, trainer: pl.Trainer, model: Any, data: Any, config: Any, args: Sequence[str]) -> None:
+    """Settings of different sections against each other. It reads no file.
+
+    Args:
+        command: fit, validate or test.
+        config: The resolved configuration, for messages.
+        args: The command line, for messages.
+
+    Raises:
+        SettingError: naming the settings that do not go together.
+    """
+    rollout = rollout_of(trainer)
+    if command == "fit":
+        with located(config, args, "rollout.group_size"):
+            model.estimator.check_group_size(rollout.group_size)
+        with located(config, args, "rollout"):
+            rollout.check(command, model)
+        _check_training(trainer, model, config, args)
+    _check_trainer(config.trainer)
+    _check_lengths(rollout)
+    _check_samples(trainer, max(model.ns))
+    if isinstance(data, PromptDataModule) and data.sources[PHASES[command][0]] is None:
+        raise SettingError(f"data.{PHASES[command][0]} is not set: give it a file or a data set of the hub.")
+
+
+def check_inputs(command: str, trainer: pl.Trainer, model: Any, data: Any, config: Any, args: Sequence[str]) -> None:
+    """That what the run reads is there and of the right kind: prompts, policy, reference, reward, checkpoint.
+
+    Raises:
+        SettingError: naming the setting, and the file or folder.
+    """
+    rollout = rollout_of(trainer)
+    if isinstance(data, PromptDataModule):
+        for phase in PHASES[command]:
+            with located(config, args, f"data.{phase}"):
+                if (source := data.sources[phase]) is not None:
+                    check_source(source)
+    _check_checkpoint(config.get("ckpt_path"))
+    if isinstance(model, PostTrainingModule):
+        _check_policy(command, model, config, args)
+        _check_positions(rollout, positions_of(model.policy_config))
+    with located(config, args, "rollout.engine"):
+        rollout.engine.check()
+    for key, reward in _rewards(trainer):
+        with located(config, args, key):
+            reward.check()
+
+
+def rollout_of(trainer: pl.Trainer) -> RolloutCallback:
+    """The trainer's rollout callback."""
+    return next(c for c in trainer.callbacks if isinstance(c, RolloutCallback))  # type: ignore[attr-defined]
+
+
+def _check_trainer(settings: Any) -> None:
+    """What Lightning takes without a word, and fails on in the middle of a run."""
+    if settings.val_check_interval == 0:
+        raise SettingError(
+            "trainer.val_check_interval must be at least 1 step or a share of an epoch in (0, 1], got 0; without "
+            "validation: trainer.limit_val_batches=0."
+        )
+    for name, least in (("log_every_n_steps", 0), ("num_sanity_val_steps", -1)):
+        if (value := getattr(settings, name)) is not None and value < least:
+            raise SettingError(f"trainer.{name} must be at least {least}, got {value}.")
+
+
+def _check_lengths(rollout: RolloutCallback) -> None:
+    new, longest = rollout.sampling.max_new_tokens, rollout.max_model_len
+    if longest is not None and new >= longest:
+        raise SettingError(
+            f"rollout.sampling.max_new_tokens={new} leaves no room for a prompt in rollout.max_model_len={longest}: it "
+            f"must be at most {longest - 1}, or max_model_len larger."
+        )
+
+
+def _check_samples(trainer: pl.Trainer, samples: int) -> None:
+    """No callback may want more samples of a prompt than an evaluation takes."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, EvaluationRecord):
+            continue
+        for name in ("kl_samples", "diversity_samples"):
+            if getattr(callback, name) > max(samples, 2):
+                raise SettingError(
+                    f"trainer.callbacks.{name} must be at most max(model.ns)={samples}, the samples that an evaluation "
+                    f"takes of a prompt, got {getattr(callback, name)}."
+                )
+
+
+def _check_training(trainer: pl.Trainer, model: Any, config: Any, args: Sequence[str]) -> None:
+    if config.trainer.gradient_clip_val:
+        raise SettingError(
+            "trainer.gradient_clip_val: automatic gradient clipping is not supported for manual optimization. Set "
+            "model.gradient_clip_norm instead."
+        )
+    if config.trainer.accumulate_grad_batches != 1:
+        raise SettingError(
+            "trainer.accumulate_grad_batches: gradient accumulation is not supported in manual optimization. "
+            "data.batch_size sets the prompts of a step, and model.micro_batch_tokens what is computed at a time."
+        )
+    # As asked for, whatever Lightning makes of it on this device: clipping would take scaled gradients for real ones.
+    if str(config.trainer.precision) in ("16", "16-mixed"):
+        raise SettingError("trainer.precision=16-mixed is not supported: use bf16-mixed, bf16-true or 32-true.")
+    if not isinstance(model, PostTrainingModule):
+        return
+    with located(config, args, "model.optimizer"):
+        optimizer: Any = model.optimizer([torch.nn.Parameter(torch.zeros(2, 2))])
+        for name, value in optimizer.defaults.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value}.")
+    if model.lr_scheduler is not None:
+        with located(config, args, "model.lr_scheduler"):
+            model.lr_scheduler(optimizer)
+
+
+def _check_policy(command: str, model: PostTrainingModule, config: Any, args: Sequence[str]) -> None:
+    settings = {"trust_remote_code": model.load_kwargs["trust_remote_code"]}
+    with located(config, args, "model.policy"):
+        check_weights(model.policy_path)
+        _ = model.policy_config
+        _ = model.tokenizer
+    if command == "fit" and model.loss.kl_coef > 0 and model.reference_path != model.policy_path:
+        with located(config, args, "model.reference"):
+            policy_config(model.reference_path, argument="reference", **settings)
+            check_weights(model.reference_path, argument="reference")
+
+
+def _check_positions(rollout: RolloutCallback, positions: int | None) -> None:
+    if positions is None:
+        return
+    if rollout.max_model_len is not None and rollout.max_model_len > positions:
+        raise SettingError(
+            f"rollout.max_model_len must be at most {positions}, which is max_position_embeddings of the policy, "
+            f"got {rollout.max_model_len}."
+        )
+    if rollout.sampling.max_new_tokens >= positions:
+        raise SettingError(
+            f"rollout.sampling.max_new_tokens must be below {positions}, the positions of the policy for prompt and "
+            f"completion, got {rollout.sampling.max_new_tokens}."
+        )
+
+
+def _check_checkpoint(path: Any) -> None:
+    """A keyword of Lightning's (`last`, `best`) or a url is looked up later."""
+    is_path = (
+        isinstance(path, str | Path) and ("/" in str(path) or str(path).endswith(".ckpt")) and "://" not in str(path)
+    )
+    if is_path and not Path(path).expanduser().exists():
+        raise SettingError(f"ckpt_path: there is no file {Path(path).expanduser().absolute()}.")
+
+
+def _rewards(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:
+    yield "rollout.reward", rollout_of(trainer).reward
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EvaluationRecord) and callback.gold is not None:
+            yield "trainer.callbacks.gold", callback.gold

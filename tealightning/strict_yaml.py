@@ -1,0 +1,40 @@
+"""YAML for settings: a name that is given twice is an error, and every error says where it is."""
+
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what YAML takes without a word: of two settings with the same name the last would win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        names = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        first: dict[str, yaml.ScalarNode] = {}
+        for key in names:
+            if first.setdefault(key.value, key) is not key:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value!r} is set twice, here and in line {first[key.value].start_mark.line + 1}",
+                    problem_mark=key.start_mark,
+                )
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(text: str, name: str) -> Any:
+    """The document in `text`.
+
+    Args:
+        name: Of the file, for messages.
+
+    Raises:
+        ValueError: if it is no YAML, a setting is given twice, or a value is none that YAML has (a date 2026-13-45).
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        raise ValueError(f"{name}{line}: this is not YAML: {error.problem}.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: this is not YAML: {' '.join(str(error).split())}.") from None
