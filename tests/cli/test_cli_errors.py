@@ -36,7 +36,7 @@ def test_unknown_class(option, told):
 @pytest.mark.parametrize(
     ("option", "told"),
     [
-        ("modle.policy=x", "Unknown setting 'modle'. Did you mean 'model'? Valid: ckpt_path, data, model, rollout"),
+        ("modle.policy=x", "Unknown setting 'modle'. Did you mean 'model'? Valid: checkpoint, ckpt_path, data"),
         ("model.polcy=x", "Unknown setting 'model.polcy'. Did you mean 'policy'?"),
         (
             "model.estimator.target=3",
