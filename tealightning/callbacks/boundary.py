@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from tealightning.callbacks.random_state import random_state
 
@@ -96,6 +98,12 @@ def _takes_the_start_for_a_validation(trainer: pl.Trainer, epoch: int, batches: 
 def completed_batches(trainer: pl.Trainer) -> int:
     """Training batches, over all epochs, whose `training_step` has returned."""
     return _batches(trainer)["processed"]
+
+
+def has_finite_weights(module: torch.nn.Module) -> bool:
+    """Whether all weights are numbers; of sharded ones those of this rank."""
+    shares = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
+    return all(bool(torch.isfinite(share).all()) for share in shares)
 
 
 def is_in_a_step(trainer: pl.Trainer) -> bool:

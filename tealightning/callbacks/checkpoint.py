@@ -19,6 +19,7 @@ from tealightning.callbacks.boundary import (
     after_epoch,
     before_validation,
     boundary_of,
+    has_finite_weights,
     over_ranks,
     rank_state,
 )
@@ -187,8 +188,16 @@ class ResumableCheckpoint(Checkpoint):
 
         Returns:
             Whether the disk took it; if not, there is a warning, and the older ones are as they were.
+
+        Raises:
+            ValueError: if the weights are not finite: such a checkpoint would in the end replace the good ones.
         """
         assert self.folder is not None
+        if not all(over_ranks(has_finite_weights(trainer.lightning_module))):
+            raise ValueError(
+                f"The weights are not finite after optimizer step {trainer.global_step}: nothing was saved. Go on from "
+                "the newest checkpoint with a lower learning rate or model.gradient_clip_norm."
+            )
         path = checkpoint_file(self.folder, trainer.global_step)
         is_sharded = isinstance(trainer.strategy, ModelParallelStrategy)  # writes a folder, or no whole file
         written = path.with_name(f".{path.name}.part") if is_sharded else path

@@ -4,20 +4,23 @@ Nothing here waits for other ranks, which may be dead or wait for this one. Ever
 of its own; the first writes, the others wait for it and find its file.
 """
 
-import fcntl
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-import torch
 
-from tealightning.callbacks.boundary import Boundary, boundary_of, completed_batches, is_in_a_step, rank_state
+from tealightning.callbacks.boundary import (
+    Boundary,
+    boundary_of,
+    completed_batches,
+    has_finite_weights,
+    is_in_a_step,
+    rank_state,
+)
 from tealightning.callbacks.checkpoint_files import checkpoint_file, newest_good, remove_older
 from tealightning.callbacks.checkpoint_io import DamagedCheckpointError, verify
+from tealightning.locks import locked
 from tealightning.sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -56,9 +59,10 @@ def _saved(saver: "ResumableCheckpoint", trainer: pl.Trainer, pl_module: Any) ->
         return boundary.global_step, path
     if is_sharded(pl_module.policy):
         raise _CannotSaveError("the weights are sharded, and gathering them needs all ranks")
-    if not all(torch.isfinite(parameter).all() for parameter in pl_module.policy.parameters()):
+    if not has_finite_weights(pl_module):
         raise _CannotSaveError("the weights are not finite")
-    with _alone(saver.folder):
+    busy = f"another rank did not end its rescue in {_LOCK_SECONDS:g} s"
+    with locked(saver.folder, busy, wait_seconds=_LOCK_SECONDS, name=".rescue.lock"):
         if not _is_good(path):
             _write(boundary, path, saver, trainer)
             remove_older(saver.folder, saver.keep)
@@ -110,20 +114,3 @@ def _is_good(path: Path) -> bool:
         return path.exists() and verify(path) is not None
     except DamagedCheckpointError:
         return False
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One rank at a time. The lock of a rank that dies is free."""
-    folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + _LOCK_SECONDS
-    with (folder / ".rescue.lock").open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"another rank did not end its rescue in {_LOCK_SECONDS:g} s") from None
-                time.sleep(0.1)
-        yield
