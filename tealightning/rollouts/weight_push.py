@@ -42,7 +42,9 @@ class FilePush:
         parent = parent or (memory if os.access(memory, os.W_OK) else tempfile.gettempdir())
         if not os.path.isdir(parent):
             raise ValueError(f"rollout.engine.weights_dir must be an existing folder, got {parent}.")
-        self._temporary = tempfile.TemporaryDirectory(prefix="tealightning-weights-", dir=os.path.abspath(parent))
+        self._temporary = tempfile.TemporaryDirectory(
+            prefix=f"tealightning-weights-{os.getpid()}-", dir=os.path.abspath(parent)
+        )
         self.folder = Path(self._temporary.name)
         leftovers.add(self.folder)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_runs import Fit, fits, in_shared_memory, soon
+from fault_runs import Fit, fits, left_in_shared_memory, soon
 from zygote import Zygote
 
 
@@ -17,6 +17,6 @@ def zygote() -> Iterator[Zygote]:
 @pytest.fixture
 def fit(zygote: Zygote, playground: Path, tmp_path: Path) -> Iterator[Fit]:
     """Starts runs that write to `tmp_path`, and leave nothing in shared memory."""
-    before = in_shared_memory()
+    before = left_in_shared_memory()
     yield fits(zygote, playground, tmp_path)
-    soon(lambda: not in_shared_memory() - before)
+    soon(lambda: not left_in_shared_memory() - before)

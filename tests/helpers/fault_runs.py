@@ -4,7 +4,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,5 +84,22 @@ def soon(happens: Callable[[], bool], seconds: float = 30.0) -> None:
         time.sleep(0.2)
 
 
-def in_shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
+def left_in_shared_memory() -> set[str]:
+    """What no living process uses: other runs on this machine may have theirs there."""
+    used = "\n".join(_mapped_and_open(Path("/proc")))
+    left = set()
+    for entry in Path("/dev/shm").iterdir():
+        owner = re.match(r"tealightning-weights-(\d+)-", entry.name)
+        is_used = Path(f"/proc/{owner[1]}").exists() if owner else entry.is_dir() or str(entry) in used
+        if not is_used:
+            left.add(entry.name)
+    return left
+
+
+def _mapped_and_open(processes: Path) -> Iterator[str]:
+    for process in processes.glob("[0-9]*"):
+        try:
+            yield (process / "maps").read_text()
+            yield from (os.readlink(file) for file in (process / "fd").iterdir())
+        except OSError:  # it has ended, or the file was closed
+            continue
