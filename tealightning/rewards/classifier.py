@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tealightning.micro_batches import tokens_of_a_pass
+from tealightning.pretrained import refuse_pickled_weights
 from tealightning.registry import register
 from tealightning.rewards.base import Reward
 from tealightning.rewards.chat import ChatFormatter, ChatTemplate
@@ -155,6 +156,7 @@ def _micro_batches(rows: list[int], lengths: list[int], max_rows: int, max_token
 def _load_model(path: str, dtype: str, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
+    refuse_pickled_weights(path, "model")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if config.num_labels != 1:
@@ -165,8 +167,10 @@ def _load_model(path: str, dtype: str, trust_remote_code: bool) -> Any:
             dtype=getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            use_safetensors=True,
         )
     except (OSError, ValueError) as error:
+        refuse_pickled_weights(path, "model", error)
         raise ValueError(f"model {path!r} cannot be used as a reward model: {error}") from error
     if info["missing_keys"]:
         raise ValueError(
