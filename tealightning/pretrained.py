@@ -69,11 +69,12 @@ def positions_of(config: Any) -> int | None:
 def check_weights(path: str, *, argument: str = "policy") -> None:
     """
     Raises:
-        ValueError: if `path` is neither a hub id nor a folder with weights.
+        ValueError: if `path` is neither a hub id nor a folder with weights that are loaded.
     """
     _check_exists(path, argument)
+    refuse_pickled_weights(path, argument)
     folder = Path(path)
-    if folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]:
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise ValueError(f"{argument} {path!r}: the folder has no weights (model.safetensors).")
 
 
