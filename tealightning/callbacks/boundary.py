@@ -115,6 +115,21 @@ def _batches(trainer: pl.Trainer) -> dict[str, int]:
     return trainer.fit_loop.epoch_loop.batch_progress.total.state_dict()
 
 
+def is_ending(trainer: pl.Trainer) -> bool:
+    """Whether training ends with this step (and its epoch)."""
+    is_last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs  # type: ignore[operator]
+    is_last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    return trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step or (is_last_epoch and is_last_batch)
+
+
+def will_validate(trainer: pl.Trainer) -> bool:
+    """Whether Lightning validates after this step: as it decides that itself."""
+    loop = trainer.fit_loop
+    batches = trainer.num_val_batches
+    number = sum(batches) if isinstance(batches, list) else batches
+    return number > 0 and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
+
+
 def rank_state(trainer: pl.Trainer, **which: bool) -> dict[str, Any]:
     """This rank's: random streams, and what callbacks keep of their own."""
     callbacks = [callback for callback in trainer.callbacks if isinstance(callback, HasRankState)]  # type: ignore[attr-defined]

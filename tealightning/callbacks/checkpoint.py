@@ -20,8 +20,10 @@ from tealightning.callbacks.boundary import (
     before_validation,
     boundary_of,
     has_finite_weights,
+    is_ending,
     over_ranks,
     rank_state,
+    will_validate,
 )
 from tealightning.callbacks.checkpoint_files import (
     checkpoint_file,
@@ -150,9 +152,9 @@ class ResumableCheckpoint(Checkpoint):
         self.boundary = boundary_of(trainer, [{"random": streams, "callbacks": {}} for _, streams in everyone])
         self.is_moving = False
         every = self.every_n_steps or 0
-        is_due = bool(every) and (self.boundary.batches % every == 0 or _is_ending(trainer))
+        is_due = bool(every) and (self.boundary.batches % every == 0 or is_ending(trainer))
         self._is_due = self._is_due or is_due or bool(self._stop)
-        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not _will_validate(trainer):
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not will_validate(trainer):
             self._save_and_end(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -240,7 +242,7 @@ class ResumableCheckpoint(Checkpoint):
     def _save_and_end(self, trainer: pl.Trainer) -> None:
         if self._is_due and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             is_saved = self.save(trainer)
-            if not is_saved and _is_ending(trainer) and not self._stop:
+            if not is_saved and is_ending(trainer) and not self._stop:
                 raise OSError(
                     f"The last checkpoint could not be written. Free space on the disk of {self.folder}, then go on "
                     "from the one before."
@@ -251,18 +253,3 @@ class ResumableCheckpoint(Checkpoint):
     def _end_if_asked(self, trainer: pl.Trainer) -> None:
         if self._stop:
             raise StopRequestedError(self._stop, trainer.global_rank)
-
-
-def _is_ending(trainer: pl.Trainer) -> bool:
-    """Whether training ends with this step (and its epoch)."""
-    is_last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs  # type: ignore[operator]
-    is_last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-    return trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step or (is_last_epoch and is_last_batch)
-
-
-def _will_validate(trainer: pl.Trainer) -> bool:
-    """Whether Lightning validates after this step: as it decides that itself."""
-    loop = trainer.fit_loop
-    batches = trainer.num_val_batches
-    number = sum(batches) if isinstance(batches, list) else batches
-    return number > 0 and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]

@@ -1,12 +1,18 @@
 """Runs that are asked to end, that fail, and whose checkpoints are damaged."""
 
+import json
+import os
 import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from interrupted_runs import Run, assert_same, finished
+from ranks import free_port
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +208,60 @@ def test_an_exception_on_one_rank_loses_no_step(playground, tmp_path, unbroken_o
     finished(run)
     assert_same(run, unbroken_of_two)
     injected(times=2)
+
+
+FSDP2 = {
+    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+    "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
+}
+
+
+@pytest.mark.fault("SIGTERM with sharded weights", how="FSDP2 on 2 ranks with a vLLM engine each: sent to rank 1 alone")
+@pytest.mark.timeout(1500)
+def test_a_run_with_sharded_weights_stops_and_goes_on(playground, tmp_path, injected):
+    settings = {
+        "rollout": {"engine": {"class_path": "vllm_engine"}},
+        "trainer": {"strategy": FSDP2, "max_steps": 3, "limit_val_batches": 0, "num_sanity_val_steps": 0},
+    }
+    unbroken = finished(Run(playground, tmp_path / "unbroken", ranks=2, **settings), timeout=600)
+    run = Run(playground, tmp_path / "stopped", ranks=2, **settings)
+    ended = stopped(run, signal.SIGTERM, 1, fault={"phase": "backward", "step": 0, "rank": 1})
+    assert ended.codes == [143, 0], ended.text[-4000:]
+    (folder,) = run.checkpoints()
+    assert folder.name == "step=000001.ckpt" and (folder / "checksums.json").is_file()
+    finished(run, timeout=600)
+    assert [run.steps(rank) for rank in range(2)] == [unbroken.steps(rank) for rank in range(2)]
+    assert run.policy() == unbroken.policy()
+    injected(times=1)
+
+
+@pytest.mark.fault("Ctrl-C in a terminal", how="SIGINT to `tealightning fit` and to the rank that it has started")
+@pytest.mark.timeout(900)
+def test_the_command_with_two_ranks_of_its_own_stops_at_ctrl_c(playground, tmp_path, unbroken_of_two, injected):
+    """The command line as a user has it, without the helper's shared imports."""
+    run = Run(playground, tmp_path, ranks=2)
+    environment = os.environ | {"FAULT": json.dumps({"phase": "generate", "step": 4, "how": "wait", "seconds": 3.0})}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MASTER_PORT": str(free_port())}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tealightning", *run.args],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 400
+        while not (tmp_path / "at_the_moment.0").exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=200)
+    finally:
+        process.kill()
+    assert process.returncode == 130, output[-4000:]
+    assert run.checkpoints()[0].name == "step=000005.ckpt"
+    assert told_to_go_on(output) == [*run.args, "--ckpt_path", "last"]
+    finished(run)
+    assert_same(run, unbroken_of_two)
+    injected(times=1)

@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from tealightning import RolloutCallback, register
-from tealightning.callbacks import checkpoint_io, folders
+from tealightning.callbacks import checkpoint_io
 from tealightning.rollouts import RolloutEngine, TransformersEngine
 
 
@@ -183,4 +183,4 @@ def _watch_files() -> None:
         if str(target).endswith(".ckpt"):
             FAULT.at("after the rename")
 
-    checkpoint_io._seal, folders.os.replace = sealed, renamed
+    checkpoint_io._seal, os.replace = sealed, renamed
