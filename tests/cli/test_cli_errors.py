@@ -36,7 +36,10 @@ def test_unknown_class(option, told):
 @pytest.mark.parametrize(
     ("option", "told"),
     [
-        ("modle.policy=x", "Unknown setting 'modle'. Did you mean 'model'? Valid: ckpt_path, data, model, rollout"),
+        (
+            "modle.policy=x",
+            "Unknown setting 'modle'. Did you mean 'model'? Valid: ckpt_path, data, health, model, rollout",
+        ),
         ("model.polcy=x", "Unknown setting 'model.polcy'. Did you mean 'policy'?"),
         (
             "model.estimator.target=3",
@@ -45,6 +48,7 @@ def test_unknown_class(option, told):
         ("model.loss.kl_coeff=3", "Unknown setting 'model.loss.kl_coeff'. Did you mean 'kl_coef'?"),
         ("model.optimizer.learning_rate=3", "Unknown setting 'model.optimizer.learning_rate'. Valid: amsgrad, betas"),
         ("data.batchsize=3", "Unknown setting 'data.batchsize'. Did you mean 'batch_size'"),
+        ("health.max_klein=3", "Unknown setting 'health.max_klein'. Did you mean 'max_kl'"),
         ("rollout.groupsize=3", "Unknown setting 'rollout.groupsize'. Did you mean 'group_size'? Valid: engine,"),
         ("rollout.sampling.temprature=1", "Unknown setting 'rollout.sampling.temprature'. Did you mean 'temperature'?"),
         ("rollout.engine.gpu_mem=1", "Unknown setting 'rollout.engine.gpu_mem'. Valid: dtype, enable_prefix_caching"),
@@ -159,6 +163,8 @@ def fit_args(playground, tmp_path):
         ("model.ns=[0,4]", "ns must hold different integers of at least 1, for example [1, 4, 16]; got [0, 4]."),
         ("rollout.group_size=0", "rollout.group_size must be at least 1, got 0."),
         ("rollout.group_size=4", "tea needs at least 5 rollouts a prompt, got group_size=4: the tail would have"),
+        ("health.max_nonfinite_steps=0", "health.max_nonfinite_steps must be at least 1, or null for no check, got 0."),
+        ("health.stop_on=[mismach]", "health.stop_on: there is no check 'mismach'. Did you mean 'mismatch'"),
         ("data.batch_size=0", "batch_size must be at least 1, got 0."),
         ("model.policy=runs/no/policy", "policy 'runs/no/policy': there is no such folder (looked in "),
         ("rollout.reward.model=runs/no/reward_model", "'runs/no/reward_model'"),

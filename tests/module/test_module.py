@@ -104,8 +104,8 @@ def test_a_batch_with_nothing_to_learn_from_takes_a_zero_step(policy):
 
 @pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
 def test_groups_without_spread_leave_the_direction_of_the_step_alone(policy, reduction):
-    """In peers groups of equal rewards dilute or spike the loss (TRL #6367, NeMo-RL #4158). Here they count as what they
-    are, prompts with nothing to learn from: the mean over prompts has a zero more, and no number explodes."""
+    """In peers groups of equal rewards dilute or spike the loss (TRL #6367, NeMo-RL #4158). Here they count as what
+    they are, prompts with nothing to learn from: the mean over prompts has a zero more, and no number explodes."""
     rollouts = make_rollouts([[2.0, 1.0, 0.5, -1.0], [0.1 + 0.2] * 4])  # a number whose mean is not itself, by rounding
     lengths = rollouts.completion_lengths.reshape(2, 4).sum(dim=1)
     share = float(lengths[0] / lengths.sum()) if reduction == "token_mean" else 0.5
