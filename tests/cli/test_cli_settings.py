@@ -71,6 +71,13 @@ def test_engine_and_reward():
     assert config["rollout"]["reward"]["init_args"] == {"function": "math:sqrt"}
 
 
+def test_health_checks_are_always_on_and_have_a_section(tmp_path):
+    assert resolved("-c", QUICKSTART)["health"]["max_log_prob_diff"] == 0.2
+    file = overlay(tmp_path, {"health": {"stop_on": ["nonfinite", "kl"], "max_reward_ties": None}})
+    health = resolved("-c", QUICKSTART, "-c", file, "--health.max_kl=3")["health"]
+    assert (health["stop_on"], health["max_reward_ties"], health["max_kl"]) == (["nonfinite", "kl"], None, 3.0)
+
+
 def test_optimizer_and_scheduler():
     config = resolved(
         *("-c", QUICKSTART, "--model.optimizer=SGD", "--model.optimizer.lr=0.1"),
