@@ -76,6 +76,7 @@ class RolloutBatch:
     truncated: Tensor  # [B] bool
     rewards: Tensor  # [P, m] float64; NaN = could not be scored
     reward_components: dict[str, Tensor] = field(default_factory=dict)  # name -> [P, m] float64, unweighted
+    reward_counts: dict[str, int] = field(default_factory=dict)  # `{component}_{what happened}` -> how often
     completions: list[str] = field(default_factory=list)  # B texts
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     weights_version: int = 0  # optimizer steps that the sampling weights had seen

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from tealightning.callbacks.rollout_checks import check_prompts, model_length
+from tealightning.callbacks.unscorable import UnscorableGuard
 from tealightning.phases import RunPhase, during
 from tealightning.rewards.base import Reward
 from tealightning.rollouts import EngineContext, RolloutCollector, RolloutEngine, policy_weights, prompt_seed
@@ -37,6 +38,8 @@ class RolloutCallback(Callback):
         score_as_finished: Score a prompt's completions while those of others are still being generated: for a slow
             reward (over HTTP, on another device) and an engine that has some earlier than others (VLLMServerEngine).
             The reward is then called once a prompt.
+        max_unscorable: Largest share of the completions of a training step, or of an evaluation so far, that may be
+            unscorable (NaN); above it the run stops with an error, to be resumed. 1 = never.
         seed: Of the samples; None = the run's `seed_everything`.
         max_model_len: Longest prompt + completion in tokens that the engine prepares for; None = from the data module's
             `max_prompt_tokens`, else what the model can hold, at most 8,192.
@@ -51,6 +54,7 @@ class RolloutCallback(Callback):
         sampling: SamplingConfig | None = None,
         steps_ahead: Literal[0, 1] = 0,
         score_as_finished: bool = False,
+        max_unscorable: float = 0.5,
         seed: int | None = None,
         max_model_len: int | None = None,
     ) -> None:
@@ -73,6 +77,7 @@ class RolloutCallback(Callback):
             )
         self.steps_ahead = steps_ahead
         self.score_as_finished = score_as_finished
+        self._unscorable = UnscorableGuard(max_unscorable)
         self.seed = seed
         self.max_model_len = max_model_len
         self.rollout_step = 0
@@ -113,9 +118,11 @@ class RolloutCallback(Callback):
         self._start(trainer, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._unscorable.begin_evaluation()
         self._start(trainer, pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._unscorable.begin_evaluation()
         self._start(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -194,6 +201,8 @@ class RolloutCallback(Callback):
         waited = time.perf_counter() - started
         synced = self._sync(trainer, pl_module)
         rollouts, seconds = collected or self._collect(trainer, batch, "train", self.group_size, self.rollout_step)
+        with during(RunPhase.OTHER):  # ranks meet in it
+            self._unscorable.check(trainer, rollouts, "train", self.reward.problem)
         batch.rollouts = rollouts.to(pl_module.device)
         metrics = rollout_metrics(rollouts) | {f"{name}_seconds": value for name, value in seconds.items()}
         metrics |= {"sync_seconds": synced, "step": self.rollout_step}
@@ -231,6 +240,8 @@ class RolloutCallback(Callback):
     def _evaluate(self, trainer: pl.Trainer, pl_module: Any, batch: PromptBatch, phase: Phase) -> None:
         self._sync(trainer, pl_module)
         rollouts, _ = self._collect(trainer, batch, phase, max(pl_module.ns), 0)
+        with during(RunPhase.OTHER):  # ranks meet in it
+            self._unscorable.check(trainer, rollouts, phase, self.reward.problem)
         batch.rollouts = rollouts.to(pl_module.device)
         self._log(trainer, pl_module, batch, phase, rollout_metrics(rollouts))
 

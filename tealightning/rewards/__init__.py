@@ -6,10 +6,12 @@ from tealightning.registry import register
 from tealightning.rewards.base import REWARDS, Reward, RewardScores
 from tealightning.rewards.classifier import SequenceClassifierReward
 from tealightning.rewards.function import FunctionReward
+from tealightning.rewards.http import HTTPReward
 from tealightning.rewards.weighted import WeightedReward
 
 __all__ = [
     "FunctionReward",
+    "HTTPReward",
     "Reward",
     "RewardScores",
     "SequenceClassifierReward",

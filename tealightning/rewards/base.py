@@ -1,8 +1,8 @@
 """The contract of a reward."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +20,7 @@ class RewardScores:
 
     total: Tensor  # [B] float64; NaN = could not be scored
     components: dict[str, Tensor]  # name -> [B] float64, unweighted
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # name of a component -> what happened -> how often
 
 
 class Reward(ABC):
@@ -27,6 +28,8 @@ class Reward(ABC):
     the upper tail that the estimators extrapolate."""
 
     registry: ClassVar[Registry] = REWARDS
+    problem: str | None = None
+    """Why it last could not score something, for messages; None = nothing happened."""
 
     @property
     def name(self) -> str:
@@ -59,6 +62,15 @@ class Reward(ABC):
 
     def close(self) -> None:  # noqa: B027 - optional hook
         """Release what `setup` took; safe to call twice."""
+
+
+def summed_counts(parts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """`parts` added up by their keys."""
+    total: dict[str, int] = {}
+    for part in parts:
+        for key, count in part.items():
+            total[key] = total.get(key, 0) + count
+    return total
 
 
 def as_scores(values: Any, *, expected: int, source: str) -> Tensor:

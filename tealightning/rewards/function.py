@@ -1,20 +1,27 @@
 """A reward computed by a Python function of the user's."""
 
-import asyncio
-import hashlib
-import importlib
-import importlib.util
-import inspect
-import sys
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
-from tealightning.registry import did_you_mean, register
-from tealightning.rewards.base import Reward
+import torch
+
+from tealightning.registry import register
+from tealightning.rewards.base import Reward, RewardScores, as_scores
+from tealightning.rewards.halves import scores_by_halves
+from tealightning.rewards.importing import call_function, function_path, import_function
+from tealightning.rewards.worker import (
+    FunctionRaisedError,
+    FunctionWorker,
+    WorkerDiedError,
+    WorkerStartError,
+    WorkerTimeoutError,
+)
 from tealightning.types import Prompt
+
+_TIMEOUTS_OF_A_DEADLINE = 10.0  # enough to find one completion in 500 that hangs
 
 
 @register
@@ -26,87 +33,162 @@ class FunctionReward(Reward):
 
     Args:
         function: `package.module:function`, `package.module.function`, `path/to/file.py:function` or a callable.
+        timeout_seconds: Longest time for one call. The function then runs in a process of its own, which is ended and
+            started again when it hangs or crashes. None = in this process, without a limit.
+        deadline_seconds: With a timeout: how long the halves of a batch that hung or crashed are tried, to score all
+            but the completions that it failed on. None = 10 times `timeout_seconds`.
+        on_error: `raise`: what the function raises ends the run. `unscored`: the completions that it raises on are
+            unscorable (NaN), found by trying the halves of the batch.
 
     Raises:
-        ValueError: if there is no such function.
+        ValueError: if there is no such function, or another process could not import it.
     """
 
-    def __init__(self, function: str | Callable[..., Any]) -> None:
-        self.function = _import_function(function) if isinstance(function, str) else function
-        if not callable(self.function):
-            raise ValueError(f"function must be a path to a function or a callable, got {self.function!r}.")
+    def __init__(
+        self,
+        function: str | Callable[..., Any],
+        *,
+        timeout_seconds: float | None = None,
+        deadline_seconds: float | None = None,
+        on_error: Literal["raise", "unscored"] = "raise",
+    ) -> None:
+        _check_settings(timeout_seconds, deadline_seconds, on_error)
+        self.on_error = on_error
+        self._runner: _InProcess | FunctionWorker
+        if timeout_seconds is None:
+            self._runner = _InProcess(function)
+        else:
+            self._runner = FunctionWorker(function_path(function), timeout_seconds=timeout_seconds)
+        self._budget_seconds = deadline_seconds or _TIMEOUTS_OF_A_DEADLINE * (timeout_seconds or float("inf"))
+        self._is_tolerant = timeout_seconds is not None or on_error == "unscored"
+        self._closes = 0
 
     @property
     def name(self) -> str:
         """The name of the function."""
-        return getattr(self.function, "__name__", type(self.function).__name__)
+        return self._runner.name
 
-    def score(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Sequence[dict[str, Any]]
-    ) -> Sequence[float]:
+    def setup(self, device: torch.device) -> None:
+        """Start the worker process, if there is one."""
+        self._runner.start()
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Any:
         """What the function returns.
 
         Raises:
             RuntimeError: if the function raises; its own exception is the cause.
         """
+        return self._runner.call(prompts=prompts, completions=completions, metadata=metadata)
+
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Sequence[dict[str, Any]]
+    ) -> RewardScores:
+        """The scores, checked. In a process of its own, or with `on_error="unscored"`, a failure costs only the
+        completions that cause it.
+
+        Raises:
+            ValueError: for another number of values, or something that is no number, with `on_error="raise"`.
+            RuntimeError: if the function raises, with `on_error="raise"`; its own exception is the cause.
+        """
+        if not self._is_tolerant:
+            return super().__call__(prompts, completions, metadata)
+        call = _TolerantCall(self._runner, prompts, completions, metadata, raises=self.on_error == "raise")
+        closes = self._closes
+        total = call.scores(lambda: self._closes == closes and call.seconds < self._budget_seconds)
+        if call.problem is not None:
+            self._report(call)
+        return RewardScores(total=total, components={self.name: total}, counts={self.name: call.counts})
+
+    def _report(self, call: "_TolerantCall") -> None:
+        if self.problem is None:
+            warnings.warn(
+                f"{call.problem}. {call.counts['unscored']} completions of the call have no score. Later failures are "
+                "counted, without this warning.",
+                stacklevel=3,
+            )
+        self.problem = call.problem
+
+    def close(self) -> None:
+        """End the worker process, if there is one."""
+        self._closes += 1
+        self._runner.close()
+
+
+class _InProcess:
+    """Calls the function here; the counterpart of `FunctionWorker`."""
+
+    def __init__(self, function: str | Callable[..., Any]) -> None:
+        self.function = import_function(function) if isinstance(function, str) else function
+        if not callable(self.function):
+            raise ValueError(f"function must be a path to a function or a callable, got {self.function!r}.")
+        self.name: str = getattr(self.function, "__name__", type(self.function).__name__)
+
+    def start(self) -> None:
+        pass
+
+    def call(self, **arguments: Sequence[Any]) -> Any:
         try:
-            values = self.function(prompts=prompts, completions=completions, metadata=metadata)
-            return _run(values) if inspect.iscoroutine(values) else values
+            return call_function(self.function, **arguments)
         except Exception as error:  # whatever the user's code raises gets the context that its traceback lacks
-            raise RuntimeError(
-                f"reward function {self.name!r} raised {type(error).__name__} on {len(completions)} completions: "
-                f"{error}"
+            raise FunctionRaisedError(
+                self.name, type(error).__name__, len(arguments["completions"]), str(error)
             ) from error
 
-
-def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """The coroutine's result, also where an event loop is already running (a notebook)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(coroutine)
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        return pool.submit(asyncio.run, coroutine).result()
+    def close(self) -> None:
+        pass
 
 
-def _import_function(path: str) -> Any:
-    separator = ":" if ":" in path else "."
-    module_name, _, function_name = path.rpartition(separator)
-    if not module_name or not function_name:
-        raise ValueError(
-            "function must be package.module:function, package.module.function or path/to/file.py:function, "
-            f"got {path!r}."
-        )
-    is_file = module_name.endswith(".py")
-    module = _import_file(Path(module_name).expanduser()) if is_file else _import_module(module_name, function_name)
-    if not hasattr(module, function_name):
-        public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise ValueError(f"{module_name} has no function {function_name!r}.{did_you_mean(function_name, public)}")
-    return getattr(module, function_name)
+class _TolerantCall:
+    """One call of the reward: what fails is tried in halves.
+
+    Attributes:
+        counts: What happened, how often.
+        problem: The last failure; None = there was none.
+        seconds: Spent in the function so far.
+    """
+
+    def __init__(self, runner: _InProcess | FunctionWorker, *columns: Sequence[Any], raises: bool) -> None:
+        self._runner = runner
+        self._columns = dict(zip(("prompts", "completions", "metadata"), columns, strict=True))
+        self._raises = raises
+        self.counts = dict.fromkeys(("timeouts", "crashes", "errors", "unscored"), 0)
+        self.problem: str | None = None
+        self.seconds = 0.0
+
+    def scores(self, go_on: Callable[[], bool]) -> torch.Tensor:
+        """[B] float64; NaN where the function failed."""
+        count = len(self._columns["completions"])
+        scored = scores_by_halves(range(count), self._attempt, go_on)
+        self.counts["unscored"] = count - len(scored)
+        return torch.tensor([scored.get(row, float("nan")) for row in range(count)], dtype=torch.float64)
+
+    def _attempt(self, rows: Sequence[int]) -> Sequence[float] | None:
+        started = time.monotonic()
+        try:
+            values = self._runner.call(**{name: [column[i] for i in rows] for name, column in self._columns.items()})
+            source = f"reward {self._runner.name!r}"
+            return as_scores(values, expected=len(rows), source=source).tolist()
+        except WorkerStartError:
+            raise
+        except WorkerTimeoutError as error:
+            kind, self.problem = "timeouts", str(error)
+        except WorkerDiedError as error:
+            kind, self.problem = "crashes", str(error)
+        except (FunctionRaisedError, ValueError) as error:
+            if self._raises:
+                raise
+            kind, self.problem = "errors", str(error)
+        finally:
+            self.seconds += time.monotonic() - started
+        self.counts[kind] += 1
+        return None
 
 
-def _import_module(module_name: str, function_name: str) -> ModuleType:
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module exists and imports something that does not: its own message is the right one
-        file = Path(*module_name.split(".")).with_suffix(".py")
-        hint = (
-            f"Did you mean {str(file)!r}, written as {file}:{function_name}?"
-            if file.is_file()
-            else (f"Install the package that holds it, or name its file: path/to/file.py:{function_name}.")
-        )
-        raise ValueError(f"function: there is no module {module_name!r} to import. {hint}") from error
-
-
-def _import_file(file: Path) -> ModuleType:
-    if not file.is_file():
-        raise ValueError(f"function: there is no file {file.absolute()}.")
-    name = f"{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None, "a .py file always has a loader"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses and pickle look a function's module up
-    spec.loader.exec_module(module)
-    return module
+def _check_settings(timeout_seconds: float | None, deadline_seconds: float | None, on_error: str) -> None:
+    for name, seconds in (("timeout_seconds", timeout_seconds), ("deadline_seconds", deadline_seconds)):
+        if seconds is not None and not 0 < seconds < threading.TIMEOUT_MAX:
+            raise ValueError(f"{name} must be above 0, got {seconds}.")
+    if deadline_seconds is not None and timeout_seconds is None:
+        raise ValueError("deadline_seconds has no effect without timeout_seconds: set that too.")
+    if on_error not in ("raise", "unscored"):
+        raise ValueError(f"on_error must be raise or unscored, got {on_error!r}.")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tealightning.registry import did_you_mean, register
-from tealightning.rewards.base import Reward, RewardScores
+from tealightning.rewards.base import Reward, RewardScores, summed_counts
 from tealightning.types import Prompt
 
 
@@ -64,12 +64,20 @@ class WeightedReward(Reward):
         self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Sequence[dict[str, Any]]
     ) -> RewardScores:
         """The weighted total and every component unweighted."""
-        components = {key: reward(prompts, completions, metadata).total for key, reward in self.rewards.items()}
+        scores = {key: reward(prompts, completions, metadata) for key, reward in self.rewards.items()}
+        components = {key: one.total for key, one in scores.items()}
         total = torch.zeros(len(completions), dtype=torch.float64)
         for key, weight in self.weights.items():
             if weight != 0:  # 0 * NaN would be NaN
                 total += weight * components[key]
-        return RewardScores(total=total, components=components)
+        counts = {key: summed_counts(one.counts.values()) for key, one in scores.items() if one.counts}
+        return RewardScores(total=total, components=components, counts=counts)
+
+    @property
+    def problem(self) -> str | None:  # type: ignore[override]
+        """Those of its components."""
+        problems = [f"{key}: {reward.problem}" for key, reward in self.rewards.items() if reward.problem]
+        return "; ".join(problems) or None
 
     def close(self) -> None:
         """Close every component."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tealightning.functional.reward_ties import tied
 from tealightning.phases import RunPhase, beat, during
-from tealightning.rewards.base import Reward, RewardScores
+from tealightning.rewards.base import Reward, RewardScores, summed_counts
 from tealightning.rollouts.base import RolloutEngine
 from tealightning.types import Completion, PromptBatch, RolloutBatch, SamplingConfig
 
@@ -72,6 +72,7 @@ class RolloutCollector:
             **_completion_tensors(completions, self.pad_token_id),
             rewards=scores.total.reshape(shape),
             reward_components={name: values.reshape(shape) for name, values in scores.components.items()},
+            reward_counts={f"{name}_{key}": n for name, of in scores.counts.items() for key, n in of.items()},
             completions=[completion.text for completion in completions],
             sampling=self.sampling,
             weights_version=weights_version,
@@ -167,6 +168,7 @@ def rollout_metrics(rollouts: RolloutBatch) -> dict[str, float]:
     }
     for name, values in rollouts.reward_components.items():
         metrics[f"reward_{name}_mean"] = values[torch.isfinite(values)].double().mean()
+    metrics |= {f"reward_{name}": torch.tensor(count) for name, count in rollouts.reward_counts.items()}
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -180,6 +182,7 @@ def _joined(parts: Sequence[RewardScores]) -> RewardScores:
     return RewardScores(
         total=torch.cat([part.total for part in parts]),
         components={name: torch.cat([part.components[name] for part in parts]) for name in names},
+        counts={name: summed_counts(part.counts.get(name, {}) for part in parts) for name in parts[0].counts},
     )
 
 

@@ -9,18 +9,19 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 GRACE_SECONDS = 10.0  # between asking a server to end and killing it
 
 
 def main(command: list[str]) -> int:
     """Run `command` in a process group of its own; its exit code, or 128 + the signal that ended it."""
-    end = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: end.set())
+    reasons_to_end: list[str] = []  # not an Event: a signal handler that sets one can wait for its own thread for ever
+    signal.signal(signal.SIGTERM, lambda *_: reasons_to_end.append("SIGTERM"))
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-    threading.Thread(target=_set_when_parent_ends, args=(end,), daemon=True).start()
-    while child.poll() is None and not end.wait(0.1):
-        pass
+    threading.Thread(target=_wait_for_stdin, args=(reasons_to_end,), daemon=True).start()
+    while child.poll() is None and not reasons_to_end:
+        time.sleep(0.1)
     if child.poll() is None:
         _signal_group(child.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -30,10 +31,10 @@ def main(command: list[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _set_when_parent_ends(end: threading.Event) -> None:
+def _wait_for_stdin(reasons_to_end: list[str]) -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
-    end.set()
+    reasons_to_end.append("stdin closed")
 
 
 def _signal_group(group: int, number: int) -> None:

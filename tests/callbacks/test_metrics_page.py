@@ -10,8 +10,11 @@ from playground_fits import data_of, module_of, rollout_of, trainer_of
 from tealightning import Budget, HealthChecks, PolicyGradientLoss
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
-# Logged only when some samples are unscorable or missing, and with steps_ahead=1; they have tests of their own.
-SOMETIMES = {"best_of_{n}_prompts", "rollout/wait_seconds", "rollout/staleness"}
+# Logged only when some samples are unscorable or missing, with steps_ahead=1, and by rewards that count their failures;
+# they have tests of their own.
+SOMETIMES = {"best_of_{n}_prompts", "rollout/wait_seconds", "rollout/staleness"} | {
+    f"reward_{{name}}_{count}" for count in ("unscored", "errors", "timeouts", "crashes", "retries")
+}
 
 
 def documented() -> set[str]:

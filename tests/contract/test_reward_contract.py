@@ -2,17 +2,28 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import reward_functions
 import torch
+from reward_server import reward_server
 
 from tealightning.registry import snake_case
-from tealightning.rewards import FunctionReward, Reward, SequenceClassifierReward, build_reward, reward_names
+from tealightning.rewards import (
+    FunctionReward,
+    HTTPReward,
+    Reward,
+    SequenceClassifierReward,
+    build_reward,
+    reward_names,
+)
 from tealightning.rewards.base import REWARDS, as_scores
 
 PROMPTS = ["Return the", "Once upon", "Return the"]
 COMPLETIONS = [" value of x", "", " sum"]
 METADATA = [{"answer": "x"}, {}, {"answer": "y"}]
+SERVER = SimpleNamespace(url="")
 OURS = [name for name in reward_names() if REWARDS.get(name).__module__.startswith("tealightning.")]
 
 
@@ -32,10 +43,20 @@ BUILDERS: dict[str, Callable[[Path], Reward]] = {
         rewards={"quality": classifier(playground), "words": FunctionReward(count_words)},
         weights={"quality": 1.0, "words": 0.5},
     ),
+    "http_reward": lambda _: HTTPReward(SERVER.url),
+    # Other settings of one, beside those that every registered reward must have here.
+    "function_reward in a worker process": lambda _: FunctionReward(reward_functions.scores, timeout_seconds=60.0),
 }
 
 
-@pytest.fixture(params=OURS)
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    with reward_server() as started:
+        SERVER.url = started.url
+        yield
+
+
+@pytest.fixture(params=sorted({*OURS, *BUILDERS}))
 def reward(request: pytest.FixtureRequest, playground: Path):
     assert request.param in BUILDERS, f"add a builder of {request.param} to BUILDERS"
     built = BUILDERS[request.param](playground)

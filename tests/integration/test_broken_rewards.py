@@ -34,7 +34,7 @@ def test_group_without_rewards_is_survived_and_counted(playground):
 
 
 def test_step_without_any_reward_moves_nothing(playground):
-    _, record = fit(playground, steps=2, reward=unscored)
+    _, record = fit(playground, steps=2, reward=unscored, rollout={"max_unscorable": 1.0})
     for step in record.steps:
         assert step["metrics"]["rollout/unscorable_fraction"] == 1.0
         assert step["metrics"]["train/groups_too_small"] == 1.0

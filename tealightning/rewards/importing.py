@@ -1,0 +1,121 @@
+"""Functions by path, and calling them: the standard library and the registry alone, for `worker_main.py` loads it."""
+
+import asyncio
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tealightning.registry import did_you_mean
+
+
+def import_function(path: str) -> Any:
+    """What `package.module:function`, `package.module.function` or `path/to/file.py:function` names.
+
+    Raises:
+        ValueError: if there is no such module, file or function.
+    """
+    module_name, function_name = _split(path)
+    is_file = module_name.endswith(".py")
+    module = _import_file(Path(module_name).expanduser()) if is_file else _import_module(module_name, function_name)
+    if not hasattr(module, function_name):
+        public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise ValueError(f"{module_name} has no function {function_name!r}.{did_you_mean(function_name, public)}")
+    return getattr(module, function_name)
+
+
+def _import_module(module_name: str, function_name: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module exists and imports something that does not: its own message is the right one
+        file = Path(*module_name.split(".")).with_suffix(".py")
+        hint = (
+            f"Did you mean {str(file)!r}, written as {file}:{function_name}?"
+            if file.is_file()
+            else (f"Install the package that holds it, or name its file: path/to/file.py:{function_name}.")
+        )
+        raise ValueError(f"function: there is no module {module_name!r} to import. {hint}") from error
+
+
+def _import_file(file: Path) -> ModuleType:
+    _existing(file)
+    name = f"{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None, "a .py file always has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses and pickle look a function's module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _split(path: str) -> tuple[str, str]:
+    separator = ":" if ":" in path else "."
+    module_name, _, function_name = path.rpartition(separator)
+    if not module_name or not function_name:
+        raise ValueError(
+            "function must be package.module:function, package.module.function or path/to/file.py:function, "
+            f"got {path!r}."
+        )
+    return module_name, function_name
+
+
+def function_path(function: Any) -> str:
+    """The path from which another process can import `function`, or `function` itself if it is a path.
+
+    Raises:
+        ValueError: if another process could not: a lambda, a function inside another one or of the main script, an
+            object; or if the path's module or file does not exist. Nothing is imported to find out.
+    """
+    if isinstance(function, str):
+        module_name, _ = _split(function)
+        if module_name.endswith(".py"):
+            return f"{_existing(Path(module_name).expanduser())}:{function.rpartition(':')[2]}"
+        if not _can_be_imported(module_name):
+            raise ValueError(f"function: there is no module {module_name!r} to import in the worker process.")
+        return function
+    name, module_name = getattr(function, "__qualname__", ""), getattr(function, "__module__", None) or ""
+    module = sys.modules.get(module_name)
+    if module is None or module_name == "__main__" or getattr(module, name, None) is not function:
+        raise ValueError(
+            f"function: a worker process (timeout_seconds) cannot import {function!r}. Give the path of a function at "
+            "the top level of a module or file other than the main script: path/to/file.py:function."
+        )
+    source = module_name if _can_be_imported(module_name) else _existing(Path(str(module.__file__)))
+    return f"{source}:{name}"
+
+
+def _can_be_imported(module_name: str) -> bool:
+    try:
+        return importlib.util.find_spec(module_name) is not None
+    except (ModuleNotFoundError, ValueError):  # a parent that is no package, a module that was made by hand
+        return False
+
+
+def _existing(file: Path) -> Path:
+    if not file.is_file():
+        raise ValueError(f"function: there is no file {file.absolute()}.")
+    return file.absolute()
+
+
+def call_function(function: Callable[..., Any], **arguments: Any) -> Any:
+    """What `function` returns, awaited if it is `async`."""
+    values = function(**arguments)
+    return _run(values) if inspect.iscoroutine(values) else values
+
+
+def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """The coroutine's result, also where an event loop is already running (a notebook)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()

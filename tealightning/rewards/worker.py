@@ -1,0 +1,193 @@
+"""A Python function in a process of its own, ended when it takes too long, and with this process in any case."""
+
+import contextlib
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from pickle import PicklingError
+from typing import Any
+
+_START_SECONDS = 300.0  # to import the function, which may load a model
+_END_SECONDS = 30.0
+
+
+class FunctionRaisedError(RuntimeError):
+    """The function raised."""
+
+    def __init__(self, name: str, error: str, count: int, message: str) -> None:
+        super().__init__(f"reward function {name!r} raised {error} on {count} completions: {message}")
+
+
+class WorkerStartError(ValueError):
+    """The function cannot be imported in its process."""
+
+
+class WorkerTimeoutError(RuntimeError):
+    """The function took too long; its process has been ended."""
+
+
+class WorkerDiedError(RuntimeError):
+    """The function's process ended while it was at work."""
+
+
+class FunctionWorker:
+    """Calls a function by its path in another process, which is started when needed.
+
+    The process inherits this one's environment variables, folder and import path. What the function prints goes to
+    stderr. A call that takes longer than `timeout_seconds` ends the process and all that it started.
+
+    Args:
+        path: See `import_function`.
+        timeout_seconds: Longest time for one call.
+    """
+
+    def __init__(self, path: str, *, timeout_seconds: float) -> None:
+        self.path = path
+        self.name = path.replace(":", ".").rpartition(".")[2]
+        self.timeout_seconds = timeout_seconds
+        self._process: _Process | None = None
+        self._one_call = threading.Lock()
+        self._numbers = itertools.count()
+
+    def start(self) -> None:
+        """Start the process and import the function there, unless that is done.
+
+        Raises:
+            WorkerStartError: if the function cannot be imported there.
+        """
+        self._started()
+
+    def call(self, **arguments: Sequence[Any]) -> list[float | None]:
+        """What the function returns for keyword arguments.
+
+        Raises:
+            ValueError: if an argument cannot be sent to another process, or it returns no numbers.
+            FunctionRaisedError: if it raises.
+            WorkerTimeoutError: if it takes longer than `timeout_seconds`.
+            WorkerDiedError: if its process ends.
+        """
+        number, count = next(self._numbers), len(arguments["completions"])
+        with self._one_call:
+            process = self._started()
+            try:
+                answered, kind, *details = process.exchange((number, arguments), self.timeout_seconds)
+            except (PicklingError, TypeError, AttributeError) as error:
+                raise ValueError(f"metadata holds what cannot be sent to the worker process: {error}") from error
+            except (WorkerTimeoutError, WorkerDiedError) as error:
+                raise type(error)(f"reward function {self.name!r} on {count} completions: {error}") from error
+        assert answered == number, "a process answers its requests in turn, and one that did not answer is ended"
+        if kind == "raised":
+            error_type, message, trace = details
+            raise FunctionRaisedError(self.name, error_type, count, message) from _TracebackOfWorker(trace)
+        if kind == "invalid":
+            raise ValueError(
+                f"reward {self.name!r} must return one number per completion (None or NaN = unscorable): {details[0]}"
+            )
+        return details[0]
+
+    def close(self) -> None:
+        """End the process; a later call starts another one. Also from another thread, during a call."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.end()
+
+    def _started(self) -> "_Process":
+        if self._process is not None and self._process.is_alive():
+            return self._process
+        self.close()
+        process = self._process = _Process()
+        try:
+            kind, *details = process.exchange({"sys_path": sys.path, "function": self.path}, _START_SECONDS)
+        except (WorkerTimeoutError, WorkerDiedError) as error:
+            raise WorkerStartError(f"function: importing {self.path} in the worker process failed: {error}") from error
+        if kind != "ready":
+            process.end()
+            error_type, message, trace = details
+            raise WorkerStartError(
+                f"function: {self.path} cannot be imported in the worker process: {error_type}: {message}"
+            ) from _TracebackOfWorker(trace)
+        return process
+
+
+class _TracebackOfWorker(Exception):
+    """The cause of an error that was raised in the other process, as text."""
+
+    def __str__(self) -> str:
+        return f"in the worker process\n{self.args[0]}"
+
+
+class _Process:
+    """The two processes of `worker_main.py`, and the socket to them."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        self._channel = Connection(ours.detach())
+        with theirs:
+            self._popen = subprocess.Popen(
+                # -P: the script's folder holds an `http.py`, which is not the standard library's
+                [sys.executable, "-P", str(Path(__file__).with_name("worker_main.py")), str(theirs.fileno())],
+                stdin=subprocess.PIPE,  # closed by the kernel when this process ends
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # an interrupt from the keyboard is for the trainer, which then closes this
+            )
+        self._ended = threading.Event()
+
+    def is_alive(self) -> bool:
+        return not self._ended.is_set() and self._popen.poll() is None
+
+    def exchange(self, message: Any, seconds: float) -> Any:
+        """Its answer to `message`.
+
+        Raises:
+            WorkerTimeoutError, WorkerDiedError: without an answer; it has been ended.
+        """
+        late = threading.Event()
+
+        def expire() -> None:
+            late.set()
+            self.end()  # which also wakes the wait below
+
+        timer = threading.Timer(seconds, expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            self._channel.send(message)
+            return self._channel.recv()
+        except (EOFError, OSError) as error:
+            self.end()
+            if late.is_set():
+                raise WorkerTimeoutError(f"it took longer than {seconds:g} s") from error
+            raise WorkerDiedError(f"its process ended ({self._ending()})") from error
+        finally:
+            timer.cancel()
+
+    def end(self) -> None:
+        """End it and all that it started, and wait until it has; safe to call twice, from any thread."""
+        self._ended.set()
+        with (
+            contextlib.suppress(OSError),  # it is closed at the other end
+            socket.socket(fileno=os.dup(self._channel.fileno())) as ours,
+        ):
+            ours.shutdown(socket.SHUT_RDWR)
+        assert self._popen.stdin is not None
+        self._popen.terminate()  # a forked child of this process may hold the pipe open
+        self._popen.stdin.close()
+        try:
+            self._popen.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._popen.kill()
+
+    def _ending(self) -> str:
+        code = self._popen.returncode
+        if code is None or code <= 128:
+            return f"exit code {code}"
+        hint = ", perhaps for want of memory" if code == 128 + signal.SIGKILL else ""
+        return f"{signal.Signals(code - 128).name}{hint}"
