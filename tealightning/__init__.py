@@ -22,6 +22,7 @@ _LAZY = {
     "EvaluationRecord": "tealightning.callbacks",
     "Budget": "tealightning.callbacks",
     "HealthChecks": "tealightning.callbacks",
+    "Deadlines": "tealightning.callbacks",
     "UnhealthyRun": "tealightning.nonfinite",
     "BestOfN": "tealightning.metrics",
     "SamplingConfig": "tealightning.types",

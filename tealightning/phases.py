@@ -86,6 +86,12 @@ def in_phase(phase: RunPhase) -> str:
     return f"{_NOTE} {phase}."
 
 
+def phase_of(error: BaseException) -> RunPhase | None:
+    """The phase that the notes on an error tell."""
+    told = {in_phase(phase): phase for phase in RunPhase}
+    return next((told[note] for note in getattr(error, "__notes__", ()) if note in told), None)
+
+
 def beat() -> None:
     """This thread gets on."""
     me = threading.get_ident()

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from tealightning.phases import RunPhase, beat, current, during, listen, set_ground
+from tealightning.phases import RunPhase, beat, current, during, listen, phase_of, set_ground
 
 ME = threading.get_ident
 
@@ -40,6 +40,8 @@ def test_an_error_says_in_which_phase_it_was_raised_once():
     with pytest.raises(KeyError) as caught, during(RunPhase.TRAINING), during(RunPhase.SCORING):
         raise KeyError("k")
     assert caught.value.__notes__ == ["It happened while scoring."]
+    assert phase_of(caught.value) == RunPhase.SCORING
+    assert phase_of(KeyError("k")) is None
     assert ME() not in current()
 
 

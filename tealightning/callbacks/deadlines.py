@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from tealightning.callbacks.other_ranks import OtherRanks
 from tealightning.callbacks.peers import Peers
 from tealightning.callbacks.watch import RunEnded, Surroundings, Watch
-from tealightning.phases import SETTINGS, RunPhase, in_phase, set_ground
+from tealightning.phases import SETTINGS, RunPhase, in_phase, phase_of, set_ground
 
 _NEWS_SECONDS = 3.0  # for the news of which rank failed first
 _OF_A_COLLECTIVE = re.compile("gloo|nccl|connection|peer|store", re.IGNORECASE)
@@ -120,8 +120,8 @@ class Deadlines(Callback):
             set_ground(None)
             watch.handled()
             return
-        phase = watch.closing()
-        if not isinstance(exception, ValueError) and not getattr(exception, "__notes__", ()):
+        phase = watch.closing(phase_of(exception))
+        if not isinstance(exception, ValueError) and phase_of(exception) is None:
             exception.add_note(in_phase(phase))
         if watch.ranks is None or isinstance(exception, RunEnded):
             return

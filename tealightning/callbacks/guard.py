@@ -23,6 +23,8 @@ class Guard:
             stdout=subprocess.DEVNULL,
             start_new_session=True,
         )
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)
 
     def expect(self, seconds: float | None, text: str) -> None:
         """This process calls again within `seconds`, or it is ended with `text`; None = whenever it likes."""
@@ -32,13 +34,14 @@ class Guard:
         """It is needed no more; what is in `leftovers` is still in use, and stays."""
         self._send({"seconds": None, "text": "", "remove": []})
         self._process.kill()
-        self._process.wait(5)
+        self._process.wait(30)
         if self._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
 
     def _send(self, order: dict[str, object]) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError, ValueError):  # it was killed, or stopped
-            self._process.stdin.write(json.dumps(order).encode() + b"\n")
-            self._process.stdin.flush()
+        # Written whole or not at all, since it is less than the 4,096 bytes that a pipe takes at once; and without
+        # waiting, because a guard that does not read must not hold up what it guards.
+        with contextlib.suppress(BrokenPipeError, BlockingIOError, ValueError):
+            os.write(self._process.stdin.fileno(), json.dumps(order).encode() + b"\n")

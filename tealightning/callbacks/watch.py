@@ -54,7 +54,7 @@ class Watch(threading.Thread):
         self._ended_at = 0.0  # when the fault was raised
         self._state = self._watch
         self._exiting_since: float | None = None
-        self._failed_in: Doing | None = None  # what the main thread did when it came to an end
+        self._failed_in: RunPhase | None = None  # what the main thread did when it came to an end
         self._stopped = threading.Event()
         self._guard = Guard()
         self._stop_listening = listen(self._on_change)
@@ -65,13 +65,13 @@ class Watch(threading.Thread):
 
     # ---------------------------------------------------------------- called by the main thread
 
-    def closing(self) -> RunPhase:
+    def closing(self, raised_in: RunPhase | None = None) -> RunPhase:
         """An exception is being handled, which takes `limits[CLOSING]` at most; the phase that it was raised in."""
+        self._failed_in = raised_in or self._failed_in or self._doing().phase
         if self._state != self._watch_closing:
-            self._failed_in = self._failed_in or self._doing()
             set_ground(RunPhase.CLOSING, self._main.ident)
             self._state = self._watch_closing
-        return self._failed_in.phase if self._failed_in is not None else RunPhase.CLOSING
+        return self._failed_in
 
     def handled(self) -> None:
         """What is left is to leave the process, if it is left."""
@@ -81,10 +81,10 @@ class Watch(threading.Thread):
         """All went well."""
         self._stop_listening()
         self._stopped.set()
-        if self._handler is not None:
-            signal.signal(signal.SIGUSR2, self._handler)
         if self.is_alive():
             self.join(10)
+        if self._handler is not None:  # now that no signal will come
+            signal.signal(signal.SIGUSR2, self._handler)
         if self.ranks is not None:
             self.ranks.stop()
         self._guard.stop()
@@ -147,7 +147,8 @@ class Watch(threading.Thread):
 
     def _watch_exit(self) -> None:
         self._guard.expect(None, "")
-        if self._main.is_alive():
+        # Before the main thread has ended it joins the threads of executors, which nothing public tells.
+        if self._main.is_alive() and not getattr(threading, "_SHUTTING_DOWN", False):
             return
         now = time.monotonic()
         self._exiting_since = self._exiting_since or now
@@ -160,7 +161,7 @@ class Watch(threading.Thread):
         self.say(f"{why}: it is ended now.")
         self._guard.expect(self.around.limits[RunPhase.SAVING], f"{self.around.who} could not save in time: killed.")
         try:
-            if self._failed_in is None or self._failed_in.phase != RunPhase.SAVING:  # where it is stuck itself
+            if self._state != self._watch_exit and self._failed_in != RunPhase.SAVING:  # done, or stuck in it
                 self.around.rescue(self.fault or why)
         except Exception as error:  # whatever it is: the process has to end
             self.say(f"Nothing could be saved: {type(error).__name__}: {error}")
@@ -173,7 +174,7 @@ class Watch(threading.Thread):
     # ---------------------------------------------------------------- faults
 
     def _raise(self, fault: str) -> None:
-        self.fault, self._failed_in = fault, self._doing()
+        self.fault, self._failed_in = fault, self._doing().phase
         self.say(fault)
         if self.ranks is not None:
             self.ranks.report(fault)
@@ -192,8 +193,8 @@ class Watch(threading.Thread):
         return self._with_mine(found)
 
     def _with_mine(self, found: str | None) -> str | None:
-        mine = self._failed_in or self._doing()
-        return None if found is None else f"{found} {self.around.who} was {mine.phase} ({self.around.step()})."
+        mine = self._failed_in or self._doing().phase
+        return None if found is None else f"{found} {self.around.who} was {mine} ({self.around.step()})."
 
     # ---------------------------------------------------------------- lateness
 

@@ -15,7 +15,7 @@ from tealightning.callbacks import Deadlines
 from tealightning.callbacks.guard import Guard
 from tealightning.callbacks.other_ranks import OtherRanks
 from tealightning.callbacks.peers import Heard
-from tealightning.callbacks.watch import RunEnded, Surroundings, Watch
+from tealightning.callbacks.watch import EXIT_CODE, RunEnded, Surroundings, Watch
 from tealightning.phases import RunPhase, current, during
 
 
@@ -62,6 +62,22 @@ def test_watch_raises_in_a_main_thread_that_sleeps():
             time.sleep(60)
     finally:
         watch.stop()
+
+
+def test_watch_ends_a_process_whose_threads_do_not_end():
+    code = (
+        "import time; from concurrent.futures import ThreadPoolExecutor\n"
+        "from tealightning.callbacks.watch import Surroundings, Watch; from tealightning.phases import RunPhase\n"
+        "limits = {phase: 1.0 for phase in RunPhase}\n"
+        "around = Surroundings(who='The run', limits=limits, step=str, rescue=exit, is_failing=bool, is_handled=bool)\n"
+        "watch = Watch(around, None); watch.start(); watch.handled()\n"
+        "ThreadPoolExecutor(1).submit(time.sleep, 600); raise KeyError('the error')"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    assert ended.returncode == EXIT_CODE, ended.stderr
+    assert "KeyError: 'the error'" in ended.stderr and "Its threads do not end: it is ended now." in ended.stderr
 
 
 class Told(OtherRanks):

@@ -16,6 +16,8 @@ from fault_runs import (
 
 from tealightning.callbacks.watch import EXIT_CODE
 
+pytestmark = pytest.mark.timeout(900)  # seconds where nothing else runs
+
 # ---------------------------------------------------------------- one process
 
 

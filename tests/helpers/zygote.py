@@ -73,7 +73,7 @@ class Run:
             self.ended_at = time.time()
         return self.exit_code
 
-    def wait(self, seconds: float = 200.0) -> int:
+    def wait(self, seconds: float = 400.0) -> int:
         """Its exit code; an assertion that it ends in time."""
         deadline = time.monotonic() + seconds
         while self.poll() is None:
