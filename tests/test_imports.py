@@ -15,7 +15,7 @@ PACKAGE = ROOT / "tealightning"
 
 # A unit (a module or folder of the package) may import its own line and the lines above it.
 LAYERS = [
-    {"version", "types", "registry", "functional", "files", "locks", "phases", "leftovers"},
+    {"version", "types", "registry", "strict_yaml", "functional", "files", "locks", "phases", "leftovers"},
     {"estimators", "metrics", "rewards", "pretrained", "sharding", "lora", "output_head", "micro_batches", "loss"},
     {"rollouts", "data"},
     {"evaluation", "module_settings", "nonfinite", "module", "callbacks"},

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from tealightning.callbacks.rollout_checks import check_prompts, model_length
+from tealightning.callbacks.rollout_checks import check_prompts, model_length, padding_id
 from tealightning.callbacks.unscorable import UnscorableGuard
 from tealightning.phases import RunPhase, during
 from tealightning.rewards.base import Reward
@@ -163,7 +163,7 @@ class RolloutCallback(Callback):
             engine=self.engine,
             reward=self.reward,
             sampling=self.sampling,
-            pad_token_id=pl_module.tokenizer.pad_token_id or 0,
+            pad_token_id=padding_id(pl_module.tokenizer, pl_module.policy.config),
             vocab_size=getattr(pl_module.policy.config, "vocab_size", None),
             score_as_finished=self.score_as_finished,
         )

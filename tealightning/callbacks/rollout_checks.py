@@ -18,6 +18,13 @@ def model_length(config: Any, sampling: SamplingConfig, max_prompt_tokens: int |
     return min(positions_of(config) or MOST_TOKENS, needed)
 
 
+def padding_id(tokenizer: Any, config: Any) -> int:
+    """What fills tensors beyond the lengths: the tokenizer's pad, or 0 if the policy has no embedding for it.
+    Masks come from the lengths, so that any id will do."""
+    pad, vocabulary = tokenizer.pad_token_id, getattr(config.get_text_config(), "vocab_size", None)
+    return pad if pad is not None and (vocabulary is None or pad < vocabulary) else 0
+
+
 def check_prompts(
     prompt_sets: Mapping[Any, PromptSet], config: Any, tokenizer: Any, sampling: SamplingConfig, length: int
 ) -> None:

@@ -148,7 +148,7 @@ def _missing(match: re.Match[str], key: str, settings: Sequence[Setting]) -> str
 
 def _required_key(name: str, settings: Sequence[Setting]) -> str:
     """The whole key of a setting without a default that the parser names by its last part."""
-    given = [setting.key for setting in settings]
+    given = [setting.key for setting in settings if setting.value is not None]
     for section in dict.fromkeys([*given, *SECTIONS]) if name not in TOP_LEVEL else ():
         cls = class_of(section, settings)
         parameter = inspect.signature(cls).parameters.get(name) if cls is not None else None

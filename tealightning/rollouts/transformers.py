@@ -210,8 +210,10 @@ def _uniforms(seed: int, count: int) -> Tensor:
 
 
 def _pad_token_id(context: EngineContext, rule: EndRule) -> int:
-    pad = context.tokenizer.pad_token_id
-    return pad if isinstance(pad, int) else next(iter(rule.token_ids), 0)  # masked, so any id will do
+    pad, vocabulary = context.tokenizer.pad_token_id, context.policy.get_input_embeddings().num_embeddings
+    return (
+        pad if isinstance(pad, int) and pad < vocabulary else next(iter(rule.token_ids), 0)
+    )  # masked, so any id will do
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], *, pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
