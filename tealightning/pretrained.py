@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+_PICKLES = ("pytorch_model*.bin", "adapter_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -30,9 +31,13 @@ def load_policy(
     from transformers import AutoModelForCausalLM
 
     _check_exists(path, argument)
+    refuse_pickled_weights(path, argument)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
     except (OSError, ValueError) as error:
+        refuse_pickled_weights(path, argument, error)
         raise ValueError(f"{argument} {path!r} is no folder or hub id of a causal LM: {error}") from error
     model.eval()
     if gradient_checkpointing:
@@ -64,11 +69,12 @@ def positions_of(config: Any) -> int | None:
 def check_weights(path: str, *, argument: str = "policy") -> None:
     """
     Raises:
-        ValueError: if `path` is neither a hub id nor a folder with weights.
+        ValueError: if `path` is neither a hub id nor a folder with safetensors weights.
     """
     _check_exists(path, argument)
+    refuse_pickled_weights(path, argument)
     folder = Path(path)
-    if folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]:
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise ValueError(f"{argument} {path!r}: the folder has no weights (model.safetensors).")
 
 
@@ -88,6 +94,29 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def refuse_pickled_weights(path: str, argument: str, error: Exception | None = None) -> None:
+    """Unpickling can run any code, and a model is often a stranger's: weights are safetensors or are not loaded.
+
+    Args:
+        path: Folder or hub id.
+        argument: What the error message calls it.
+        error: What loading it with safetensors alone has raised, which tells of files on the hub.
+
+    Raises:
+        ValueError: if there are weights, and none as safetensors.
+    """
+    folder = Path(path)
+    pickled = [file.name for pattern in _PICKLES for file in sorted(folder.glob(pattern))] if folder.is_dir() else []
+    if any(folder.glob("*.safetensors")) or not (pickled or "safetensors" in str(error)):
+        return
+    only = f", only {pickled[0]}" if pickled else ""
+    raise ValueError(
+        f"{argument} {path!r} has no safetensors weights{only}. Pickled weights are not loaded, because a pickle can "
+        "run code. If you trust their author, convert them once, with the model's class of transformers: "
+        f"from_pretrained({path!r}).save_pretrained('converted')"
+    ) from error
 
 
 def _check_exists(path: str, argument: str = "policy") -> None:

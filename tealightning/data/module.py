@@ -191,7 +191,7 @@ class PromptDataModule(pl.LightningDataModule):
             from transformers import AutoTokenizer
 
             try:
-                return AutoTokenizer.from_pretrained(self.tokenizer)
+                return AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=False)
             except (OSError, ValueError) as error:
                 raise ValueError(f"data.tokenizer {self.tokenizer!r} is no folder or hub id of one: {error}") from error
         if self.tokenizer is not None:

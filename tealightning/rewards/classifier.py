@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tealightning.micro_batches import tokens_of_a_pass
-from tealightning.pretrained import check_weights
+from tealightning.pretrained import check_weights, refuse_pickled_weights
 from tealightning.registry import register
 from tealightning.rewards.base import Reward
 from tealightning.rewards.chat import ChatFormatter, ChatTemplate, check_template
@@ -179,6 +179,7 @@ def _reward_config(path: str, trust_remote_code: bool) -> Any:
 def _load_model(path: str, dtype: str, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForSequenceClassification
 
+    refuse_pickled_weights(path, "model")
     try:
         config = _reward_config(path, trust_remote_code)
         model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -187,8 +188,10 @@ def _load_model(path: str, dtype: str, trust_remote_code: bool) -> Any:
             dtype=getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            use_safetensors=True,
         )
     except (OSError, ValueError) as error:
+        refuse_pickled_weights(path, "model", error)
         raise ValueError(f"model {path!r} cannot be used as a reward model: {error}") from error
     if info["missing_keys"]:
         raise ValueError(

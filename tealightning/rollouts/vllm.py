@@ -220,6 +220,7 @@ class VLLMEngine(RolloutEngine):
             "max_num_seqs": self.max_num_seqs,
             "enable_prefix_caching": self.enable_prefix_caching,
             "enforce_eager": self._eager,
+            "load_format": "safetensors",  # never a pickle
             "generation_config": "vllm",  # not the model folder's defaults
             "logprobs_mode": "processed_logprobs",  # after temperature, top-k and top-p
             "seed": 0,  # not used: every request has its own

@@ -143,7 +143,12 @@ class VLLMClient:
         with requests.Session() as session:
             session.trust_env = False  # no proxy for a server of one's own, and a .netrc would replace the key
             return session.request(
-                method, self.url + route, json=body, headers=self._headers, timeout=(_CONNECT_SECONDS, timeout_seconds)
+                method,
+                self.url + route,
+                json=body,
+                headers=self._headers,
+                timeout=(_CONNECT_SECONDS, timeout_seconds),
+                allow_redirects=False,  # prompts and key are for this server alone
             )
 
     def _call(self, method: str, route: str, phase: str, body: dict[str, Any] | None = None) -> Any:
@@ -167,7 +172,7 @@ class VLLMClient:
             )
         if answer.status_code == 401:
             raise ServerError(f"{where} refuses the API key: set rollout.engine.api_key_env.")
-        if not answer.ok:
+        if not answer.ok or answer.is_redirect:
             raise ServerError(f"{where} answered {answer.status_code} while {phase}: {_message(answer)}{self._why()}")
         return answer.json() if answer.content else None
 

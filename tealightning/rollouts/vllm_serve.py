@@ -95,6 +95,7 @@ def serve_command(context: EngineContext, *, port: int, dtype: str, nccl: bool, 
     command += ["--tokenizer", context.tokenizer.name_or_path or context.policy_path]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
     command += ["--max-model-len", str(context.max_model_len)]
+    command += ["--load-format", "safetensors"]  # never a pickle
     command += ["--generation-config", "vllm"]  # not the model folder's defaults
     command += ["--logprobs-mode", "processed_logprobs"]  # after temperature, top-k and top-p
     command += ["--enable-scale-out", "--seed", "0"]
