@@ -7,7 +7,7 @@ quickstart test test-slow test-faults: export OMP_NUM_THREADS := 1
 bin := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-faults lint format docs clean
+.PHONY: help install quickstart test test-slow test-faults audit lint format docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -41,6 +41,9 @@ format: install ## let ruff fix and format
 docs: install ## build the documentation into site/
 	$(bin)/python -m pip install -qq --disable-pip-version-check --no-warn-conflicts -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict --config-file tools/mkdocs.yml
+
+audit: ## compare the pinned dependencies with the known vulnerabilities (needs the network)
+	@bash tools/audit.sh
 
 clean: ## remove caches and build products (keeps .venv and runs/)
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
