@@ -69,7 +69,7 @@ def positions_of(config: Any) -> int | None:
 def check_weights(path: str, *, argument: str = "policy") -> None:
     """
     Raises:
-        ValueError: if `path` is neither a hub id nor a folder with weights that are loaded.
+        ValueError: if `path` is neither a hub id nor a folder with safetensors weights.
     """
     _check_exists(path, argument)
     refuse_pickled_weights(path, argument)

@@ -174,6 +174,13 @@ def test_checkpoint_that_would_run_code_is_refused(playground, tmp_path, bomb):
     assert "holds more than tensors and plain values" in result.err and "--weights_only=false" in result.err
 
 
+def test_folder_of_sharded_weights_is_warned_about(playground, tmp_path):
+    args = [*quickstart_args("fit", playground, tmp_path), "--rollout.engine=transformers_engine"]
+    with pytest.warns(UserWarning, match="list of contents is a pickle"):
+        result = run(*args, f"--ckpt_path={tmp_path}")
+    assert result.status == 2
+
+
 @pytest.mark.parametrize("name", ["prompts.pkl", "prompts.pt", "prompts.npy", "prompts.pickle"])
 def test_pickled_data_is_refused(tmp_path, bomb, name):
     (tmp_path / name).write_bytes(pickle.dumps([{"prompt": bomb}]))

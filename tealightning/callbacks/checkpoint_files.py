@@ -60,6 +60,15 @@ def warn_if_the_next_may_not_fit(path: Path) -> None:
         )
 
 
+def warn_of_pickles(path: str | Path) -> None:
+    """Of a checkpoint that cannot be loaded as tensors and plain values alone."""
+    if Path(path).is_dir():
+        rank_zero_warn(
+            f"{path} is a folder of sharded weights, whose list of contents is a pickle in torch's format: loading it "
+            "could run code. Go on only from folders whose writer you trust."
+        )
+
+
 def move_folder(written: Path, path: Path, global_step: int) -> None:
     """Give a complete checkpoint of sharded weights its name; one that has it is replaced."""
     if written.is_dir():

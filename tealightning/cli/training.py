@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger
 
 from tealightning.callbacks import BestOfNReport, Deadlines, HealthChecks, ResumableCheckpoint, RolloutCallback
+from tealightning.callbacks.checkpoint_files import warn_of_pickles
 from tealightning.callbacks.checkpoint_io import SealedCheckpointIO
 from tealightning.callbacks.csv_logger import DurableCSVLogger
 from tealightning.callbacks.folders import run_folder
@@ -132,6 +133,8 @@ class TrainingCLI(LightningCLI):
             if path is not None and self.subcommand == "fit" and self.trainer.is_global_zero:
                 refuse_live_run(Path(path), run_folder(self.trainer))
             self.config[self.subcommand]["ckpt_path"] = self.config_init[self.subcommand]["ckpt_path"] = path
+        if (chosen := self._get(self.config_init, "ckpt_path")) is not None:
+            warn_of_pickles(chosen)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
