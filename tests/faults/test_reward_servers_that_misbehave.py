@@ -185,7 +185,8 @@ def test_training_stops_with_a_clear_error_when_the_server_is_gone_and_goes_on_w
         reward = HTTPReward(server.url, batch_size=16, deadline_seconds=2.0, **QUICK)
         rollout = rollout_of(playground, reward=reward, score_as_finished=score_as_finished)
         saver = ResumableCheckpoint()
-        trainer = trainer_of(rollout, *callbacks, saver, max_steps=4, default_root_dir=folder)
+        settings = {"default_root_dir": folder, "enable_checkpointing": True}
+        trainer = trainer_of(rollout, *callbacks, saver, max_steps=4, **settings)
         started = time.monotonic()
         try:
             trainer.fit(module_of(playground), datamodule=data_of(playground), ckpt_path=ckpt_path)
