@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from playground_fits import data_of, fit, module_of, record_of, rollout_of, trainer_of
 from reward_server import reward_server, score_of
 
+from tealightning.callbacks.checkpoint import ResumableCheckpoint
 from tealightning.callbacks.unscorable import UnscorableError
 from tealightning.rewards import HTTPReward
 
@@ -177,17 +178,33 @@ class StopServer(Callback):
 
 @pytest.mark.parametrize("score_as_finished", [False, True])
 @pytest.mark.fault("the reward server dies for good during training", how="its port is closed after the second step")
-def test_training_stops_with_a_clear_error_when_the_server_is_gone(playground, score_as_finished, injected):
-    with reward_server(score=letters) as server:
+def test_training_stops_with_a_clear_error_when_the_server_is_gone_and_goes_on_when_it_is_back(
+    playground, tmp_path, score_as_finished, injected
+):
+    def trained(*callbacks, folder, ckpt_path=None):
         reward = HTTPReward(server.url, batch_size=16, deadline_seconds=2.0, **QUICK)
         rollout = rollout_of(playground, reward=reward, score_as_finished=score_as_finished)
-        trainer = trainer_of(rollout, StopServer(server, after_steps=2), max_steps=50)
+        saver = ResumableCheckpoint()
+        settings = {"default_root_dir": folder, "enable_checkpointing": True}
+        trainer = trainer_of(rollout, *callbacks, saver, max_steps=4, **settings)
         started = time.monotonic()
+        try:
+            trainer.fit(module_of(playground), datamodule=data_of(playground), ckpt_path=ckpt_path)
+        finally:
+            assert time.monotonic() - started < 60.0
+        return record_of(trainer)
+
+    with reward_server(score=letters) as server:
+        unbroken = trained(folder=tmp_path / "unbroken")
         with (
             pytest.warns(UserWarning, match="no score for"),
             pytest.raises(UnscorableError, match=r"32 of the 32 completions of a training step.*cannot be reached"),
         ):
-            trainer.fit(module_of(playground), datamodule=data_of(playground))
-        assert time.monotonic() - started < 60.0
-    assert len(record_of(trainer).steps) == 2
+            trained(StopServer(server, after_steps=2), folder=tmp_path / "broken")
+        (checkpoint,) = tmp_path.glob("broken/**/step=000002.ckpt")
+        assert not list(tmp_path.glob("broken/**/step=000003.ckpt"))
+        server.start()
+        resumed = trained(folder=tmp_path / "resumed", ckpt_path=str(checkpoint))
+    assert len(resumed.steps) == 2 and resumed.largest_move > 1e-4
+    assert torch.equal(resumed.weights, unbroken.weights)
     injected(times=1)

@@ -34,6 +34,7 @@ def test_group_without_rewards_is_survived_and_counted(playground):
 
 
 def test_step_without_any_reward_moves_nothing(playground):
+    """Not scored is not scored 0, as it was in TRL #5902."""
     _, record = fit(playground, steps=2, reward=unscored, rollout={"max_unscorable": 1.0})
     for step in record.steps:
         assert step["metrics"]["rollout/unscorable_fraction"] == 1.0

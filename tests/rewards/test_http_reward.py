@@ -85,6 +85,7 @@ def test_scores_are_float64_and_what_is_no_finite_number_is_unscorable(given, ex
 
 
 def test_null_is_the_servers_last_word():
+    """And is no score of 0, as in TRL #5902."""
     with reward_server() as server:
         scores = HTTPReward(server.url, **QUICK)(["p"] * 2, ["<null>", "c"], [{}] * 2)
     assert math.isnan(scores.total[0]) and scores.total[1] == score_of({"prompt": "p", "completion": "c"})
