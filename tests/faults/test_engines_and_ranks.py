@@ -58,6 +58,17 @@ def test_engine_that_stops_all_threads_is_killed_from_outside(fit, injected):
     injected(times=1)
 
 
+@pytest.mark.fault("a thread of the engine hangs when the run ends", how="after an error in `generate`")
+def test_process_whose_threads_do_not_end_is_ended(fit, injected):
+    (run,) = fit(*faulty_engine("raise_and_hang", "generate"), "--deadlines.exit_seconds=5")
+    ends_within_a_minute([run], limit=5)
+    assert run.exit_code == EXIT_CODE
+    assert "KeyError: 'something that nobody expected'" in run.text()
+    assert "Its threads do not end: it is ended now." in run.text()
+    assert "Step 2 is saved in" in run.text()
+    injected(times=1)
+
+
 # ---------------------------------------------------------------- two ranks
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch.distributed as dist
@@ -32,12 +33,18 @@ def _raise(error: Exception) -> None:
     raise error
 
 
+def _fail_with_a_thread_that_hangs() -> None:
+    ThreadPoolExecutor(1).submit(_hang_in_python)  # which the interpreter waits for when it exits
+    raise KeyError("something that nobody expected")
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "raise": lambda: _raise(KeyError("something that nobody expected")),
     "memory": lambda: _raise(MemoryError("no memory left")),
     "hang": _hang_in_python,
+    "raise_and_hang": _fail_with_a_thread_that_hangs,
     "hang_in_c": lambda: _hang_in_c(ctypes.CDLL(None)),  # releases the interpreter's lock, as a collective does
     "hang_with_lock": lambda: _hang_in_c(ctypes.PyDLL(None)),  # keeps it
 }
