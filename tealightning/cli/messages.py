@@ -31,11 +31,13 @@ def _unknown_setting(match: re.Match[str], key: str, settings: Sequence[Setting]
             "Arguments of a class go under init_args: "
             "{class_path: tealightning.estimators.TEA, init_args: {target_n: 64}}."
         )
-    for setting in reversed(settings):
-        if f".{name}." in f".{setting.key}." and (found := _first_unknown(setting.key, settings)):
+    named = [setting for setting in reversed(settings) if f".{name}." in f".{setting.key}."]
+    for setting in named:
+        if found := _first_unknown(setting.key, settings):
             unknown, valid = found
             return f"{_where(setting.source)}Unknown setting {unknown!r}.{_nearest(unknown, valid)}"
-    return f"Unknown setting {name!r}. `tealightning fit --help` lists the settings."
+    key = named[0].key if named else name
+    return f"Unknown setting {key!r}. `tealightning fit --help` lists the settings."
 
 
 def _first_unknown(key: str, settings: Sequence[Setting]) -> tuple[str, list[str]] | None:

@@ -162,6 +162,7 @@ def test_engine_ends_on_a_stop_string_that_is_a_special_token(tied):
 
 
 def test_engine_samples_follow_from_the_prompts_seed_alone(tied):
+    """A seed that never reaches the engine: TRL #7040."""
     engine, _ = tied
     together = token_ids(sample(engine))
     assert token_ids(sample(engine)) == together

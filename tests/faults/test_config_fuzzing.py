@@ -1,6 +1,9 @@
 """Wrong configs, by the hundred: each is refused before anything is loaded, in one message that names the setting."""
 
 import copy
+import resource
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,11 +17,13 @@ from config_mutations import (
     Mutation,
     applied,
     broken_yaml,
+    changed,
     missing_section,
     misspelt_key,
     of_changes,
     repeated_key,
     unknown_key,
+    written,
     wrong_structure,
     wrong_type,
 )
@@ -456,3 +461,36 @@ def test_wrong_ablations_are_refused(specs, loads, tmp_path, injected):
     options = ("--dry-run", "--no-pilot")
     kinds = fuzz(strategy, 120, lambda mutation: refused(mutation, "compare", tmp_path, loads, *options))
     injected(times=kinds.total())
+
+
+# ---------------------------------------------------------------- the command itself
+
+
+def cpu_seconds(*args: str) -> tuple[float, subprocess.CompletedProcess]:
+    """Seconds of CPU time that `python ARGS` took: waiting for other processes of the machine is not in it."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=280, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, result
+
+
+@pytest.mark.timeout(600)
+def test_the_command_needs_hardly_more_time_than_importing_its_libraries(bases, tmp_path):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(written(changed(bases["quickstart.yaml"], ("rollout", "group_size"), 2)))
+    imports, _ = cpu_seconds("-c", "import lightning.pytorch, transformers, datasets")
+    command, result = cpu_seconds("-m", "tealightning", "fit", "-c", str(file))
+    assert result.returncode == 2
+    assert "error: rollout.group_size: tea needs at least 5 rollouts a prompt, got group_size=2" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert command - imports < SECONDS
+
+
+def test_debug_shows_the_traceback_of_the_check(bases, loads, tmp_path):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(
+        written(changed(bases["quickstart.yaml"], ("model", "init_args", "optimizer", "init_args", "lr"), -1))
+    )
+    with pytest.raises(ValueError, match=r"model\.optimizer\.lr: Invalid learning rate") as raised:
+        run("fit", "-c", file, "--debug")
+    assert any("torch/optim" in str(entry.path) for entry in raised.traceback)

@@ -15,6 +15,7 @@ def test_best_of_n_is_the_mean_maximum_over_subsets(n):
 
 
 def test_best_of_4_of_one_correct_in_four_is_exactly_one():
+    """A bootstrap would say 0.68 (verl #7240)."""
     rewards = torch.tensor([[0.0, 0.0, 1.0, 0.0]])
     assert best_of_n(rewards, [1, 2, 4]).tolist() == [[0.25, 0.5, 1.0]]
 
