@@ -3,11 +3,11 @@
 import hashlib
 import json
 import os
-import pickle
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
@@ -70,7 +70,7 @@ class SealedCheckpointIO(TorchCheckpointIO):
             rank_zero_warn(f"{path} is loaded with weights_only=false: code in it would be run.")
         try:
             return super().load_checkpoint(path, map_location, weights_only=weights_only is not False)
-        except pickle.UnpicklingError as error:
+        except UnpicklingError as error:
             raise ValueError(
                 f"{path} holds more than tensors and plain values, and loading it could run code: "
                 f"{str(error).splitlines()[0]} If you trust whoever wrote it, say --weights_only=false."

@@ -3,6 +3,7 @@
 What one class can tell about its own arguments its constructor has refused already.
 """
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -107,12 +108,14 @@ def _check_lengths(rollout: RolloutCallback) -> None:
 
 
 def _check_samples(trainer: pl.Trainer, samples: int) -> None:
-    """No callback may want more samples of a prompt than an evaluation takes."""
+    """No callback may be told to use more samples of a prompt than an evaluation takes; its defaults take what is
+    there."""
+    defaults = inspect.signature(EvaluationRecord).parameters
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if not isinstance(callback, EvaluationRecord):
             continue
         for name in ("kl_samples", "diversity_samples"):
-            if getattr(callback, name) > max(samples, 2):
+            if getattr(callback, name) not in (*range(max(samples, 2) + 1), defaults[name].default):
                 raise SettingError(
                     f"trainer.callbacks.{name} must be at most max(model.ns)={samples}, the samples that an evaluation "
                     f"takes of a prompt, got {getattr(callback, name)}."
