@@ -91,6 +91,15 @@ def test_chat_prompt_is_scored_through_the_template(classifier_folder):
     assert scores.item() == pytest.approx(last_token_logit(folder, "Really<eos>yes<eos>"), abs=1e-5)
 
 
+def test_reward_model_reads_text_with_its_own_tokenizer_not_the_policys(playground: Path, classifier_folder):
+    """A reward model that was given the policy's token ids scored another text in OpenRLHF #242."""
+    folder, text = classifier_folder(), "Return the value"
+    own, policys = (AutoTokenizer.from_pretrained(path)(text)["input_ids"] for path in (folder, playground / "policy"))
+    assert own != policys
+    (scored,) = score(loaded(folder), [" value"], prompt="Return the").tolist()
+    assert scored == pytest.approx(last_token_logit(folder, text), abs=1e-5)
+
+
 def test_template_can_be_switched_off(classifier_folder):
     folder = classifier_folder(template=TEMPLATE)
     scores = score(loaded(folder, chat_template=False), [" upon"])
