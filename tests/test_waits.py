@@ -21,7 +21,7 @@ OWNERS = {"subprocess", "requests", "session", "dist", "process"}
 
 WATCHED = {
     "callbacks/rollout.py: self._ahead.wait()": "in RunPhase.GENERATING",
-    "rewards/importing.py: pool.submit(asyncio.run, coroutine).result()": "in RunPhase.SCORING, or in a reward's worker",
+    "rewards/importing.py: pool.submit(asyncio.run, coroutine).result()": "in RunPhase.SCORING, or in a worker",
     "rewards/worker.py: self._channel.recv()": "a timer kills the worker, which closes the pipe",
     "rewards/worker_main.py: channel.recv()": "a worker waits for its parent, whose end closes the pipe",
     "diagnostics/provenance.py: "
