@@ -21,7 +21,9 @@ OWNERS = {"subprocess", "requests", "session", "dist", "process"}
 
 WATCHED = {
     "callbacks/rollout.py: self._ahead.wait()": "in RunPhase.GENERATING",
-    "rewards/function.py: pool.submit(asyncio.run, coroutine).result()": "in RunPhase.SCORING",
+    "rewards/importing.py: pool.submit(asyncio.run, coroutine).result()": "in RunPhase.SCORING, or in a worker",
+    "rewards/worker.py: self._channel.recv()": "a timer kills the worker, which closes the pipe",
+    "rewards/worker_main.py: channel.recv()": "a worker waits for its parent, whose end closes the pipe",
     "diagnostics/provenance.py: "
     "subprocess.run(['git', '-C', str(folder), 'describe', '--always', '--dirty', '--abbrev=9', '--exclude=*'], "
     "capture_output=True, text=True, check=False)": "reads the package's own checkout, and is no part of a run",
