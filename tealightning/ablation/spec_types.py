@@ -22,8 +22,15 @@ def check_types(values: Mapping[str, Any], cls: type, prefix: str = "") -> None:
     """
     hints = typing.get_type_hints(cls)
     for name, value in values.items():
-        if not fits(value, hints[name]):
-            raise ValueError(f"{prefix}{name} must be {in_words(hints[name])}, got {value!r}.")
+        _check(f"{prefix}{name}", value, hints[name])
+
+
+def _check(key: str, value: Any, hint: Any) -> None:
+    if typing.get_origin(hint) is dict and isinstance(value, Mapping):  # which of them?
+        for name, inner in value.items():
+            _check(f"{key}.{name}", inner, typing.get_args(hint)[1])
+    if not fits(value, hint):
+        raise ValueError(f"{key} must be {in_words(hint)}, got {value!r}.")
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -279,7 +279,7 @@ def on_playground(base: dict[str, Any], playground: Path, out: Path) -> dict[str
     base["rollout"]["sampling"]["max_new_tokens"] = 12
     base["data"]["init_args"].pop("max_prompt_tokens", None)
     base["trainer"] |= {"accelerator": "cpu", "devices": 1, "precision": "32-true", "logger": False}
-    base["trainer"] |= {"max_steps": 2, "max_epochs": 1, "callbacks": []}
+    base["trainer"] |= {"max_steps": 2, "max_epochs": 1, "callbacks": [], "default_root_dir": str(out)}
     return base
 
 
