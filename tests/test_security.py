@@ -345,7 +345,10 @@ def test_secrets_of_the_environment_are_kept_nowhere(playground, tmp_path, monke
     settings = {
         "callbacks": [
             *callbacks,
-            {"class_path": "tealightning.callbacks.EvaluationRecord", "init_args": {"kl_samples": 2}},
+            {
+                "class_path": "tealightning.callbacks.EvaluationRecord",
+                "init_args": {"kl_samples": 2, "diversity_samples": 2},
+            },
         ],
         "enable_checkpointing": True,
         "limit_val_batches": 1,
