@@ -26,30 +26,35 @@ from tealightning.rewards import SequenceClassifierReward
 from tealightning.rewards.chat import ChatFormatter
 from tealightning.rollouts.vllm_client import ServerError, VLLMClient
 from tealightning.rollouts.vllm_serve import check_serve_args, serve_command, serve_environment
-from tealightning.strict_yaml import _SafeLoader
 
 ROOT = Path(__file__).parents[1]
 
 # ---------------------------------------------------------------- the source
 
-UNSAFE_CALLS = {"eval", "exec", "compile", "os.system", "os.popen", "yaml.unsafe_load", "yaml.full_load"}
+UNSAFE_CALLS = {"eval", "exec", "compile", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
 UNSAFE_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
-HARMLESS = {"pickle.PicklingError", "pickle.UnpicklingError"}
 CONDITIONS = {
-    "yaml.load": lambda arguments: arguments.get("Loader") == "_SafeLoader",
     "torch.load": lambda arguments: arguments.get("weights_only") == "True",
     "np.load": lambda arguments: arguments.get("allow_pickle", "False") == "False",
     "numpy.load": lambda arguments: arguments.get("allow_pickle", "False") == "False",
 }
 UNSAFE_ARGUMENTS = {"shell": "True", "verify": "False", "trust_remote_code": "True", "allow_pickle": "True"}
 
+ALLOWED = {
+    # The class of the exception that torch.load raises, which is called with weights_only.
+    ("tealightning/callbacks/checkpoint_io.py", "import pickle"),
+    # The class of an exception: the process that it talks to runs the function of the user.
+    ("tealightning/rewards/worker.py", "import pickle"),
+    # _SafeLoader is a yaml.SafeLoader: the tests of YAML tags below are of it.
+    ("tealightning/strict_yaml.py", "yaml.load(text, Loader=_SafeLoader)"),
+}
+
 
 def unsafe_parts(source: str) -> list[str]:
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
-            names = {f"{module}{alias.name}" for alias in node.names} - HARMLESS
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
             found += [f"{node.lineno}: import {name}" for name in names if name.split(".")[0] in UNSAFE_MODULES]
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
@@ -74,9 +79,12 @@ def test_unsafe_source_would_be_found(source):
 
 def test_no_source_runs_code_from_data():
     files = [*sorted((ROOT / "tealightning").rglob("*.py")), *sorted((ROOT / "tools").rglob("*.py"))]
-    found = [f"{file.relative_to(ROOT)}:{part}" for file in files for part in unsafe_parts(file.read_text())]
-    assert found == []
-    assert issubclass(_SafeLoader, yaml.SafeLoader)
+    found = {
+        (str(file.relative_to(ROOT)), part.partition(": ")[2])
+        for file in files
+        for part in unsafe_parts(file.read_text())
+    }
+    assert found == ALLOWED
 
 
 # ---------------------------------------------------------------- weights, checkpoints, data
@@ -335,7 +343,13 @@ def test_secrets_of_the_environment_are_kept_nowhere(playground, tmp_path, monke
         monkeypatch.setenv(name, value)
     callbacks = ["tealightning.BestOfNReport", "tealightning.ExportPolicy", "tealightning.SampleTable"]
     settings = {
-        "callbacks": [*callbacks, "tealightning.callbacks.EvaluationRecord"],
+        "callbacks": [
+            *callbacks,
+            {
+                "class_path": "tealightning.callbacks.EvaluationRecord",
+                "init_args": {"kl_samples": 2, "diversity_samples": 2},
+            },
+        ],
         "enable_checkpointing": True,
         "limit_val_batches": 1,
         "num_sanity_val_steps": -1,

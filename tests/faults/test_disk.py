@@ -67,7 +67,7 @@ def read_metrics(folder):
 )
 @pytest.mark.parametrize("kind", ["a file system", "a limit"])
 def test_training_goes_on_over_a_full_disk_and_writes_afterwards(undisturbed, playground, tmp_path, kind, injected):
-    callbacks = [BestOfNReport(), SampleTable(every_n_steps=1), EvaluationRecord(kl_samples=0)]
+    callbacks = [BestOfNReport(), SampleTable(every_n_steps=1), EvaluationRecord(kl_samples=0, diversity_samples=2)]
     with small_disk(tmp_path / "disk", megabytes=8) as disk:
         if kind == "a limit":
             disk = None
@@ -103,7 +103,7 @@ def test_evaluations_that_are_never_written_fail_the_run(playground, tmp_path, i
         def on_sanity_check_start(self, trainer, pl_module):
             limit.__enter__()
 
-    record, limit = EvaluationRecord(kl_samples=0), largest_file(0)
+    record, limit = EvaluationRecord(kl_samples=0, diversity_samples=2), largest_file(0)
     logger = DurableCSVLogger(tmp_path, name="", version="")
     settings = VALIDATION | {"val_check_interval": 1}
     try:
