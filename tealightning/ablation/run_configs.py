@@ -11,6 +11,8 @@ from typing import Any
 from tealightning.ablation.spec import AblationSpec
 
 _SMALL_FILE_BYTES = 64 * 2**20
+_CHANGES_NO_RESULT = ("ckpt_path", "checkpoint", "health", "deadlines")
+"""Sections that decide what is kept of a run and when it is given up, not what comes out of one that is finished."""
 
 
 def run_config(spec: AblationSpec, config: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def config_hash(config: Mapping[str, Any], fingerprints: dict[str, str]) -> str:
     read = [config["model"], config["data"], config["rollout"], config["trainer"]["callbacks"]]  # no folder of a logger
     paths = sorted({text for text in _texts(read) if _is_local(text)})
     inputs = {path: fingerprints.setdefault(path, _fingerprint(Path(path))) for path in paths}
-    settings = {key: value for key, value in config.items() if key not in ("ckpt_path", "checkpoint")}
+    settings = {key: value for key, value in config.items() if key not in _CHANGES_NO_RESULT}
     return hashlib.sha256(json.dumps([settings, inputs], sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 

@@ -3,7 +3,7 @@ import copy
 import pytest
 
 from tealightning.ablation.plan import arguments, expand, make_plan
-from tealightning.ablation.run_configs import run_config, start_config, with_folder, with_seed
+from tealightning.ablation.run_configs import config_hash, run_config, start_config, with_folder, with_seed
 from tealightning.ablation.spec import parse_spec
 
 CONFIG = {
@@ -144,6 +144,12 @@ def test_hash_changes_with_the_configuration_and_with_the_inputs(tmp_path):
     assert all(folders(spec_of(equal={"optimizer_steps": 11}))[key] != folder for key, folder in before.items())
     prompts.write_text("{} \n")
     assert all(folders(spec_of())[key] != folder for key, folder in before.items())
+
+
+def test_hash_leaves_out_when_a_run_is_given_up():
+    watched = CONFIG | {"health": {"max_kl": 3.0}, "deadlines": {"syncing_seconds": 5}, "checkpoint": {"keep": 3}}
+    assert config_hash(watched, {}) == config_hash(CONFIG, {})
+    assert config_hash(CONFIG | {"seed_everything": 1}, {}) != config_hash(CONFIG, {})
 
 
 def test_folder_is_that_of_the_first_logger_and_others_are_kept(tmp_path):
