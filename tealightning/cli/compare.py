@@ -1,6 +1,7 @@
 """`tealightning compare`: head-to-head ablations."""
 
 import argparse
+import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -29,7 +30,9 @@ def compare(args: Sequence[str]) -> None:
     spec = restricted(load_spec(options.config), options)
     if not options.report_only:
         build_playgrounds(spec.playgrounds)
-    plan = plan_of(spec, resolve if options.report_only else resolve_on_disk)
+    resolver = resolve if options.report_only else resolve_on_disk
+    check_gold(spec, resolver)
+    plan = plan_of(spec, resolver)
     if options.dry_run:
         show_plan(plan, options)
         return
@@ -43,6 +46,23 @@ def compare(args: Sequence[str]) -> None:
         failed = report(plan, outcomes, options, args)
     if failed:
         raise SystemExit(1)
+
+
+def check_gold(spec: Any, resolve: "Resolve") -> None:
+    """Build the reward that is only measured once, as a run would.
+
+    Raises:
+        ValueError: if it cannot be built, or what it reads is not there.
+    """
+    gold = spec.evaluation.gold
+    if gold is None:
+        return
+    configs = [part for path in spec.base for part in ("-c", path)]
+    engine = "--rollout.engine=transformers_engine"
+    try:
+        resolve([*configs, engine, f"--rollout.reward={gold if isinstance(gold, str) else json.dumps(gold)}"])
+    except ValueError as error:
+        raise ValueError(str(error).replace("rollout.reward", "evaluation.gold")) from error
 
 
 def plan_of(spec: Any, resolve: "Resolve") -> "Plan":

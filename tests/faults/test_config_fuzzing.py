@@ -391,6 +391,7 @@ ABLATION = [
     *values("evaluation.every", 0, "often"),
     *values("evaluation.kl_samples", -1, 10**6, "x"),
     *values("evaluation.diversity_samples", 1, 10**6),
+    *values("evaluation.gold", "NoReward", 3, {"class_path": "FunctionReward", "init_args": {"function": "math:no"}}),
     *values("evaluation.equal_kls", [0], ["a"], 1.0),
     *(
         Change(kind="variant", set={f"settings/{key}": value}, names=(name,))
@@ -423,6 +424,8 @@ def specs(bases, tmp_path_factory) -> dict[str, dict[str, Any]]:
         names = [spec["reference"], next(name for name in spec["variants"] if name != spec["reference"])]
         spec["variants"] = {name: spec["variants"][name] for name in names}
         used = str([spec.get("settings"), spec["variants"]])
+        if gold := spec["evaluation"].get("gold"):
+            gold["init_args"]["model"] = bases["quickstart.yaml"]["rollout"]["reward"]["init_args"]["model"]
         spec["settings"] = {k: v for k, v in spec["settings"].items() if not k.startswith(("data.", "model.policy"))}
         spec["grid"] = {axis: v[:1] for axis, v in spec.get("grid", {}).items() if f"{{{axis}}}" in used}
         for path in spec["base"]:
@@ -481,7 +484,7 @@ def test_the_command_needs_hardly_more_time_than_importing_its_libraries(bases, 
     imports, _ = cpu_seconds("-c", "import lightning.pytorch, transformers, datasets")
     command, result = cpu_seconds("-m", "tealightning", "fit", "-c", str(file))
     assert result.returncode == 2
-    assert "error: rollout.group_size: tea needs at least 5 rollouts a prompt, got group_size=2" in result.stderr
+    assert "rollout.group_size: tea needs at least 5 rollouts a prompt, got group_size=2" in result.stderr
     assert "Traceback" not in result.stderr
     assert command - imports < SECONDS
 
