@@ -14,11 +14,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from tealightning.callbacks.checkpoint_files import checkpoints, newest_good
 
 _COMPARED = {
-    "fit": ("model", "data", "rollout", "seed_everything"),
+    "fit": ("model", "data", "rollout.group_size", "rollout.sampling", "rollout.steps_ahead", "seed_everything"),
     "validate": ("model.init_args.policy", "model.init_args.lora"),
     "test": ("model.init_args.policy", "model.init_args.lora"),
 }
-"""Settings in which a run must be the same for its checkpoint to be this configuration's."""
+"""Settings in which a run must be the same for its checkpoint to be this configuration's: those that say what is
+trained on what. Engine and reward are not among them: a run that they have ended may go on with other memory limits,
+timeouts or servers."""
+_FREE = {f"model.init_args.{name}" for name in ("micro_batch_tokens", "micro_batch_size", "gradient_checkpointing")}
+"""Memory and speed, for a run that has ended for want of them."""
 
 
 def command_to_go_on(given: Sequence[str]) -> str:
@@ -113,7 +117,7 @@ def _differing(key: str, one: Any, other: Any) -> Iterator[str]:
     if isinstance(one, dict) and isinstance(other, dict):
         for name in sorted({*one, *other}):
             yield from _differing(f"{key}.{name}", one.get(name), other.get(name))
-    elif one != other:
+    elif one != other and key not in _FREE:
         yield key
 
 

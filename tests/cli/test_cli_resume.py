@@ -67,6 +67,13 @@ def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path):
         last_checkpoint(trainer_of(tmp_path), SETTINGS, "fit")
 
 
+def test_engine_reward_and_memory_may_change(tmp_path):
+    mine = {"model": {"init_args": {"policy": "p", "micro_batch_tokens": None}}, "rollout": {"engine": {"a": 1}}}
+    now = {"model": {"init_args": {"policy": "p", "micro_batch_tokens": 512}}, "rollout": {"engine": {"a": 2}}}
+    path = write(tmp_path / "runs" / "version_0", 20, settings=SETTINGS | mine)
+    assert last_checkpoint(trainer_of(tmp_path), SETTINGS | now, "fit") == str(path)
+
+
 def test_what_does_not_change_the_policy_may_differ_in_an_evaluation(tmp_path):
     path = write(tmp_path / "runs" / "version_0", 20, settings=SETTINGS | {"rollout": {"group_size": 8}})
     assert last_checkpoint(trainer_of(tmp_path), SETTINGS, "validate") == str(path)

@@ -68,7 +68,7 @@ def test_engine_and_reward():
     assert config["rollout"]["engine"]["class_path"].endswith(".TransformersEngine")
     assert config["rollout"]["engine"]["init_args"] == {"batch_size": 3}
     config = resolved("-c", QUICKSTART, "--rollout.reward=FunctionReward", "--rollout.reward.function=math:sqrt")
-    assert config["rollout"]["reward"]["init_args"] == {"function": "math:sqrt"}
+    assert config["rollout"]["reward"]["init_args"]["function"] == "math:sqrt"
 
 
 def test_health_checks_are_always_on_and_have_a_section(tmp_path):

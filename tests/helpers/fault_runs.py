@@ -90,6 +90,8 @@ def left_in_shared_memory() -> set[str]:
     left = set()
     for entry in Path("/dev/shm").iterdir():
         owner = re.match(r"tealightning-weights-(\d+)-", entry.name)
+        if entry.name.startswith("sem."):  # of a killed process; its session's resource tracker removes them at the end
+            continue
         is_used = Path(f"/proc/{owner[1]}").exists() if owner else entry.is_dir() or str(entry) in used
         if not is_used:
             left.add(entry.name)

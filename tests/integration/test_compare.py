@@ -108,7 +108,7 @@ def test_failures_leave_the_other_results_intact_and_are_told(with_failures):
         assert "meant to fail" in errors["crash", seed]
         assert "No space left on device" in errors["full", seed]
         assert "NaN" in errors["nan", seed] or "is nan" in errors["nan", seed]
-        assert f"failed: crash, seed {seed}: RuntimeError" in done.stdout
+        assert f"failed: crash, seed {seed}: FunctionRaisedError" in done.stdout
     assert "8 of 14 runs are not in these results" in done.stdout
     assert "meant to fail" in (folder / "out" / "report.html").read_text()
     assert (folder / "out" / "table.tex").exists()
