@@ -31,7 +31,7 @@ PEERS = {
     "best-of-n is biased low": ("verl #7240",),
     "the reward model gets the policy's tokens": ("OpenRLHF #242",),
     "a seed never reaches vLLM": ("TRL #7040",),
-    "rewards are clipped or squashed by default": ("OpenRLHF reward clipping", "verl sigmoid"),
+    "rewards are clipped or squashed by default": ("OpenRLHF clips",),
 }
 """Public reports of failures in comparable frameworks; the docstring of each test that guards against one names it."""
 
@@ -52,17 +52,22 @@ def peer_table(root: Path = REPOSITORY / "tests") -> str:
 
 
 def guarding_tests(root: Path) -> dict[str, list[str]]:
-    """Report -> names of the tests whose docstring names it."""
-    references = [reference for references in PEERS.values() for reference in references]
-    found: dict[str, list[str]] = {reference: [] for reference in references}
+    """Report -> names of the tests whose docstring names it, as `TRL #3021` or among others: `TRL #3021, #5619`."""
+    found: dict[str, list[str]] = {reference: [] for references in PEERS.values() for reference in references}
     for file in sorted(root.rglob("test_*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                said = re.sub(r"\s+", " ", ast.get_docstring(node) or "")
-                for reference in references:
-                    if re.search(rf"{re.escape(reference)}\b", said):
-                        found[reference].append(node.name)
+                for reference in named(ast.get_docstring(node) or "") & found.keys():
+                    found[reference].append(node.name)
     return found
+
+
+def named(docstring: str) -> set[str]:
+    """The reports that a docstring names."""
+    text = re.sub(r"\s+", " ", docstring)
+    reports = re.findall(r"([A-Za-z-]+) (#\d+(?:(?:, | and |, and |/)#\d+)*)", text)
+    numbered = {f"{peer} {number}" for peer, numbers in reports for number in re.findall(r"#\d+", numbers)}
+    return numbered | {reference for reference in ("OpenRLHF clips",) if reference in text}
 
 
 def fault_table(injected: Iterable[dict[str, Any]]) -> str:

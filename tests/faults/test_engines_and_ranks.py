@@ -35,6 +35,7 @@ def test_engine_out_of_memory_ends_the_run_and_names_the_phase(fit, injected):
 )
 @pytest.mark.parametrize("fault", ["hang", "hang_in_c"])
 def test_hung_weight_sync_ends_by_its_deadline(fit, injected, fault):
+    """Peers waited for ever, without an error: TRL #6796, #2923."""
     (run,) = fit(*faulty_engine(fault, "sync"), "--deadlines.sync_seconds=8")
     ends_within_a_minute([run], limit=8)
     assert run.exit_code == EXIT_CODE
@@ -114,6 +115,7 @@ def test_rank_that_falls_silent_ends_the_others(fit, injected):
 
 @pytest.mark.fault("a collective hangs", how="rank 1 of 2 never comes to the barrier of the weight sync")
 def test_hung_collective_ends_all_ranks_by_the_deadline(fit, injected):
+    """Peers waited for ever, without an error: TRL #6796, #2923."""
     runs = fit(*faulty_engine("hang_in_c", "sync", rank=1), "--deadlines.sync_seconds=8", world_size=2)
     ends_within_a_minute(runs, limit=8)
     for rank, run in enumerate(runs):

@@ -52,9 +52,8 @@ def unbroken(playground, tmp_path_factory):
     "optimizer step, validation and the writing of a checkpoint, and is started again with --ckpt_path last",
 )
 @pytest.mark.timeout(1500)
-def test_killed_at_every_phase_it_is_the_unbroken_run_openrlhf_1322_1103_open_instruct_1523(
-    playground, tmp_path, unbroken, injected
-):
+def test_killed_at_every_phase_it_is_the_unbroken_run(playground, tmp_path, unbroken, injected):
+    """Peers dropped or repeated prompts: OpenRLHF #1322, #1103, open-instruct #1523."""
     run = Run(playground, tmp_path)
     for phase, step in PHASES:
         ended = run.fit("--ckpt_path", "last", fault={"phase": phase, "step": step})
@@ -105,7 +104,8 @@ def test_two_ranks_that_are_killed_are_the_unbroken_run(playground, tmp_path, in
 )
 @pytest.mark.timeout(900)
 def test_rollouts_that_were_sampled_ahead_are_trained_on_once(playground, tmp_path, injected):
-    """From the same weights as in the unbroken run: sampled anew they would be of newer ones."""
+    """From the same weights as in the unbroken run: sampled anew they would be of newer ones. Peers lost such rollouts
+    or trained on them twice (open-instruct #1523)."""
     settings = {"rollout": {"steps_ahead": 1}, "model": {"init_args": {"loss": {"importance_cap": 2.0}}}}
     unbroken = finished(Run(playground, tmp_path / "unbroken", **settings))
     assert [step["weights_version"] for step in unbroken.steps()] == [0, *range(11)]

@@ -24,11 +24,18 @@ def test_report_without_fault_tests_says_what_to_run(tmp_path):
         report.read_injected(tmp_path / "none.jsonl")
 
 
-def test_guarding_tests_are_found_by_the_whole_number(tmp_path):
-    (tmp_path / "test_it.py").write_text(
-        'def test_a():\n    """Guards against TRL #3021."""\n\n\ndef test_b():\n    """Not TRL #30211."""\n'
-    )
-    assert report.guarding_tests(tmp_path)["TRL #3021"] == ["test_a"]
+def test_reports_are_named_alone_or_among_others():
+    assert report.named("As in TRL #3021, #5619, open-instruct\n    #1161.") == {
+        "TRL #3021", "TRL #5619", "open-instruct #1161"
+    }  # fmt: skip
+    assert report.named("Not TRL #30211, and not 3021.") == {"TRL #30211"}
+
+
+def test_every_known_failure_of_peers_has_a_test_that_names_it():
+    unguarded = [
+        reference for reference, tests in report.guarding_tests(report.REPOSITORY / "tests").items() if not tests
+    ]
+    assert unguarded == []
 
 
 def test_slope_of_a_line_is_exact_and_of_noise_within_its_error():
