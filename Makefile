@@ -27,7 +27,7 @@ test-slow: install ## the tests that train and start processes
 
 test-faults: install ## the tests that kill, cut off and corrupt; what they injected goes to runs/faults/
 	rm -f runs/faults/injected.jsonl
-	$(bin)/python -m pytest -m fault --fault-report runs/faults/injected.jsonl
+	$(bin)/python -m pytest -m fault -n 2 --dist loadfile --fault-report runs/faults/injected.jsonl
 
 lint: install ## ruff, its formatter in check mode, and mypy
 	$(bin)/ruff check

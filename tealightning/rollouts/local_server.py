@@ -32,9 +32,12 @@ class LocalServer:
                 start_new_session=True,  # an interrupt from the keyboard is for the trainer, which then closes this
             )
 
-    def exit_code(self) -> int | None:
-        """None while it runs."""
-        return self._process.poll()
+    def exit_code(self, *, wait_seconds: float = 0.0) -> int | None:
+        """None while it runs, and for so long."""
+        try:
+            return self._process.wait(wait_seconds)
+        except subprocess.TimeoutExpired:
+            return None
 
     def log_tail(self) -> str:
         """The last lines of its output."""

@@ -140,7 +140,7 @@ def wait_until_ready(server: LocalServer, client: VLLMClient, timeout_seconds: f
 
 def explain(server: LocalServer) -> str:
     """Whether it still runs, and the end of its output."""
-    code = server.exit_code()
+    code = server.exit_code(wait_seconds=2.0)  # one that was just killed is missed a moment later
     state = "It still runs." if code is None else f"It ended with exit code {code}."
     return f"{state} The end of its log ({server.log_file}):\n{server.log_tail()}"
 

@@ -42,7 +42,7 @@ def test_killed_server_ends_the_run(fit, injected, tmp_path):
     assert "cannot be reached while generating" in run.text()
     assert "It ended with exit code 137. The end of its log" in run.text()
     assert "It happened while generating." in run.text()
-    goes_on(fit, run)
+    goes_on(fit, run, step=1)
     injected(times=1)
 
 

@@ -68,9 +68,9 @@ def ends_within_a_minute(runs: list[Run], limit: float = 0.0) -> None:
     soon(lambda: not any(session_members(run.pid) for run in runs))
 
 
-def goes_on(fit: Fit, run: Run, *, world_size: int = 1, engine: list[str] | None = None) -> None:
+def goes_on(fit: Fit, run: Run, *, step: int = 2, world_size: int = 1, engine: list[str] | None = None) -> None:
     """The last completed step was saved, and the run can be taken to its end from there."""
-    assert re.search(r"Step 2 is saved in \S+step=000002\.ckpt", run.text()), run.text()[-4000:]
+    assert re.search(rf"Step {step} is saved in \S+step=00000{step}\.ckpt", run.text()), run.text()[-4000:]
     resumed = fit(*(engine or faulty_engine("raise", "never")), "--ckpt_path=last", world_size=world_size)
     for one in resumed:
         assert one.wait() == 0, one.text()[-4000:]

@@ -97,9 +97,11 @@ def session_members(session: int) -> list[int]:
 
 
 def children_of(supervisor: int) -> list[int]:
-    """The processes of the sessions that a process has started."""
+    """The processes of the sessions that a process has started, but for Python's resource trackers: they remove what
+    the others leave in shared memory when they are killed."""
     children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
-    return [pid for child in children for pid in session_members(int(child))]
+    members = [pid for child in children for pid in session_members(int(child))]
+    return [pid for pid in members if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 def kill_session(session: int) -> None:
