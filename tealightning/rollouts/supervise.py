@@ -3,7 +3,6 @@
 A script of the standard library alone, started by `LocalServer`: it has to outlive a parent that is killed.
 """
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -22,11 +21,15 @@ def main(command: list[str]) -> int:
     threading.Thread(target=_wait_for_stdin, args=(reasons_to_end,), daemon=True).start()
     while child.poll() is None and not reasons_to_end:
         time.sleep(0.1)
-    if child.poll() is None:
-        _signal_group(child.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(GRACE_SECONDS)
-    _signal_group(child.pid, signal.SIGKILL)  # also what the command started and left behind
+    # Also what a command that was killed has left behind: Python's resource tracker needs a moment, in which it removes
+    # their shared memory.
+    deadline = time.monotonic() + GRACE_SECONDS
+    is_left = _signal_group(child.pid, signal.SIGTERM)
+    while is_left and time.monotonic() < deadline:
+        time.sleep(0.1)
+        child.poll()  # a process that has ended belongs to its group until it is waited for
+        is_left = _signal_group(child.pid, 0)
+    _signal_group(child.pid, signal.SIGKILL)
     code = child.wait()
     return code if code >= 0 else 128 - code
 
@@ -37,9 +40,13 @@ def _wait_for_stdin(reasons_to_end: list[str]) -> None:
     reasons_to_end.append("stdin closed")
 
 
-def _signal_group(group: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # all of it has ended
+def _signal_group(group: int, number: int) -> bool:
+    """Whether there is a process in the group; signal 0 only asks."""
+    try:
         os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 if __name__ == "__main__":
