@@ -118,10 +118,11 @@ def test_hung_collective_ends_all_ranks_by_the_deadline(fit, injected):
     """Peers waited for ever, without an error: TRL #6796, #2923."""
     runs = fit(*faulty_engine("hang_in_c", "sync", rank=1), "--deadlines.sync_seconds=8", world_size=2)
     ends_within_a_minute(runs, limit=8)
-    for rank, run in enumerate(runs):
+    for run in runs:
         assert run.exit_code == EXIT_CODE
         assert "while syncing weights (deadlines.sync_seconds=8; optimizer step 2)" in run.text()
-        assert f"Rank {1 - rank} was last heard of while syncing weights" in run.text()
+        # Whoever is late first tells both.
+        assert re.search(r"Rank [01] made no progress .* Rank [01] was last heard of while syncing weights", run.text())
     injected(times=1)
 
 
