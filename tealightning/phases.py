@@ -140,3 +140,18 @@ def _forget_if_idle(thread: int) -> None:
         del _STACKS[thread]
     if thread not in _STACKS and thread not in _GROUND:
         del _BEATS[thread]
+
+
+_owns_process = False
+
+
+def own_process() -> None:
+    """This process is a run of the command: it may be ended when its exit takes too long. A program that calls this
+    package is its own master."""
+    global _owns_process
+    _owns_process = True
+
+
+def owns_process() -> bool:
+    """Whether `own_process` was called."""
+    return _owns_process

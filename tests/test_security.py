@@ -265,14 +265,15 @@ CLASSES = [
 @pytest.mark.parametrize("key", CLASSES)
 def test_callables_of_no_such_class_are_refused_uncalled(key, tmp_path, monkeypatch):
     called = []
-    monkeypatch.delitem(sys.modules, "antigravity", raising=False)  # an earlier test may have looked at all of Python
+    (tmp_path / "would_run.py").write_text("import os\nos.mkdir(os.path.join(os.path.dirname(__file__), 'exploded'))\n")
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(subprocess.Popen, "__init__", lambda self, *args, **kwargs: called.append(args))
     monkeypatch.setattr(os, "makedirs", lambda *args, **kwargs: called.append(args))
     for path, arguments in (
         ("subprocess.Popen", {"args": ["true"]}),
         ("os.makedirs", {"name": "exploded"}),
         ("builtins.eval", {}),
-        ("importlib.import_module", {"name": "antigravity"}),
+        ("importlib.import_module", {"name": "would_run"}),
     ):
         value = {"class_path": path, "init_args": arguments}
         settings = [value] if key == "trainer.callbacks" else value
@@ -287,7 +288,7 @@ def test_callables_of_no_such_class_are_refused_uncalled(key, tmp_path, monkeypa
             result = run("fit", "-c", QUICKSTART, "-c", overlay(tmp_path, settings))
         assert result.status == 2, (path, result.out)
         assert result.err.startswith("tealightning: error: ")
-    assert "antigravity" not in sys.modules
+    assert "would_run" not in sys.modules and not (tmp_path / "exploded").exists()
     assert [args for args in called if args and "sys.path" not in str(args)] == []
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from tealightning.callbacks.guard import Guard
 from tealightning.callbacks.other_ranks import OtherRanks
-from tealightning.phases import SETTINGS, Doing, RunPhase, current, listen, set_ground
+from tealightning.phases import SETTINGS, Doing, RunPhase, current, listen, owns_process, set_ground
 
 EXIT_CODE = 75  # "temporary failure" (sysexits.h): starting it again goes on
 _TICK_SECONDS = 0.5
@@ -148,7 +148,8 @@ class Watch(threading.Thread):
     def _watch_exit(self) -> None:
         self._guard.expect(None, "")
         # Before the main thread has ended it joins the threads of executors, which nothing public tells.
-        if self._main.is_alive() and not getattr(threading, "_SHUTTING_DOWN", False):
+        is_ending = not self._main.is_alive() or getattr(threading, "_SHUTTING_DOWN", False)
+        if not (is_ending and owns_process()):
             return
         now = time.monotonic()
         self._exiting_since = self._exiting_since or now

@@ -8,6 +8,7 @@ from pathlib import Path
 import tealightning
 from tealightning.cli.console import quiet_startup
 from tealightning.cli.plugins import import_plugin
+from tealightning.phases import own_process
 
 USAGE = """\
 usage: tealightning COMMAND [options]
@@ -35,6 +36,8 @@ _PACKAGE = Path(tealightning.__file__).parent
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; exits with status 2 on a user error."""
+    if argv is None:
+        own_process()
     args = list(sys.argv[1:] if argv is None else argv)
     debug, args = _pop_flag(args, "--debug")
     if "--version" in args[:1]:

@@ -112,8 +112,8 @@ def kill_session(session: int) -> None:
             continue
 
 
-def _serve() -> list[str]:
-    """Answers requests; returns the arguments of a run, in its process."""
+def _serve() -> None:
+    """Answers requests; returns in the process of a run."""
     codes: dict[int, int] = {}
     for line in sys.stdin:
         request = json.loads(line)
@@ -128,7 +128,7 @@ def _serve() -> list[str]:
             answer = os.fork()
             if answer == 0:
                 _become(request)
-                return list(request["args"])
+                return
         print(json.dumps(answer), flush=True)
     sys.exit(0)
 
@@ -151,4 +151,5 @@ if __name__ == "__main__":
     import tealightning.cli.training  # noqa: F401
     from tealightning.cli import main
 
-    main(_serve())
+    _serve()
+    main()
