@@ -119,8 +119,8 @@ class TrainingCLI(LightningCLI):
     def before_fit(self) -> None:
         """Refuse what cannot work before anything is loaded, the cheap checks first."""
         self.check_together()
-        self.check_inputs()
         self._find_last()
+        self.check_inputs()
 
     before_validate = before_test = before_fit
 
