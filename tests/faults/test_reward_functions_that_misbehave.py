@@ -36,6 +36,13 @@ def processes_of(pid):
     return [pid, *(one for child in children for one in processes_of(child))]
 
 
+@pytest.fixture
+def started():
+    """Asks for the processes that descend from this one and were started since."""
+    before = set(processes_of(os.getpid()))
+    return lambda: [pid for pid in processes_of(os.getpid()) if pid not in before]
+
+
 def wait_until_gone(pids, seconds=30.0):
     deadline = time.monotonic() + seconds
     while left := [pid for pid in pids if is_running(pid)]:
@@ -55,13 +62,13 @@ def completions_with(faults, count):
     "a reward function that raises, crashes, is killed, hangs, is slow, returns too few values or no numbers",
     how="one completion in seven makes the function do it, in its process, in one batch of them all",
 )
-def test_every_fault_of_a_function_costs_the_completions_that_cause_it_and_nothing_else(injected):
+def test_every_fault_of_a_function_costs_the_completions_that_cause_it_and_nothing_else(injected, started):
     faults = [*QUICK, *ENDLESS, *HARMLESS]
     completions = completions_with(faults, 13 * 7)
     reward = FunctionReward(FUNCTION, timeout_seconds=3.0, deadline_seconds=200.0, on_error="unscored")
     with pytest.warns(UserWarning, match="reward function 'misbehaving' on"):
         scores = reward(["p"] * len(completions), completions, [{}] * len(completions))
-    pids = processes_of(os.getpid())[1:]
+    pids = started()
     reward.close()
     lost = [c for c in completions if any(fault in c for fault in QUICK + ENDLESS)]
     for completion, score in zip(completions, scores.total.tolist(), strict=True):
@@ -127,14 +134,14 @@ def test_no_worker_outlives_a_trainer_that_is_killed(fault, tmp_path, injected):
 
 
 @pytest.mark.fault("the process of a reward function is killed between steps", how="SIGKILL of it after each step")
-def test_training_goes_on_when_the_worker_is_killed_and_ends_with_the_same_weights(playground, injected):
+def test_training_goes_on_when_the_worker_is_killed_and_ends_with_the_same_weights(playground, injected, started):
     from lightning.pytorch.callbacks import Callback
 
     killed = []
 
     class KillWorker(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            supervisor, worker = processes_of(os.getpid())[1:]
+            supervisor, worker = started()
             os.kill(worker, signal.SIGKILL)
             wait_until_gone([supervisor])
             killed.append(worker)
