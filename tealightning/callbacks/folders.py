@@ -6,8 +6,6 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from tealightning.files import write_whole as write_whole
-
 
 def run_folder(trainer: pl.Trainer) -> Path:
     """The run's own folder: the first logger's, else the trainer's root. Collective under DDP: call it on all ranks.

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from tealightning.callbacks.folders import write_whole
+from tealightning.files import write_whole
 from tealightning.nonfinite import SkippedStep
 from tealightning.types import PromptBatch, RolloutBatch
 
