@@ -26,8 +26,9 @@ test-slow: install ## the tests that train and start processes
 	$(bin)/python -m pytest -m "slow and not fault"
 
 test-faults: install ## the tests that kill, cut off and corrupt; what they injected goes to runs/faults/
-	rm -f runs/faults/injected.jsonl
-	$(bin)/python -m pytest -m fault -n 2 --dist loadfile --fault-report runs/faults/injected.jsonl
+	rm -f runs/faults/injected.jsonl runs/faults/junit.xml
+	$(bin)/python -m pytest -m fault -n 2 --dist loadfile --fault-report runs/faults/injected.jsonl \
+	  --junitxml runs/faults/junit.xml -o junit_suite_name="$$(git describe --always --dirty)"
 
 lint: install ## ruff, its formatter in check mode, and mypy
 	$(bin)/ruff check

@@ -10,6 +10,7 @@ import argparse
 import ast
 import json
 import re
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,22 @@ def fault_table(injected: Iterable[dict[str, Any]]) -> str:
     )
 
 
+def session(junit: Path) -> str:
+    """What became of the tests, in a sentence: those that failed write no row.
+
+    Raises:
+        FileNotFoundError: if the fault tests have not run to their end.
+    """
+    if not junit.exists():
+        raise FileNotFoundError(f"There is no {junit}: run `make test-faults` first, and let it end.")
+    (suite,) = ElementTree.parse(junit).getroot()  # of our own pytest: what it wrote is trusted
+    count = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
+    return (
+        f"{count['tests']} tests at commit {suite.attrib['name']}, in {float(suite.attrib['time']) / 60:.0f} minutes: "
+        f"{count['failures']} failed, {count['errors']} ended with an error, {count['skipped']} were skipped."
+    )
+
+
 def read_injected(file: Path) -> list[dict[str, Any]]:
     """
     Raises:
@@ -104,10 +121,11 @@ def read_injected(file: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--injected", type=Path, default=Path("runs/faults/injected.jsonl"))
+    parser.add_argument("--junit", type=Path, default=Path("runs/faults/junit.xml"))
     parser.add_argument("--out", type=Path, default=Path("runs/faults/faults.md"))
     args = parser.parse_args()
     tables = {
-        args.out: f"# Injected faults\n\n{fault_table(read_injected(args.injected))}\n",
+        args.out: f"# Injected faults\n\n{fault_table(read_injected(args.injected))}\n\n{session(args.junit)}\n",
         args.out.with_name("peers.md"): f"# Known failures of peers\n\n{peer_table()}\n",
     }
     for file, text in tables.items():

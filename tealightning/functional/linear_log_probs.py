@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tealightning.functional.fused_log_probs import can_fuse, fused_log_probs, is_right
 from tealightning.functional.log_probs import filter_logits
 
 MAX_LOGITS_BYTES = 2**28
@@ -30,7 +31,8 @@ def linear_log_probs(
 
     The gradient of a log-prob with respect to its logits is `(onehot - softmax) / temperature`. Chunks of tokens go
     through the output layer one after the other; their probabilities are kept for the backward pass where all of them
-    fit into `max_logits_bytes`, and computed again otherwise.
+    fit into `max_logits_bytes`, and computed again otherwise. Where liger-kernel's fused kernel can be used, it is
+    (`functional/fused_log_probs.py`).
 
     Args:
         hidden: [n, D], inputs of the output layer at n positions.
@@ -45,10 +47,21 @@ def linear_log_probs(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    chunking = _Chunking(len(hidden), len(weight), max_logits_bytes)
-    settings = (temperature, top_k, top_p, with_entropy)
-    log_probs, entropy = _LinearLogProbs.apply(hidden, weight, bias, token_ids, settings, chunking, dtype)
-    return log_probs, entropy if with_entropy else None
+
+    def chunked(
+        hidden: Tensor, weight: Tensor, token_ids: Tensor, *, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        chunking = _Chunking(len(hidden), len(weight), max_logits_bytes)
+        settings = (temperature, top_k, top_p, with_entropy)
+        log_probs, entropy = _LinearLogProbs.apply(hidden, weight, bias, token_ids, settings, chunking, dtype)
+        return log_probs, entropy if with_entropy else None
+
+    way = chunked
+    if bias is None and top_k == 0 and top_p == 1 and can_fuse(hidden, dtype):
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        if is_right(chunked, hidden, weight, token_ids, temperature):
+            way = fused_log_probs
+    return way(hidden, weight, token_ids, temperature=temperature, with_entropy=with_entropy)
 
 
 class _Chunking:

@@ -1,5 +1,8 @@
 """The tables of docs/reliability.md."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from tool_scripts import tool
@@ -22,6 +25,36 @@ def test_fault_table_adds_up_what_is_the_same_fault():
 def test_report_without_fault_tests_says_what_to_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="make test-faults"):
         report.read_injected(tmp_path / "none.jsonl")
+
+
+def test_session_says_what_became_of_the_tests(tmp_path):
+    """Of the file that pytest itself writes: its format is not ours."""
+    (tmp_path / "test_three.py").write_text(
+        "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pytest.skip()\n"
+    )
+    junit = tmp_path / "junit.xml"
+    with pytest.raises(FileNotFoundError, match="make test-faults"):
+        report.session(junit)
+    options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-c", str(tmp_path / "none.ini")]
+    (tmp_path / "none.ini").write_text("[pytest]\n")
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            *options,
+            f"--junitxml={junit}",
+            "-o",
+            "junit_suite_name=abc1234",
+            "test_three.py",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+    )
+    assert report.session(junit) == (
+        "3 tests at commit abc1234, in 0 minutes: 1 failed, 0 ended with an error, 1 were skipped."
+    )
 
 
 def test_reports_are_named_alone_or_among_others():
