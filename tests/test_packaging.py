@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 # Where the name to import is not the name to install.
-DISTRIBUTION_OF = {"yaml": "pyyaml"}
+DISTRIBUTION_OF = {"yaml": "pyyaml", "liger_kernel": "liger-kernel"}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -44,7 +44,7 @@ def test_version_is_written_in_one_place():
 
 
 def test_extras_are_the_documented_ones():
-    assert set(EXTRAS) == {"vllm", "lora", "wandb", "tensorboard", "bench", "dev", "docs"}
+    assert set(EXTRAS) == {"vllm", "fused", "lora", "wandb", "tensorboard", "bench", "dev", "docs"}
     assert "vllm" not in names(PROJECT["dependencies"])
 
 
