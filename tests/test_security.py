@@ -292,6 +292,38 @@ def test_callables_of_no_such_class_are_refused_uncalled(key, tmp_path, monkeypa
     assert [args for args in called if args and "sys.path" not in str(args)] == []
 
 
+NESTED = {
+    "model.optimizer": {"model": {"optimizer": "{function}"}},
+    "model.lr_scheduler": {"model": {"lr_scheduler": "{function}"}},
+    "trainer.callbacks.on_fit_start": {
+        "trainer": {
+            "callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.LambdaCallback",
+                    "init_args": {"on_fit_start": "{function}"},
+                }
+            ]
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("key", NESTED)
+def test_functions_are_not_called_where_a_callable_is_taken(key, tmp_path, monkeypatch):
+    """Whatever jsonargparse makes of a function in the place of a class: here it would call it."""
+    (tmp_path / "made_up.py").write_text(
+        f"import os\ndef explode(): os.mkdir({str(tmp_path / 'exploded')!r})\n", encoding="utf-8"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    text = yaml.safe_dump(NESTED[key]).replace("'{function}'", "{class_path: made_up.explode}")
+    assert "made_up" in text
+    result = run("fit", "-c", QUICKSTART, "-c", overlay(tmp_path, text))
+    sys.modules.pop("made_up", None)
+    assert result.status == 2
+    assert result.err.startswith(f"tealightning: error: {key}: made_up.explode is not a class."), result.err
+    assert not (tmp_path / "exploded").exists()
+
+
 # ---------------------------------------------------------------- servers and secrets
 
 CANARIES = {name: f"canary-{name.lower()}-5f1c" for name in ("HF_TOKEN", "VLLM_API_KEY", "WANDB_API_KEY", "REWARD_KEY")}

@@ -5,12 +5,14 @@ What one class can tell about its own arguments its constructor has refused alre
 
 import inspect
 import math
+import pkgutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from jsonargparse import Namespace
 
 from tealightning.callbacks import EvaluationRecord, RolloutCallback
 from tealightning.cli.located import SettingError, located
@@ -31,6 +33,31 @@ def check_seed(seed: Any) -> None:
     """
     if not isinstance(seed, bool) and isinstance(seed, int) and not 0 <= seed < 2**32:
         raise SettingError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}.")
+
+
+def check_classes(settings: Any, key: str = "") -> None:
+    """That every `class_path` is one: where a callable is taken, jsonargparse would call a function, whatever it does.
+
+    Raises:
+        SettingError: naming the setting of the first that is not.
+    """
+    if isinstance(settings, list):
+        for item in settings:
+            check_classes(item, key)
+    if not isinstance(settings, (dict, Namespace)):
+        return
+    path = settings.get("class_path")
+    if isinstance(path, str) and not _is_class(path):
+        raise SettingError(f"{key}: {path} is not a class. `class_path` takes classes only.")
+    for name in vars(settings) if isinstance(settings, Namespace) else settings:
+        check_classes(settings[name], key if name == "init_args" else f"{key}.{name}".lstrip("."))
+
+
+def _is_class(path: str) -> bool:
+    try:
+        return inspect.isclass(pkgutil.resolve_name(path))
+    except (ImportError, AttributeError, ValueError):
+        return False
 
 
 def check_together(command: str, trainer: pl.Trainer, model: Any, data: Any, config: Any, args: Sequence[str]) -> None:

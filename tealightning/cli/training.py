@@ -22,7 +22,7 @@ from tealightning.cli.console import quiet_transformers
 from tealightning.cli.located import located
 from tealightning.cli.messages import explain
 from tealightning.cli.names import canonical_args, canonical_settings
-from tealightning.cli.preflight import check_inputs, check_seed, check_together
+from tealightning.cli.preflight import check_classes, check_inputs, check_seed, check_together
 from tealightning.cli.resume import command_to_go_on, last_checkpoint
 from tealightning.data import PromptDataModule
 from tealightning.files import write_whole
@@ -145,6 +145,7 @@ class TrainingCLI(LightningCLI):
         command, *self.args = args
         self.resolved = self.config[command]
         check_seed(self.resolved.seed_everything)
+        check_classes(self.resolved)
 
     def instantiate_classes(self) -> None:
         """Build everything; what a constructor refuses is told with the whole key of the setting."""
