@@ -1,6 +1,6 @@
 """A long run on the playground: do memory, open files and the time of a step stay flat, and every metric finite?
 
-    python tools/soak.py                       # 2,200 steps, about 20 minutes on two cores
+    python tools/soak.py                       # 2,600 steps, about 20 minutes on two cores
     python tools/soak.py --steps 20 10 10      # a try
 
 Three parts of one training, each a process of its own that goes on from the last one's checkpoint: one process with
@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from tealightning.diagnostics.provenance import commit
 from tealightning.diagnostics.tables import markdown_table
 
 TOOLS = Path(__file__).parent
@@ -203,17 +204,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=TOOLS.parent / "configs" / "quickstart.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/soak"), help="an earlier soak run in it is deleted")
-    parser.add_argument("--steps", type=int, nargs=3, default=[1000, 600, 600], help="of each part")
-    parser.add_argument("--prompts", type=int, default=4, help="prompts a step, over all processes")
-    parser.add_argument("--warm-up", type=float, default=0.25, help="share of each part left out of the slopes")
+    parser.add_argument("--steps", type=int, nargs=3, default=[1400, 600, 600], help="of each part")
+    parser.add_argument("--prompts", type=int, default=2, help="prompts a step, over all processes")
+    parser.add_argument("--warm-up", type=float, default=0.5, help="share of each part left out of the slopes")
     options = parser.parse_args()
     empty(options.out)
+    code = commit()
     parts = parts_of(options.steps)
     for part in parts:
         run_part(part, options.out, options.config, options.prompts)
     bad, total = count_of_not_finite(options.out)
     text = table_of(options.out, parts, options.warm_up)
-    text += f"\n\nValues logged: {total:,}, of them not finite: {bad}.\n"
+    text += f"\n\nValues logged: {total:,}, of them not finite: {bad}. Commit {code}, {os.cpu_count()} CPU cores.\n"
     (options.out / "soak.md").write_text(f"# Soak run\n\n{text}")
     print(text)
     print(f"plot: {plot(options.out, parts)}")
