@@ -5,6 +5,8 @@ export TOKENIZERS_PARALLELISM := false
 quickstart test test-slow test-faults: export OMP_NUM_THREADS := 1
 
 bin := .venv/bin
+# Tests of one file stay together: they share what the file builds.
+pytest := $(bin)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-slow test-faults audit lint format docs clean
@@ -20,14 +22,14 @@ quickstart: install ## build the playground, train TEA on it with vLLM rollouts,
 	$(bin)/tealightning fit -c configs/quickstart.yaml
 
 test: install ## the tests that take under ten seconds each
-	$(bin)/python -m pytest -m "not slow and not fault"
+	$(pytest) -m "not slow and not fault"
 
 test-slow: install ## the tests that train and start processes
-	$(bin)/python -m pytest -m "slow and not fault"
+	$(pytest) -m "slow and not fault"
 
 test-faults: install ## the tests that kill, cut off and corrupt; what they injected goes to runs/faults/
 	rm -f runs/faults/injected.jsonl runs/faults/junit.xml
-	$(bin)/python -m pytest -m fault -n 2 --dist loadfile --fault-report runs/faults/injected.jsonl \
+	$(pytest) -m fault --fault-report runs/faults/injected.jsonl \
 	  --junitxml runs/faults/junit.xml -o junit_suite_name="$$(git describe --always --dirty)"
 
 lint: install ## ruff, its formatter in check mode, and mypy
