@@ -37,9 +37,15 @@ def check_prompts(
         length: Tokens of a prompt and its completion together.
 
     Raises:
-        ValueError: naming the prompt that is too long, or holds a token that the policy has no embedding for.
+        ValueError: if completions leave no room for prompts, or naming the prompt that is too long, or holds a token
+            that the policy has no embedding for.
     """
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if sampling.max_new_tokens >= length:
+        raise ValueError(
+            f"rollout.sampling.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt in the {length} "
+            "tokens that the policy takes, prompt and completion together."
+        )
     for phase, prompts in prompt_sets.items():
         if vocabulary is not None:
             _check_vocabulary(phase, prompts, tokenizer, vocabulary)

@@ -21,7 +21,7 @@ from tealightning import PostTrainingModule, PromptDataModule, RolloutCallback
 from tealightning.estimators import AdvantageEstimator
 from tealightning.rewards import SequenceClassifierReward
 from tealightning.rollouts import RolloutEngine, TransformersEngine, VLLMEngine
-from tealightning.types import PromptBatch
+from tealightning.types import PromptBatch, SamplingConfig
 
 ENGINES = {"transformers": TransformersEngine, "vllm": VLLMEngine}
 PHASES = ("generate", "reward", "sync", "train")
@@ -172,7 +172,8 @@ def build_run(
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr),
     )
     reward = SequenceClassifierReward(world.reward_model)
-    rollout = RolloutCallback(engine, reward, group_size=variants[0].shape.group_size, seed=0)
+    sampling = SamplingConfig(max_new_tokens=max(variant.shape.tokens for variant in variants))
+    rollout = RolloutCallback(engine, reward, group_size=variants[0].shape.group_size, sampling=sampling, seed=0)
     timer = StepTimer(
         _phase_clock(engine, reward, module), rollout, variants, warm_up=warm_up * len(variants), between=between
     )
