@@ -22,7 +22,15 @@ def checkpoint_file(folder: Path, global_step: int) -> Path:
 def checkpoints(folder: Path) -> list[Path]:
     """All in the folder, of the highest optimizer step first."""
     found = [path for path in folder.glob("*.ckpt") if not path.name.startswith(".")] if folder.is_dir() else []
-    return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime), reverse=True)
+    return sorted(found, key=lambda path: (step_of(path), _modified(path)), reverse=True)
+
+
+def _modified(path: Path) -> float:
+    """0 if it has been removed meanwhile: a live run removes its older ones."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def newest_good(folder: Path, damaged: Report) -> Path | None:
@@ -36,6 +44,8 @@ def newest_good(folder: Path, damaged: Report) -> Path | None:
         try:
             seal = verify(path)
         except (DamagedCheckpointError, OSError) as error:
+            if not path.exists():
+                continue  # removed meanwhile, by a live run
             damaged(f"{path} is damaged and not used: {error}.")
             continue
         if seal is None or seal.resumable:

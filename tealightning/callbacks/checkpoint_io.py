@@ -86,14 +86,13 @@ def verify(path: Path) -> Seal | None:
     """
     if path.is_dir():
         return _verify_folder(path)
-    seal = read_seal(path)
-    if seal is None:
-        _verify_zip(path)
-        return None
-    with path.open("rb") as file:
-        comment = len(_comment(file))
-        size = path.stat().st_size - comment
-        found = _sha256(_blocks(file, size))
+    with path.open("rb") as file:  # once: a live run may put another in its place meanwhile
+        comment = _comment(file)
+        seal = _seal_in(comment)
+        if seal is None:
+            _verify_zip(file)
+            return None
+        found = _sha256(_blocks(file, file.seek(0, 2) - len(comment)))
     if found != seal.sha256:
         raise DamagedCheckpointError("its content does not have the checksum that was written with it")
     return seal
@@ -108,7 +107,10 @@ def read_seal(path: Path) -> Seal | None:
     if path.is_dir():
         return _read_manifest(path)[0]
     with path.open("rb") as file:
-        comment = _comment(file)
+        return _seal_in(_comment(file))
+
+
+def _seal_in(comment: bytes) -> Seal | None:
     try:
         return Seal(**json.loads(comment)["tealightning"]) if comment else None
     except (ValueError, KeyError, TypeError):
@@ -157,9 +159,9 @@ def _comment(file: BinaryIO) -> bytes:
     return comment
 
 
-def _verify_zip(path: Path) -> None:
+def _verify_zip(file: BinaryIO) -> None:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
     except zipfile.BadZipFile as error:
         raise DamagedCheckpointError(str(error)) from error

@@ -51,17 +51,16 @@ def refuse_other_runs(config: Path) -> None:
         raise ValueError(f"{config} is another run's. Let trainer.logger write elsewhere, or delete that folder.")
 
 
-def refuse_live_run(checkpoint: Path, own: Path) -> None:
+def refuse_live_run(folder: Path, own: Path) -> None:
     """A run that still lives is not to be gone on with.
 
     Args:
-        checkpoint: In `checkpoints/` of the run's folder.
+        folder: The run's.
         own: The folder that this process holds already.
 
     Raises:
-        ValueError: if another process writes into the folder of the checkpoint's run.
+        ValueError: if another process writes into `folder`.
     """
-    folder = checkpoint.parents[1]
     if folder.resolve() == own.resolve() or not (folder / LOCK_FILE).exists():
         return
     told = f"{folder} is of a run that still goes on. Wait until it ends, or name a checkpoint to branch off from it."

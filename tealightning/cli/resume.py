@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,16 @@ def command_to_go_on(given: Sequence[str]) -> str:
     return shlex.join(["tealightning", *args, "--ckpt_path", "last"])
 
 
-def last_checkpoint(trainer: pl.Trainer, settings: dict[str, Any], command: str) -> str | None:
+def last_checkpoint(
+    trainer: pl.Trainer, settings: dict[str, Any], command: str, refuse_live: Callable[[Path], None] = lambda run: None
+) -> str | None:
     """The newest checkpoint that is whole: of the newest run of this configuration that has one.
 
     Args:
         trainer: Its loggers and callbacks say where runs are.
         settings: Resolved, as `config.yaml` in a run's folder has them.
         command: `fit`, `validate` or `test`.
+        refuse_live: Called with the folder of the run that would be gone on with; raises if it still lives.
 
     Returns:
         None for a `fit` of which there is no checkpoint at all: it begins.
@@ -59,6 +62,7 @@ def last_checkpoint(trainer: pl.Trainer, settings: dict[str, Any], command: str)
         if differences := list(_differences(folder.parent / "config.yaml", settings, _COMPARED[command])):
             others.append(f"{folder} is of a run with another {', '.join(differences)}")
             continue
+        refuse_live(folder.parent)  # before its files are read: it would replace them meanwhile
         before = len(damaged)
         path = newest_good(folder, damaged.append)
         for sentence in damaged[before:]:

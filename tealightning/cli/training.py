@@ -129,12 +129,15 @@ class TrainingCLI(LightningCLI):
         assert self.subcommand is not None
         if self._get(self.config, "ckpt_path") == "last":
             settings = yaml.safe_load(self.parser.dump(self.config))[self.subcommand]
-            path = last_checkpoint(self.trainer, settings, self.subcommand)
-            if path is not None and self.subcommand == "fit" and self.trainer.is_global_zero:
-                refuse_live_run(Path(path), run_folder(self.trainer))
+            path = last_checkpoint(self.trainer, settings, self.subcommand, self._refuse_live)
             self.config[self.subcommand]["ckpt_path"] = self.config_init[self.subcommand]["ckpt_path"] = path
         if (chosen := self._get(self.config_init, "ckpt_path")) is not None:
             warn_of_pickles(chosen)
+
+    def _refuse_live(self, folder: Path) -> None:
+        """Of a run: `fit` goes on with it only once it has ended."""
+        if self.subcommand == "fit" and self.trainer.is_global_zero:
+            refuse_live_run(folder, run_folder(self.trainer))
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from tealightning.callbacks import checkpoint_io
 from tealightning.callbacks.checkpoint_files import checkpoint_file, checkpoints, move_folder, newest_good, remove_older
 from tealightning.callbacks.checkpoint_io import DamagedCheckpointError, SealedCheckpointIO, read_seal, verify
 
@@ -107,6 +108,41 @@ def test_the_newest_good_one_is_that_of_the_highest_step_whatever_the_clock_says
     assert newest_good(folder, told.append) == checkpoint_file(folder, 80)
     assert len(told) == 1 and "step=000100.ckpt is damaged and not used: it is truncated" in told[0]
     assert newest_good(folder / "nothing", told.append) is None
+
+
+def test_what_a_live_run_removes_meanwhile_is_not_told_to_be_damaged(path, monkeypatch):
+    folder = path.parent
+    for step in (60, 80):
+        SealedCheckpointIO().save_checkpoint(CHECKPOINT | {"global_step": step}, checkpoint_file(folder, step))
+    removed = checkpoint_file(folder, 80)
+
+    def verify_late(one):
+        removed.unlink(missing_ok=True)
+        return verify(one)
+
+    monkeypatch.setattr("tealightning.callbacks.checkpoint_files.verify", verify_late)
+    assert newest_good(folder, pytest.fail) == checkpoint_file(folder, 60)
+
+    listed = list(folder.glob("*.ckpt"))
+    monkeypatch.setattr(type(folder), "glob", lambda self, pattern: iter([*listed, removed]))
+    assert removed in checkpoints(folder)  # between its being listed and looked at
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_verified_as_it_was(path, monkeypatch):
+    folder = path.parent
+    other = checkpoint_file(folder, 500)
+    SealedCheckpointIO().save_checkpoint(CHECKPOINT | {"global_step": 500, "more": torch.zeros(9)}, other)
+    blocks = checkpoint_io._blocks
+
+    def replaced(*args):
+        if other.exists():
+            os.replace(other, path)
+        return blocks(*args)
+
+    before = verify(path).global_step
+    monkeypatch.setattr(checkpoint_io, "_blocks", replaced)
+    assert verify(path).global_step == before
+    assert verify(path).global_step == 500
 
 
 def test_the_oldest_of_our_own_are_removed(path):

@@ -57,6 +57,18 @@ def test_a_damaged_one_is_told_and_passed_over_also_into_the_run_before(tmp_path
         assert last_checkpoint(trainer_of(tmp_path), SETTINGS, "fit") == str(before)
 
 
+def test_a_live_run_is_refused_before_its_files_are_read(tmp_path):
+    """Which it replaces all the time: they would be told to be damaged."""
+    write(tmp_path / "runs" / "version_0", 20)
+    write(tmp_path / "runs" / "version_1", 40).write_bytes(b"half")
+
+    def refuse(folder):
+        raise ValueError(f"{folder.name} lives")
+
+    with pytest.raises(ValueError, match=r"version_1 lives"):
+        last_checkpoint(trainer_of(tmp_path), SETTINGS, "fit", refuse)
+
+
 def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path):
     other = SETTINGS | {"rollout": {"group_size": 8}, "trainer": {"max_steps": 1}}
     mine = write(tmp_path / "runs" / "version_0", 20)
