@@ -58,7 +58,7 @@ def live_run(playground, tmp_path):
     process = subprocess.Popen([sys.executable, "-m", "tealightning", *args], stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + START_SECONDS
-        while not (folder / "checkpoints" / "last.ckpt").exists():
+        while not all((folder / name).exists() for name in ("checkpoints/last.ckpt", "metrics.csv")):
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline, f"no checkpoint within {START_SECONDS:.0f} s"
             time.sleep(0.1)
