@@ -87,10 +87,12 @@ _right: dict[tuple[Any, ...], bool] = {}
 
 def _trial(how: LogProbs, hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> list[Tensor]:
     """Log-probs, entropies and gradients of tokens that count differently."""
-    with torch.enable_grad():
-        inputs = hidden[:CHECKED_TOKENS].detach().requires_grad_()
-        layer = weight.detach().requires_grad_()
-        log_probs, entropy = how(inputs, layer, token_ids[:CHECKED_TOKENS], temperature=temperature, with_entropy=True)
+    # Copies, made outside inference mode: the first use can be in an evaluation, whose tensors autograd does not take.
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs = hidden[:CHECKED_TOKENS].detach().clone().requires_grad_()
+        layer = weight.detach().clone().requires_grad_()
+        ids = token_ids[:CHECKED_TOKENS].clone()
+        log_probs, entropy = how(inputs, layer, ids, temperature=temperature, with_entropy=True)
         worth = torch.linspace(-1, 2, len(inputs), device=hidden.device)
         gradients = torch.autograd.grad(log_probs, [inputs, layer], worth)
     assert entropy is not None

@@ -129,6 +129,15 @@ def test_autocast_decides_on_the_dtype(kernel):
     assert hidden.grad.dtype == weight.grad.dtype == log_probs.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_trial_may_come_in_an_evaluation(kernel, dtype):
+    """Which Lightning runs in inference mode, without gradients: the first use can be the one before training."""
+    hidden, weight, token_ids, _ = layer(dtype)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        result, _ = linear_log_probs(hidden * 1, weight, token_ids.clone())
+    assert kernel.calls == 2 and torch.isfinite(result).all()
+
+
 def test_no_gpu_no_kernel():
     hidden, *_ = layer()
     assert not fused.can_fuse(hidden, torch.bfloat16)
