@@ -16,9 +16,9 @@ if (
 @pytest.fixture(scope="session")
 def playground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny playground (policy, reward_model, prompts), built once a session; do not write to it."""
-    from tealightning.playground import build_playground
+    from tealightning.worlds import build_prose
 
-    return build_playground(tmp_path_factory.mktemp("playground") / "tiny", size="tiny", progress=False).path
+    return build_prose(tmp_path_factory.mktemp("playground") / "tiny", size="tiny", progress=False).path
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 def playground(args: Sequence[str]) -> None:
     """`tealightning playground --out DIR`."""
-    from tealightning.playground import STYLE_WORLDS, build_playground, build_styles
+    from tealightning.worlds import STYLE_WORLDS, build_prose, build_styles
 
     parser = argparse.ArgumentParser(
         prog="tealightning playground",
@@ -25,7 +25,7 @@ def playground(args: Sequence[str]) -> None:
     options = parser.parse_args(args)
     settings = {"seed": options.seed, "size": options.size, "overwrite": options.overwrite}
     if options.world == "prose":
-        build_playground(options.out, **settings)
+        build_prose(options.out, **settings)
     else:
         build_styles(options.out, world=options.world, **settings)
 

@@ -29,7 +29,7 @@ from tealightning.callbacks.csv_logger import DurableCSVLogger, MetricsWriter
 from tealightning.callbacks.report import Evaluation
 from tealightning.estimators import _constants
 from tealightning.files import append_lines
-from tealightning.playground.folder import build_folder, load_playground
+from tealightning.worlds.folder import build_folder, load_playground
 
 VALIDATION = {"log_every_n_steps": 1, "limit_val_batches": 1, "num_sanity_val_steps": -1, "val_check_interval": 2}
 STEPS = 6

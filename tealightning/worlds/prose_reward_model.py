@@ -11,11 +11,11 @@ from rich.progress import track
 from torch import Tensor
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from tealightning.playground.config import PlaygroundConfig
-from tealightning.playground.optim import Descent
-from tealightning.playground.policy import llama_config, sample_completions
-from tealightning.playground.prompts import Opening
-from tealightning.playground.tokenizer import tokenize
+from tealightning.worlds.optim import Descent
+from tealightning.worlds.policy import llama_config, sample_completions
+from tealightning.worlds.prose_config import ProseConfig
+from tealightning.worlds.prose_prompts import Opening
+from tealightning.worlds.tokenizer import tokenize
 
 
 @dataclass(kw_only=True, slots=True)
@@ -56,7 +56,7 @@ def train_reward_model(
     pairs: Sequence[Pair],
     policy: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    config: PlaygroundConfig,
+    config: ProseConfig,
     *,
     seed: int,
     progress: bool,
@@ -85,7 +85,7 @@ def train_reward_model(
 
 
 def initial_reward_model(
-    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, config: PlaygroundConfig
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, config: ProseConfig
 ) -> LlamaForSequenceClassification:
     """The policy's embeddings and first `reward_layers` layers under a zero scalar head."""
     architecture = llama_config(config, tokenizer, layers=config.reward_layers)

@@ -1,10 +1,10 @@
-"""The figures of a playground as Markdown: `python -m tealightning.playground.report runs/playground`."""
+"""The figures of a playground as Markdown: `python -m tealightning.worlds.report runs/playground`."""
 
 import argparse
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tealightning.playground.folder import load_playground
+from tealightning.worlds.folder import load_playground
 
 
 def markdown(manifest: dict[str, Any]) -> str:
@@ -42,7 +42,7 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 def main(args: list[str] | None = None) -> None:
     """Print the tables of the playground in a folder."""
-    parser = argparse.ArgumentParser(prog="python -m tealightning.playground.report", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tealightning.worlds.report", description=main.__doc__)
     parser.add_argument("path", help="folder of the playground")
     print(markdown(load_playground(parser.parse_args(args).path).manifest))
 

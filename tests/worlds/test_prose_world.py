@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from tealightning.playground import PlaygroundConfig, build_playground, load_playground, report
-from tealightning.playground.config import resolve_config
+from tealightning.worlds import ProseConfig, build_prose, load_playground, report
+from tealightning.worlds.prose_config import resolve_config
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -23,9 +23,9 @@ def _prompts(folder: Path, split: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (folder / "prompts" / f"{split}.jsonl").read_text().splitlines()]
 
 
-def _some_playground(folder: Path, config: PlaygroundConfig, seed: int = 0) -> Path:
+def _some_playground(folder: Path, config: ProseConfig, seed: int = 0) -> Path:
     """A folder with the manifest of a playground and nothing else: enough for what is decided before a build."""
-    from tealightning.playground.build import _identity
+    from tealightning.worlds.prose import _identity
 
     folder.mkdir()
     (folder / "playground.json").write_text(json.dumps(_identity(config, seed) | {"build_seconds": 1.0}))
@@ -34,7 +34,7 @@ def _some_playground(folder: Path, config: PlaygroundConfig, seed: int = 0) -> P
 
 def test_build_same_seed_gives_the_same_bits(playground: Path, tmp_path: Path) -> None:
     torch.manual_seed(12345)  # must not matter
-    again = build_playground(tmp_path / "again", size="tiny", progress=False)
+    again = build_prose(tmp_path / "again", size="tiny", progress=False)
     assert not again.reused
     assert _digests(again.path) == _digests(playground)
     assert json.loads((playground / "playground.json").read_text())["figures"] == again.manifest["figures"]
@@ -45,7 +45,7 @@ def test_build_leaves_the_random_stream_and_thread_count_alone(tmp_path: Path) -
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(short.num_threads + 1)
     try:
-        build_playground(tmp_path / "short", size=short, progress=False)
+        build_prose(tmp_path / "short", size=short, progress=False)
         assert torch.get_num_threads() == short.num_threads + 1
     finally:
         torch.set_num_threads(threads)
@@ -112,7 +112,7 @@ def test_build_reuses_a_playground_of_the_same_configuration(
     playground: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (playground / "playground.json").stat().st_mtime_ns
-    reused = build_playground(playground, size="tiny", progress=True)
+    reused = build_prose(playground, size="tiny", progress=True)
     assert reused.reused
     assert "Reusing the playground" in capsys.readouterr().out
     assert (playground / "playground.json").stat().st_mtime_ns == before
@@ -122,19 +122,19 @@ def test_build_reuses_a_playground_of_the_same_configuration(
 def test_build_refuses_a_playground_of_another_seed(tmp_path: Path) -> None:
     folder = _some_playground(tmp_path / "world", resolve_config("tiny"), seed=0)
     with pytest.raises(ValueError, match=r"another seed.*overwrite=True"):
-        build_playground(folder, size="tiny", seed=1, progress=False)
+        build_prose(folder, size="tiny", seed=1, progress=False)
 
 
 def test_build_refuses_a_playground_of_another_size(tmp_path: Path) -> None:
     folder = _some_playground(tmp_path / "world", resolve_config("tiny"))
     with pytest.raises(ValueError, match=r"another config\..*overwrite=True"):
-        build_playground(folder, size="default", progress=False)
+        build_prose(folder, size="default", progress=False)
 
 
 def test_build_refuses_a_folder_that_is_no_playground(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is no playground"):
-        build_playground(tmp_path, size="tiny", progress=False)
+        build_prose(tmp_path, size="tiny", progress=False)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -142,7 +142,7 @@ def test_build_overwrite_replaces_a_playground(tmp_path: Path) -> None:
     short = replace(resolve_config("tiny"), policy_steps=1, reward_steps=1, reward_pairs=16)
     folder = _some_playground(tmp_path / "world", short)
     (folder / "stale.txt").write_text("old")
-    built = build_playground(folder, size=short, progress=False, overwrite=True)
+    built = build_prose(folder, size=short, progress=False, overwrite=True)
     assert not built.reused
     assert (folder / "policy" / "model.safetensors").is_file()
     assert not (folder / "stale.txt").exists()
@@ -151,12 +151,12 @@ def test_build_overwrite_replaces_a_playground(tmp_path: Path) -> None:
 def test_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
     greedy = replace(resolve_config("tiny"), train_prompts=1_000_000)
     with pytest.raises(ValueError, match="train_prompts"):
-        build_playground(tmp_path / "world", size=greedy, progress=False)
+        build_prose(tmp_path / "world", size=greedy, progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_load_playground_says_how_to_build_one(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="build_playground"):
+    with pytest.raises(ValueError, match="build_prose"):
         load_playground(tmp_path)
 
 
@@ -177,7 +177,7 @@ def test_unknown_size_names_the_presets() -> None:
 )
 def test_config_refuses_what_cannot_be_built(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        PlaygroundConfig(**change)
+        ProseConfig(**change)
 
 
 def test_report_shows_the_manifest(playground: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from tealightning.playground.config import PlaygroundConfig
-from tealightning.playground.corpus import MIN_CHARACTERS, OPENING_WORDS
-from tealightning.playground.tokenizer import tokenize
+from tealightning.worlds.prose_config import ProseConfig
+from tealightning.worlds.prose_corpus import MIN_CHARACTERS, OPENING_WORDS
+from tealightning.worlds.tokenizer import tokenize
 
 MIN_CONTINUATION_TOKENS = 8
 
@@ -39,7 +39,7 @@ class Opening:
     continuation_ids: list[int]  # at most completion_tokens; the paragraph may go on
 
 
-def split_paragraphs(paragraphs: Sequence[str], config: PlaygroundConfig, *, seed: int) -> Splits:
+def split_paragraphs(paragraphs: Sequence[str], config: ProseConfig, *, seed: int) -> Splits:
     """A random partition: the sizes that `config` asks for, the rest for training.
 
     Raises:
@@ -73,7 +73,7 @@ def from_each_sentence(paragraphs: Sequence[str]) -> list[str]:
 
 
 def cut_openings(
-    paragraphs: Sequence[str], tokenizer: PreTrainedTokenizerFast, config: PlaygroundConfig, *, rng: random.Random
+    paragraphs: Sequence[str], tokenizer: PreTrainedTokenizerFast, config: ProseConfig, *, rng: random.Random
 ) -> list[Opening]:
     """One opening per paragraph, of a random length in `config.prompt_tokens` and at least `OPENING_WORDS` words.
 
@@ -94,7 +94,7 @@ def cut_openings(
 def cut_many_openings(
     paragraphs: Sequence[str],
     tokenizer: PreTrainedTokenizerFast,
-    config: PlaygroundConfig,
+    config: ProseConfig,
     *,
     count: int,
     rng: random.Random,

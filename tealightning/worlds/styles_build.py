@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tealightning.functional.best_of_n import best_of_n
-from tealightning.playground.config import PlaygroundConfig
-from tealightning.playground.figures import CURVE_NS
-from tealightning.playground.folder import PROMPT_SPLITS, Playground, build_folder, package_versions, stream_seed
-from tealightning.playground.policy import sample_completions, train_policy
-from tealightning.playground.styles import (
+from tealightning.worlds.folder import PROMPT_SPLITS, Playground, build_folder, package_versions, stream_seed
+from tealightning.worlds.policy import sample_completions, train_policy
+from tealightning.worlds.prose_config import ProseConfig
+from tealightning.worlds.prose_figures import CURVE_NS
+from tealightning.worlds.styles import (
     CLASSIC,
     DARING,
     DISH_INGREDIENTS,
@@ -29,7 +29,7 @@ from tealightning.playground.styles import (
     style_of,
     styles_config,
 )
-from tealightning.playground.tokenizer import tokenize, train_tokenizer
+from tealightning.worlds.tokenizer import tokenize, train_tokenizer
 
 FORMAT_VERSION = 1
 """Raised with every change of the recipe."""
@@ -53,9 +53,9 @@ def build_styles(
     progress: bool = True,
     overwrite: bool = False,
 ) -> Playground:
-    """Build `out` (policy/, prompts/{train,val,test}.jsonl, playground.json), or reuse it; see `build_playground`.
+    """Build `out` (policy/, prompts/{train,val,test}.jsonl, playground.json), or reuse it; see `build_prose`.
 
-    The reward is `tealightning.playground.styles:dish_reward`.
+    The reward is `tealightning.worlds.styles:dish_reward`.
 
     Args:
         out: Folder to create. A world of the same configuration and seed there is returned as it is.
@@ -188,9 +188,9 @@ def _text_tokens() -> int:
     return PROMPT_TOKENS + COMPLETION_TOKENS + 1
 
 
-def _policy_training(config: StylesConfig) -> PlaygroundConfig:
+def _policy_training(config: StylesConfig) -> ProseConfig:
     """The settings of `train_policy`. A row is exactly one text, so that prompts stand where they do in rollouts."""
-    return PlaygroundConfig(
+    return ProseConfig(
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         head_size=config.head_size,

@@ -80,7 +80,7 @@ def load_playground(path: Path | str) -> Playground:
     manifest = _read_manifest(Path(path))
     if manifest is None:
         raise ValueError(
-            f"{path} is no playground (it has no readable {MANIFEST}); build one with build_playground({str(path)!r})."
+            f"{path} is no playground (it has no readable {MANIFEST}); build one with build_prose({str(path)!r})."
         )
     return _playground(Path(path), manifest, reused=True)
 

@@ -9,12 +9,12 @@ from rich.progress import track
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tealightning.playground.config import PlaygroundConfig
-from tealightning.playground.optim import Descent
-from tealightning.playground.tokenizer import tokenize
+from tealightning.worlds.optim import Descent
+from tealightning.worlds.prose_config import ProseConfig
+from tealightning.worlds.tokenizer import tokenize
 
 
-def llama_config(config: PlaygroundConfig, tokenizer: PreTrainedTokenizerFast, *, layers: int) -> LlamaConfig:
+def llama_config(config: ProseConfig, tokenizer: PreTrainedTokenizerFast, *, layers: int) -> LlamaConfig:
     """The architecture of the policy (and, with fewer `layers`, of the reward model); untied embeddings."""
     heads = config.hidden_size // config.head_size
     return LlamaConfig(
@@ -37,7 +37,7 @@ def llama_config(config: PlaygroundConfig, tokenizer: PreTrainedTokenizerFast, *
 def train_policy(
     paragraphs: Sequence[str],
     tokenizer: PreTrainedTokenizerFast,
-    config: PlaygroundConfig,
+    config: ProseConfig,
     *,
     seed: int,
     progress: bool,
@@ -105,7 +105,7 @@ def _next_token_loss(model: LlamaForCausalLM, rows: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
 
-def _endless_rows(paragraph_ids: list[list[int]], eos: int, config: PlaygroundConfig, *, seed: int) -> Iterator[Tensor]:
+def _endless_rows(paragraph_ids: list[list[int]], eos: int, config: ProseConfig, *, seed: int) -> Iterator[Tensor]:
     """Batches [policy_batch_size, sequence_length + 1] of int64."""
     rng = random.Random(seed)
     width = config.policy_batch_size * (config.sequence_length + 1)

@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from tealightning.functional.best_of_n import best_of_n
-from tealightning.playground.config import PlaygroundConfig
-from tealightning.playground.policy import heldout_loss, sample_completions
-from tealightning.playground.prompts import Opening, cut_many_openings, cut_openings
-from tealightning.playground.reward_model import Pair, sample_pairs, score_ids
-from tealightning.playground.tokenizer import tokenize
+from tealightning.worlds.policy import heldout_loss, sample_completions
+from tealightning.worlds.prose_config import ProseConfig
+from tealightning.worlds.prose_prompts import Opening, cut_many_openings, cut_openings
+from tealightning.worlds.prose_reward_model import Pair, sample_pairs, score_ids
+from tealightning.worlds.tokenizer import tokenize
 
 CURVE_NS = (1, 4, 16, 64, 128)
 
@@ -23,7 +23,7 @@ def measure(
     reward_model: LlamaForSequenceClassification,
     tokenizer: PreTrainedTokenizerFast,
     heldout: Sequence[str],
-    config: PlaygroundConfig,
+    config: ProseConfig,
     *,
     seed: int,
     progress: bool,
@@ -66,7 +66,7 @@ def sample_rewards(
     reward_model: LlamaForSequenceClassification,
     tokenizer: PreTrainedTokenizerFast,
     openings: Sequence[Opening],
-    config: PlaygroundConfig,
+    config: ProseConfig,
     *,
     progress: bool,
 ) -> Tensor:

@@ -7,7 +7,7 @@ from tealightning.registry import did_you_mean
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class PlaygroundConfig:
+class ProseConfig:
     """Everything that decides a playground, together with the seed. The defaults are the "default" preset.
 
     Args:
@@ -133,14 +133,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 """What each preset changes. "default" is for use; "tiny" builds in seconds, for tests."""
 
 
-def resolve_config(size: str | PlaygroundConfig) -> PlaygroundConfig:
+def resolve_config(size: str | ProseConfig) -> ProseConfig:
     """The configuration that `size` names, or `size` itself.
 
     Raises:
         ValueError: for an unknown preset, with the valid ones.
     """
-    if isinstance(size, PlaygroundConfig):
+    if isinstance(size, ProseConfig):
         return size
     if size not in PRESETS:
         raise ValueError(f"Unknown playground size {size!r}.{did_you_mean(str(size), PRESETS)}")
-    return PlaygroundConfig(**PRESETS[size])
+    return ProseConfig(**PRESETS[size])

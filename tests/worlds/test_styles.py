@@ -11,10 +11,10 @@ from command_line import CONFIGS, resolved, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tealightning.estimators import build_estimator
-from tealightning.playground import Playground, StylesConfig, build_playground, build_styles, load_playground
-from tealightning.playground.styles import dish_reward, is_daring, mixture_best_of_n, style_of, styles_config
-from tealightning.playground.styles_build import draw_prompts, draw_texts, reward_metadata
 from tealightning.rewards import FunctionReward
+from tealightning.worlds import Playground, StylesConfig, build_prose, build_styles, load_playground
+from tealightning.worlds.styles import dish_reward, is_daring, mixture_best_of_n, style_of, styles_config
+from tealightning.worlds.styles_build import draw_prompts, draw_texts, reward_metadata
 
 PROMPT = "supper for Ada with lemon and rye:"
 STYLES, BUDGET = styles_config("styles"), styles_config("styles-budget")
@@ -160,7 +160,7 @@ def test_build_styles_writes_what_a_run_needs(world: Playground) -> None:
     assert len(rows) == 64 and rows[0]["id"] == "train-0000"
     assert len(tokenizer(rows[0]["prompt"])["input_ids"]) == 8
     assert rows[0]["styles"] == {"classic": [0.0, 1.0], "daring": [-1.0, 2.0]}
-    reward = FunctionReward("tealightning.playground.styles:dish_reward")
+    reward = FunctionReward("tealightning.worlds.styles:dish_reward")
     scores = reward([rows[0]["prompt"]] * 2, [" daring plum miso kale", "?"], [rows[0]] * 2).total
     assert scores[0] > scores[1] == rows[0]["failure"]
     assert world.reward_model is None
@@ -177,7 +177,7 @@ def test_build_styles_and_build_playground_refuse_each_others_folders(world: Pla
     with pytest.raises(ValueError, match=r"another config.*overwrite=True"):
         build_styles(world.path, world="styles-budget", size="tiny", progress=False)
     with pytest.raises(ValueError, match=r"another config.*overwrite=True"):
-        build_playground(world.path, size="tiny", progress=False)
+        build_prose(world.path, size="tiny", progress=False)
 
 
 def test_playground_command_builds_a_world_by_name(tmp_path: Path) -> None:

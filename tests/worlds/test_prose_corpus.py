@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from tealightning.playground.config import PlaygroundConfig
-from tealightning.playground.corpus import OPENING_WORDS, _distinct_openings, _prose, _source_texts, collect_paragraphs
-from tealightning.playground.prompts import cut_many_openings, cut_openings, from_each_sentence, split_paragraphs
+from tealightning.worlds.prose_config import ProseConfig
+from tealightning.worlds.prose_corpus import (
+    OPENING_WORDS,
+    _distinct_openings,
+    _prose,
+    _source_texts,
+    collect_paragraphs,
+)
+from tealightning.worlds.prose_prompts import cut_many_openings, cut_openings, from_each_sentence, split_paragraphs
 
 
 def test_prose_keeps_sentences_on_one_line_and_drops_code() -> None:
@@ -48,7 +54,7 @@ def test_source_texts_are_parsed_not_imported(tmp_path: Path) -> None:
 
 def test_corpus_imports_no_module_with_side_effects() -> None:
     code = (
-        "import sys; from tealightning.playground.corpus import collect_paragraphs; collect_paragraphs();"
+        "import sys; from tealightning.worlds.prose_corpus import collect_paragraphs; collect_paragraphs();"
         "assert not {'this', 'antigravity', 'turtle', 'idlelib', 'tkinter'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -63,9 +69,7 @@ def test_corpus_without_source_files_is_the_smaller_part() -> None:
 
 def test_split_is_a_partition_that_depends_on_the_seed() -> None:
     paragraphs = [f"paragraph {i}" for i in range(100)]
-    config = PlaygroundConfig(
-        reward_paragraphs=10, heldout_paragraphs=5, train_prompts=20, val_prompts=5, test_prompts=5
-    )
+    config = ProseConfig(reward_paragraphs=10, heldout_paragraphs=5, train_prompts=20, val_prompts=5, test_prompts=5)
     splits = split_paragraphs(paragraphs, config, seed=0)
     parts = [splits.corpus, splits.reward, splits.heldout, splits.train, splits.val, splits.test]
     assert [len(part) for part in parts] == [55, 10, 5, 20, 5, 5]
@@ -75,7 +79,7 @@ def test_split_is_a_partition_that_depends_on_the_seed() -> None:
 
 
 def test_split_refuses_to_starve_the_corpus() -> None:
-    config = PlaygroundConfig(heldout_paragraphs=10, train_prompts=40, val_prompts=5, test_prompts=5)
+    config = ProseConfig(heldout_paragraphs=10, train_prompts=40, val_prompts=5, test_prompts=5)
     with pytest.raises(ValueError, match="at most 50"):
         split_paragraphs([f"paragraph {i}" for i in range(100)], config, seed=0)
 
@@ -92,7 +96,7 @@ def test_from_each_sentence_keeps_what_is_long_enough() -> None:
 def test_cut_many_openings_cuts_a_paragraph_in_several_places(playground: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(playground / "policy")
     paragraph = "The name of the module in which the object was defined, or None if there is no such module at all."
-    config = PlaygroundConfig(prompt_tokens=(8, 16))
+    config = ProseConfig(prompt_tokens=(8, 16))
     openings = cut_many_openings([paragraph], tokenizer, config, count=20, rng=random.Random(0))
     assert len(openings) == 20
     assert len({opening.prompt for opening in openings}) > 1
@@ -109,7 +113,7 @@ def test_tokenizer_round_trips_any_text_and_adds_nothing(playground: Path) -> No
 
 def test_openings_join_to_the_paragraph(playground: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(playground / "policy")
-    config = PlaygroundConfig(prompt_tokens=(8, 16), completion_tokens=16)
+    config = ProseConfig(prompt_tokens=(8, 16), completion_tokens=16)
     paragraphs = collect_paragraphs(source_files=False)[:50]
     starts = {" ".join(paragraph.split()[:OPENING_WORDS]): paragraph for paragraph in paragraphs}
     openings = cut_openings(paragraphs, tokenizer, config, rng=random.Random(0))

@@ -7,24 +7,24 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from tealightning.playground.config import PlaygroundConfig, resolve_config
-from tealightning.playground.corpus import collect_paragraphs
-from tealightning.playground.figures import measure
-from tealightning.playground.folder import PROMPT_SPLITS, Playground, build_folder, package_versions, stream_seed
-from tealightning.playground.policy import train_policy
-from tealightning.playground.prompts import cut_many_openings, cut_openings, split_paragraphs, write_prompts
-from tealightning.playground.reward_model import sample_pairs, train_reward_model
-from tealightning.playground.tokenizer import train_tokenizer
+from tealightning.worlds.folder import PROMPT_SPLITS, Playground, build_folder, package_versions, stream_seed
+from tealightning.worlds.policy import train_policy
+from tealightning.worlds.prose_config import ProseConfig, resolve_config
+from tealightning.worlds.prose_corpus import collect_paragraphs
+from tealightning.worlds.prose_figures import measure
+from tealightning.worlds.prose_prompts import cut_many_openings, cut_openings, split_paragraphs, write_prompts
+from tealightning.worlds.prose_reward_model import sample_pairs, train_reward_model
+from tealightning.worlds.tokenizer import train_tokenizer
 
 FORMAT_VERSION = 1
 """Raised with every change of the recipe, so that a playground of an older recipe is not taken for a current one."""
 
 
-def build_playground(
+def build_prose(
     out: Path | str,
     *,
     seed: int = 0,
-    size: Literal["default", "tiny"] | PlaygroundConfig = "default",
+    size: Literal["default", "tiny"] | ProseConfig = "default",
     progress: bool = True,
     overwrite: bool = False,
 ) -> Playground:
@@ -55,7 +55,7 @@ def build_playground(
     )
 
 
-def _build_into(folder: Path, config: PlaygroundConfig, *, seed: int, progress: bool) -> dict[str, Any]:
+def _build_into(folder: Path, config: ProseConfig, *, seed: int, progress: bool) -> dict[str, Any]:
     """The build itself: fills `folder`, returns what the manifest says of it."""
     started = time.perf_counter()
     splits = split_paragraphs(
@@ -105,6 +105,6 @@ def _build_into(folder: Path, config: PlaygroundConfig, *, seed: int, progress: 
     }
 
 
-def _identity(config: PlaygroundConfig, seed: int) -> dict[str, Any]:
+def _identity(config: ProseConfig, seed: int) -> dict[str, Any]:
     """What tells one playground from another, as JSON gives it back (lists, no tuples)."""
     return {"format_version": FORMAT_VERSION, "seed": seed, "config": json.loads(json.dumps(asdict(config)))}
