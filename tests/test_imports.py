@@ -19,7 +19,7 @@ LAYERS = [
     {"estimators", "metrics", "rewards", "pretrained", "sharding", "lora", "output_head", "micro_batches", "loss"},
     {"rollouts", "data"},
     {"evaluation", "module_settings", "nonfinite", "module", "callbacks"},
-    {"playground", "ablation", "diagnostics", "deployment"},
+    {"worlds", "ablation", "diagnostics", "deployment"},
     {"cli", "__main__"},
 ]
 LAYER_OF = {unit: level for level, units in enumerate(LAYERS) for unit in units}
