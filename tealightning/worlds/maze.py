@@ -1,4 +1,4 @@
-"""The world `maze`: text mazes with a verifier, the everyday case of best-of-N: sample N plans, check them, keep the best.
+"""Text mazes with a verifier: sample N plans, check them, keep the best one.
 
 A prompt is a grid, one character a token, a line a row, and a colon; the answer is a path of moves, one letter each:
 
@@ -30,6 +30,8 @@ MOVES: dict[str, tuple[int, int]] = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R
 """Letter -> (rows, columns)."""
 
 UNREACHABLE = -1
+Cell = tuple[int, int]
+"""Row and column."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -145,36 +147,48 @@ def read_grid(grid: str) -> Mazes:
     return mazes
 
 
-def follow(grid: str, path: str) -> list[tuple[int, int]]:
-    """The cells that a path visits, start included, up to its first illegal move: for pictures."""
-    maze = read_grid(grid)
-    cells = [(int(maze.starts[0, 0]), int(maze.starts[0, 1]))]
-    for letter in path.strip():
-        step = MOVES.get(letter)
-        target = None if step is None else (cells[-1][0] + step[0], cells[-1][1] + step[1])
-        if target is None or not _is_free(maze, target):
-            break
-        cells.append(target)
-    return cells
+@dataclass(kw_only=True, slots=True)
+class MazeMap:
+    """One maze, to follow paths through."""
 
+    start: Cell
+    distances: dict[Cell, int]  # of every cell that can be reached: moves to the goal
 
-def path_score(maze: Mazes, path: str) -> float:
-    """The score of a path through one maze; see `MazeReward`."""
-    distances = maze.distances[0]
-    position = (int(maze.starts[0, 0]), int(maze.starts[0, 1]))
-    initial = int(distances[position])
-    for letter in path:
-        if distances[position] == 0:
-            return 0.0  # at the goal, and walks on
-        if letter not in MOVES:
+    @classmethod
+    def read(cls, grid: str) -> "MazeMap":
+        """The maze of a text.
+
+        Raises:
+            ValueError: if it is no maze.
+        """
+        maze = read_grid(grid)
+        distances = maze.distances[0]
+        cells = np.argwhere(distances != UNREACHABLE).tolist()
+        row, column = maze.starts[0].tolist()
+        return cls(start=(row, column), distances={(r, c): int(distances[r, c]) for r, c in cells})
+
+    def follow(self, path: str) -> tuple[list[Cell], bool]:
+        """The cells that a path visits, start included, and whether all of its moves are legal; it ends at the first
+        that is not: into a wall, off the grid, on from the goal, or no move at all."""
+        cells = [self.start]
+        for letter in path:
+            row, column = cells[-1]
+            down, right = MOVES.get(letter, (0, 0))
+            cell = (row + down, column + right)
+            if cell == cells[-1] or self.distances[cells[-1]] == 0 or cell not in self.distances:
+                return cells, False
+            cells.append(cell)
+        return cells, True
+
+    def score(self, path: str) -> float:
+        """See `MazeReward`."""
+        cells, is_legal = self.follow(path)
+        if not is_legal:
             return 0.0
-        position = (position[0] + MOVES[letter][0], position[1] + MOVES[letter][1])
-        if not _is_free(maze, position):
-            return 0.0
-    remaining = int(distances[position])
-    if remaining == 0:
-        return 0.5 + 0.5 * initial / len(path)
-    return 0.4 * max(0, initial - remaining) / initial
+        initial, remaining = self.distances[self.start], self.distances[cells[-1]]
+        if remaining == 0:
+            return 0.5 + 0.5 * initial / len(path)
+        return 0.4 * max(0, initial - remaining) / initial
 
 
 @register
@@ -192,7 +206,7 @@ class MazeReward(Reward):
     """
 
     def __init__(self) -> None:
-        self._mazes: dict[str, Mazes] = {}
+        self._maps: dict[str, MazeMap] = {}
 
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Sequence[dict[str, Any]]
@@ -203,19 +217,18 @@ class MazeReward(Reward):
             ValueError: for a prompt without a grid, or with one that is no maze.
         """
         return [
-            path_score(self._maze(data), completion.strip())
-            for completion, data in zip(completions, metadata, strict=True)
+            self._map(data).score(completion.strip()) for completion, data in zip(completions, metadata, strict=True)
         ]
 
-    def _maze(self, metadata: dict[str, Any]) -> Mazes:
+    def _map(self, metadata: dict[str, Any]) -> MazeMap:
         grid = metadata.get("grid")
         if not isinstance(grid, str):
             raise ValueError(
                 f"MazeReward needs a column `grid` beside each prompt, got the columns {sorted(metadata)}."
             )
-        if grid not in self._mazes:
-            self._mazes[grid] = read_grid(grid)
-        return self._mazes[grid]
+        if grid not in self._maps:
+            self._maps[grid] = MazeMap.read(grid)
+        return self._maps[grid]
 
 
 def reaches_goal(
@@ -224,11 +237,6 @@ def reaches_goal(
     """[B]: 1 for a path that ends on the goal, else 0. To be measured beside the reward."""
     scores = MazeReward().score(prompts, completions, metadata)
     return [float(score >= 0.5) for score in scores]
-
-
-def _is_free(maze: Mazes, cell: tuple[int, int]) -> bool:
-    rows, columns = maze.walls.shape[1:]
-    return 0 <= cell[0] < rows and 0 <= cell[1] < columns and not bool(maze.walls[0][cell])
 
 
 def _draw(config: MazeConfig, count: int, rng: np.random.Generator) -> Mazes:

@@ -1,0 +1,235 @@
+"""Builds a world of mazes: a policy that has learned to walk from noisy walks, and prompts with their grids."""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tealightning.functional.best_of_n import best_of_n
+from tealightning.worlds.folder import PROMPT_SPLITS, Playground, build_folder, package_versions, stream_seed
+from tealightning.worlds.maze import FREE, GOAL, MOVES, START, WALL, MazeReward, Mazes, draw_mazes, grid_texts
+from tealightning.worlds.maze_config import MazeConfig, maze_config
+from tealightning.worlds.maze_walks import END, Walks, noisy_walks
+from tealightning.worlds.optim import Descent, Float32Muon
+from tealightning.worlds.policy import sample_completions
+from tealightning.worlds.prose_figures import CURVE_NS
+from tealightning.worlds.tokenizer import EOS, PAD, tokenize
+
+FORMAT_VERSION = 1
+"""Raised with every change of the recipe."""
+
+
+def build_maze(
+    out: Path | str,
+    *,
+    world: str | MazeConfig = "maze",
+    seed: int = 0,
+    size: str = "default",
+    progress: bool = True,
+    overwrite: bool = False,
+    **options: Any,
+) -> Playground:
+    """Build `out` (policy/, prompts/{train,val,test}.jsonl, playground.json), or reuse it; see `build_prose`.
+
+    The reward is `tealightning.worlds.MazeReward`. The layouts of the three splits and those that the policy has
+    learned to walk in are all different.
+
+    Args:
+        out: Folder to create. A world of the same configuration and seed there is returned as it is.
+        world: A name in `MAZE_WORLDS`, or a configuration of your own.
+        seed: Seed of layouts, walks, initial weights and samples.
+        size: A name in `MAZE_SIZES`; of no effect beside a configuration.
+        progress: Show a progress bar and say what happens.
+        overwrite: Replace what is at `out`, whatever it is.
+        options: Settings of `MazeConfig` that replace those of the named world.
+
+    Raises:
+        ValueError: if `out` is something else than the world asked for, a name is unknown or a setting out of range.
+    """
+    config = world if isinstance(world, MazeConfig) else maze_config(world, size, **options)
+    identity = json.loads(json.dumps(asdict(config)))
+    wanted = {"format_version": FORMAT_VERSION, "kind": "maze", "seed": seed, "config": identity}
+    return build_folder(
+        Path(out),
+        wanted,
+        lambda folder: _build_into(folder, config, seed=seed, progress=progress),
+        num_threads=config.num_threads,
+        progress=progress,
+        overwrite=overwrite,
+    )
+
+
+def character_tokenizer(config: MazeConfig) -> PreTrainedTokenizerFast:
+    """One token a character: cells, moves, end of line and colon, and two special tokens."""
+    symbols = [EOS, PAD, "\n", ":", WALL, FREE, START, GOAL, *MOVES]
+    tokenizer = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        pad_token=PAD,
+        padding_side="left",
+        model_max_length=config.max_positions,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def prompt_texts(mazes: Mazes) -> list[str]:
+    """What the policy reads: the grid and a colon."""
+    return [f"{grid}:" for grid in grid_texts(mazes)]
+
+
+def train_walker(
+    mazes: Mazes, tokenizer: PreTrainedTokenizerFast, config: MazeConfig, *, seed: int, progress: bool
+) -> LlamaForCausalLM:
+    """A policy that walks as `noisy_walks` do: it learns their exact probabilities of every next move.
+
+    A step takes `batch_size` of the mazes [steps * batch_size] and `walks` walks through each.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    model = _untrained(config, tokenizer)
+    descent = Descent(
+        model, steps=config.steps, adamw_lr=config.lr, muon_lr=config.muon_lr, weight_decay=0.1, muon=Float32Muon
+    )
+    model.train()
+    for step in track(range(config.steps), description="Policy", disable=not progress):
+        batch = mazes[step * config.batch_size : (step + 1) * config.batch_size]
+        walks = noisy_walks(batch[np.arange(len(batch)).repeat(config.walks)], config, rng=rng)
+        descent.step(_walk_loss(model, tokenizer, prompt_texts(batch), walks))
+    return model.eval()
+
+
+def measure_mazes(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, mazes: Mazes, config: MazeConfig, *, seed: int
+) -> dict[str, Any]:
+    """Figures of the policy's samples on held-out mazes: mean, share of paths that arrive or score 0, best-of-n."""
+    torch.manual_seed(seed)
+    rows = np.arange(len(mazes)).repeat(config.curve_samples)
+    prompts, grids = (np.array(texts)[rows].tolist() for texts in (prompt_texts(mazes), grid_texts(mazes)))
+    sampled = sample_completions(
+        policy, tokenizer, tokenize(prompts, tokenizer), max_new_tokens=config.max_moves, batch_size=1024
+    )
+    paths = [tokenizer.decode(ids) for ids in sampled]
+    scores = MazeReward().score(prompts, paths, [{"grid": grid} for grid in grids])
+    rewards = torch.tensor(scores, dtype=torch.float64).view(len(mazes), -1)
+    ns = [n for n in CURVE_NS if n <= config.curve_samples]
+    return {
+        "mean_score": rewards.mean().item(),
+        "arrived_share": (rewards >= 0.5).double().mean().item(),
+        "zero_share": (rewards == 0).double().mean().item(),
+        "best_of_n": {str(n): value for n, value in zip(ns, best_of_n(rewards, ns).mean(0).tolist(), strict=True)},
+    }
+
+
+def _build_into(folder: Path, config: MazeConfig, *, seed: int, progress: bool) -> dict[str, Any]:
+    started = time.perf_counter()
+    sizes = {
+        "train": config.train_prompts,
+        "val": config.val_prompts,
+        "test": config.test_prompts,
+        "policy": config.steps * config.batch_size,
+    }
+    rng = np.random.default_rng(stream_seed(seed, "layouts"))
+    every = draw_mazes(config, count=sum(sizes.values()), rng=rng)
+    ends = np.cumsum(list(sizes.values()))
+    splits = {name: every[end - sizes[name] : end] for name, end in zip(sizes, ends, strict=True)}
+    tokenizer = character_tokenizer(config)
+    for split in PROMPT_SPLITS:
+        _write_prompts(splits[split], folder / "prompts" / f"{split}.jsonl", split=split)
+    policy = train_walker(splits["policy"], tokenizer, config, seed=stream_seed(seed, "policy"), progress=progress)
+    figures = measure_mazes(
+        policy, tokenizer, splits["val"][: config.curve_prompts], config, seed=stream_seed(seed, "figures")
+    )
+    policy.save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "policy")
+    return {
+        "prompts": {split: len(splits[split]) for split in PROMPT_SPLITS},
+        "policy_parameters": policy.num_parameters(),
+        "figures": figures,
+        "versions": package_versions(),
+        "build_seconds": time.perf_counter() - started,
+    }
+
+
+def _untrained(config: MazeConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    heads = config.hidden_size // config.head_size
+    special = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            head_dim=config.head_size,
+            max_position_embeddings=config.max_positions,
+            bos_token_id=None,
+            tie_word_embeddings=False,
+            dtype=torch.float32,
+            **special,
+        )
+    )
+    model.generation_config = GenerationConfig(**special)
+    return model
+
+
+def _walk_loss(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], walks: Walks
+) -> torch.Tensor:
+    """Cross-entropy in nats to the probabilities of the walks' choices, the mean over choices.
+
+    All walks through a maze share one row: its prompt stands there once, and each walk sees it and itself.
+
+    Args:
+        prompts: [Q].
+        walks: [Q * K].
+    """
+    symbols = torch.tensor(tokenizer.convert_tokens_to_ids([*MOVES, tokenizer.eos_token]))
+    prompt_ids = torch.tensor(tokenize(prompts, tokenizer))
+    rows, width = prompt_ids.shape
+    choices = torch.from_numpy(walks.choices).view(rows, -1, walks.choices.shape[1])
+    targets = torch.from_numpy(walks.probabilities).float().view(*choices.shape, -1)
+    is_move = choices != END
+    length = int(is_move.sum((1, 2)).max())
+    ids = torch.full((rows, length), tokenizer.pad_token_id)
+    walk_of = torch.full((rows, length), -1)
+    step_of = torch.zeros((rows, length), dtype=torch.long)
+    wanted = torch.zeros((rows, length, len(symbols)))
+    for row in range(rows):
+        walk, step = is_move[row].nonzero(as_tuple=True)
+        ids[row, : len(walk)] = symbols[choices[row, walk, step]]
+        walk_of[row, : len(walk)], step_of[row, : len(walk)] = walk, step
+        has_next = step + 1 < targets.shape[2]
+        wanted[row, : len(walk)][has_next] = targets[row, walk[has_next], step[has_next] + 1]
+    segments = torch.cat([torch.full((rows, width), -2), walk_of], dim=1)
+    seen = (segments[:, None, :] == -2) | (segments[:, None, :] == segments[:, :, None])
+    logits = model(
+        input_ids=torch.cat([prompt_ids, ids], dim=1),
+        attention_mask=(seen & torch.ones(width + length, width + length).tril().bool())[:, None],
+        position_ids=torch.cat([torch.arange(width).expand(rows, -1), width + step_of], dim=1),
+        use_cache=False,
+    ).logits[:, width - 1 :]
+    first = targets.shape[1] * targets[:, :1, 0]  # the same for all walks through a maze
+    wanted = torch.cat([first, wanted], dim=1)
+    log_probs = logits.log_softmax(-1)[..., symbols]
+    return -(wanted * log_probs).sum() / wanted.sum()
+
+
+def _write_prompts(mazes: Mazes, path: Path, *, split: str) -> None:
+    """One `{"id": ..., "prompt": ..., "grid": ...}` a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = zip(prompt_texts(mazes), grid_texts(mazes), strict=True)
+    lines = (
+        json.dumps({"id": f"{split}-{i:04d}", "prompt": prompt, "grid": grid}) for i, (prompt, grid) in enumerate(rows)
+    )
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
