@@ -1,4 +1,4 @@
-"""Loading policies and tokenizers through transformers."""
+"""Load policies and tokenizers through transformers."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A long run on the prose world: do memory, open files and the time of a step stay flat, and every metric finite?
+"""Soak run on the prose world: do memory, open files and step time stay flat, and every metric finite?
 
     python tools/soak.py                       # 4,200 steps, about 15 minutes on two cores
     python tools/soak.py --steps 20 10 10      # a try

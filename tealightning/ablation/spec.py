@@ -1,4 +1,4 @@
-"""What an ablation compares: the file behind `tealightning compare -c FILE`."""
+"""Ablation spec: the YAML file behind `tealightning compare -c FILE`, parsed and checked."""
 
 import re
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Options of `tealightning compare`, and what they change of a spec."""
+"""Options of `tealightning compare`, and how they change a spec."""
 
 import argparse
 from pathlib import Path

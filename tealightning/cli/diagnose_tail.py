@@ -1,4 +1,4 @@
-"""`tealightning diagnose tail`."""
+"""Command `diagnose tail`: tail checks of a run, a file of rewards or a policy."""
 
 import argparse
 from collections.abc import Sequence
