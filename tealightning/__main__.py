@@ -1,4 +1,4 @@
-"""`python -m tealightning` is `tealightning`."""
+"""Run `python -m tealightning`."""
 
 from tealightning.cli import main
 

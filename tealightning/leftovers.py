@@ -1,4 +1,4 @@
-"""Folders in shared memory or elsewhere that must not outlive this process, however it ends."""
+"""Remove temporary folders when this process ends, however it ends."""
 
 import threading
 from pathlib import Path

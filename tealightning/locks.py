@@ -1,4 +1,4 @@
-"""Folders that one process has for itself."""
+"""Lock a folder for one process."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""Splitting a rollout batch into micro-batches, and the forward pass of one."""
+"""Split a rollout batch into micro-batches, and run the forward pass of one."""
 
 import inspect
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
-"""The LightningModule: rewards -> advantages -> loss -> optimizer step. It knows nothing of engines or rewards' makers:
-`batch.rollouts` is there when `training_step` is called."""
+"""LightningModule of post-training: rewards -> advantages -> loss -> optimizer step.
+
+It knows nothing of engines or rewards' makers: `batch.rollouts` is there when `training_step` is called.
+"""
 
 import warnings
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Optimizer steps whose loss or gradient is not finite: never taken, but counted and described."""
+"""Skip optimizer steps whose loss or gradient is not finite; count and describe them."""
 
 import math
 import warnings

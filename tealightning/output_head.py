@@ -1,4 +1,4 @@
-"""A causal LM's output layer made to return log-probs of the sampled tokens in place of logits."""
+"""Make a causal LM's output layer return log-probs of the sampled tokens in place of logits."""
 
 import weakref
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""What each thread of this process is doing now: a hang is noticed by it, and a failure is told by it.
+"""Per-thread activity, used to detect hangs and to label errors.
 
 Whoever does something that may take long says so, `with during(RunPhase.SYNCING): ...`; whoever watches reads
 `current()`. The clock of a phase is the time without progress: it starts anew with `beat()` and whenever a phase inside

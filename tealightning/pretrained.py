@@ -1,4 +1,4 @@
-"""Loading policies and tokenizers through transformers."""
+"""Load policies and tokenizers through transformers."""
 
 import re
 from pathlib import Path
@@ -124,7 +124,7 @@ def _check_exists(path: str, argument: str = "policy") -> None:
     if not Path(path).is_dir() and not _HUB_ID.fullmatch(path):
         raise ValueError(
             f"{argument} {path!r}: there is no such folder (looked in {Path.cwd()}), and it is no hub id (`org/name`). "
-            "`tealightning playground --out runs/playground` builds the policy of the example configs."
+            "`tealightning playground --help` says how to build the policies of the example configs."
         )
 
 

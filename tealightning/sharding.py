@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism (FSDP2): a rank holds a share of each weight and gathers layers as they are used."""
+"""Fully sharded data parallelism (FSDP2): a rank holds a share of each weight, layers are gathered in use."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""YAML for settings: a name that is given twice is an error, and every error says where it is."""
+"""Strict YAML for settings: a repeated name is an error, and every error says where it is."""
 
 from collections.abc import Hashable
 from typing import Any

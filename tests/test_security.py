@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from command_line import QUICKSTART, overlay, run
+from command_line import PROSE, overlay, run
 from run_records import quickstart_args
 from stub_server import stub_server
 from transformers import AutoTokenizer
@@ -232,7 +232,7 @@ def test_chat_template_is_run_in_a_sandbox(playground):
 )
 def test_yaml_tags_build_nothing(tmp_path, text):
     file = overlay(tmp_path, text.format(file=tmp_path / "exploded"))
-    for args in (["fit", "-c", QUICKSTART, "-c", file], ["fit", "-c", file], ["compare", "-c", file]):
+    for args in (["fit", "-c", PROSE, "-c", file], ["fit", "-c", file], ["compare", "-c", file]):
         result = run(*args)
         assert result.status == 2
         assert "this is not YAML" in result.err, result.err
@@ -244,7 +244,7 @@ def test_texts_are_not_interpolated(tmp_path, monkeypatch):
     texts = ["${oc.env:SECRET}", "${SECRET}", "{{ 7 * 7 }}", "$SECRET"]
     for text in texts:
         settings = {"data": {"init_args": {"system_prompt": text}}}
-        result = run("fit", "-c", QUICKSTART, "-c", overlay(tmp_path, settings), "--print_config")
+        result = run("fit", "-c", PROSE, "-c", overlay(tmp_path, settings), "--print_config")
         assert result.status == 0
         assert yaml.safe_load(result.out)["data"]["init_args"]["system_prompt"] == text
 
@@ -252,7 +252,7 @@ def test_texts_are_not_interpolated(tmp_path, monkeypatch):
 def test_environment_sets_nothing(monkeypatch):
     for name in ("SEED_EVERYTHING", "TEALIGHTNING_SEED_EVERYTHING", "PL_FIT__SEED_EVERYTHING", "FIT__SEED_EVERYTHING"):
         monkeypatch.setenv(name, "7")
-    result = run("fit", "-c", QUICKSTART, "--print_config")
+    result = run("fit", "-c", PROSE, "--print_config")
     assert yaml.safe_load(result.out)["seed_everything"] == 0
 
 
@@ -285,7 +285,7 @@ def test_callables_of_no_such_class_are_refused_uncalled(key, tmp_path, monkeypa
         with monkeypatch.context() as patch, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             patch.setattr("tealightning.cli.training.write_whole", lambda *args: called.append(args))
-            result = run("fit", "-c", QUICKSTART, "-c", overlay(tmp_path, settings))
+            result = run("fit", "-c", PROSE, "-c", overlay(tmp_path, settings))
         assert result.status == 2, (path, result.out)
         assert result.err.startswith("tealightning: error: ")
     assert "would_run" not in sys.modules and not (tmp_path / "exploded").exists()
@@ -317,7 +317,7 @@ def test_functions_are_not_called_where_a_callable_is_taken(key, tmp_path, monke
     monkeypatch.syspath_prepend(tmp_path)
     text = yaml.safe_dump(NESTED[key]).replace("'{function}'", "{class_path: made_up.explode}")
     assert "made_up" in text
-    result = run("fit", "-c", QUICKSTART, "-c", overlay(tmp_path, text))
+    result = run("fit", "-c", PROSE, "-c", overlay(tmp_path, text))
     sys.modules.pop("made_up", None)
     assert result.status == 2
     assert result.err.startswith(f"tealightning: error: {key}: made_up.explode is not a class."), result.err

@@ -1,4 +1,4 @@
-"""Whether a commit made training steps slower: the ratios of `bench_step.py` for two commits in turn.
+"""Compare training speed of two commits: ratios of `bench_step.py`, in turn.
 
     python tools/bench_compare.py main HEAD --tolerance 0.05 -- --size playground --engine vllm
 

@@ -1,4 +1,4 @@
-"""Where a training step spends more than its bare parts: seconds of each torch operator in both; tables, one JSON line.
+"""Profile a training step against its bare parts: seconds of each torch operator; tables, one JSON line.
 
     python tools/bench_profile.py --size playground --engine transformers
 

@@ -1,4 +1,4 @@
-"""A long run on the playground: do memory, open files and the time of a step stay flat, and every metric finite?
+"""Soak run on the prose world: do memory, open files and step time stay flat, and every metric finite?
 
     python tools/soak.py                       # 4,200 steps, about 15 minutes on two cores
     python tools/soak.py --steps 20 10 10      # a try
@@ -204,7 +204,7 @@ def empty(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=TOOLS.parent / "configs" / "quickstart.yaml")
+    parser.add_argument("--config", type=Path, default=TOOLS.parent / "configs" / "experiments" / "prose.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/soak"), help="an earlier soak run in it is deleted")
     parser.add_argument("--steps", type=int, nargs=3, default=[3000, 600, 600], help="of each part")
     parser.add_argument("--prompts", type=int, default=2, help="prompts a step, over all processes")

@@ -12,7 +12,8 @@ its "**When to use.**" paragraph.
 fills that page instead: what stands between `<!-- include runs/.../fidelity.md -->` and `<!-- /include -->` becomes the
 text of that generated file, without its title, and plots beside it that the page shows are copied next to the page.
 `<!-- include runs/ablations/NAME/table.md#SECTION -->` takes one section of the tables of an ablation, without its
-heading; a plot that the page shows as `NAME_PLOT.png` is then copied from its `plots/PLOT.png`.
+heading; a plot that the page shows as `NAME_PLOT.png` is then copied from its `plots/PLOT.png`. Tables that are made
+from a CSV file beside the page are those of `result_tables.py`.
 """
 
 import argparse

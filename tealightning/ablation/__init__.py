@@ -1,1 +1,1 @@
-"""Head-to-head ablations: what is compared, running it, and what comes out."""
+"""Head-to-head ablations: specify, run, analyse and report comparisons of training runs."""

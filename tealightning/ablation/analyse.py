@@ -1,4 +1,4 @@
-"""From finished runs to `results.json`: estimates with intervals, and nothing that is not in the run folders."""
+"""Turn finished runs into `results.json`: estimates with intervals, computed from the run folders alone."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime

@@ -1,4 +1,4 @@
-"""What the run folders hold, as arrays: one row a prompt, the same prompts in the same order for every run."""
+"""Read run folders into arrays: one row per prompt, the same prompts in the same order for every run."""
 
 import csv
 import re

@@ -1,4 +1,4 @@
-"""What changes during training: best-of-n against KL, metrics against steps; and rewards before and after."""
+"""Training curves of an ablation: best-of-n against KL, metrics against steps, rewards before and after."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""How many runs at a time, on which devices, and what their processes import beforehand."""
+"""Decide how many runs go at a time, on which devices, and what their processes import beforehand."""
 
 import os
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What an ablation would run, and how long it would take."""
+"""Dry run of an ablation: what would run, and how long it would take."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""Variants compared where they have moved equally far from the starting policy."""
+"""Compare variants at equal KL from the starting policy."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

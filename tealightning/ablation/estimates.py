@@ -1,4 +1,4 @@
-"""Intervals as the plain numbers of `results.json`."""
+"""Convert intervals to the plain numbers of `results.json`."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""From a spec to runs: every (variant, seed) with the configuration that `tealightning fit` would take."""
+"""Expand a spec into runs: every (variant, seed) with the configuration that `tealightning fit` would take."""
 
 import itertools
 import json

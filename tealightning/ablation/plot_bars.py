@@ -1,4 +1,4 @@
-"""Plots of an ablation with a row or a panel for each variant: forest plots, completions, histograms."""
+"""Forest plots, completion plots and histograms of an ablation: a row or a panel per variant."""
 
 from collections.abc import Mapping
 from typing import Any

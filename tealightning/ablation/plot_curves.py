@@ -1,4 +1,4 @@
-"""Plots of an ablation that are lines: over n, over KL and over training."""
+"""Line plots of an ablation: over n, over KL and over training."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the plots of an ablation share: one look for each variant, axes of overlaid lines and of small panels."""
+"""Shared plot style of an ablation: one look per variant, axes of overlaid lines and of small panels."""
 
 import math
 import textwrap

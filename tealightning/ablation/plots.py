@@ -1,4 +1,4 @@
-"""The plots of an ablation: which there are, how they are called, and what they show in words."""
+"""List the plots of an ablation with their captions."""
 
 import io
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""One display for a whole ablation: a bar for all runs and a line for each that is running."""
+"""Progress display of an ablation: a bar for all runs and a line for each that is running."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""Looking things up in the results of an ablation (`results.json`, docs/ablations-results.md)."""
+"""Look things up in the results of an ablation (`results.json`, docs/ablations-results.md)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What `tealightning compare` writes from the results of an ablation: tables, plots and a page that stands alone."""
+"""Write the report of an ablation: tables, plots and a stand-alone HTML page."""
 
 import base64
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What an ablation makes of the configuration of a `tealightning fit`, and the hash that a run is known by."""
+"""Derive the configuration of each run of an ablation, and the hash that the run is known by."""
 
 import copy
 import hashlib

@@ -1,4 +1,4 @@
-"""Runs what is missing, each run in a process of its own, several at a time."""
+"""Run what is missing of an ablation: a process per run, several at a time."""
 
 import contextlib
 import multiprocessing

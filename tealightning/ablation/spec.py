@@ -1,4 +1,4 @@
-"""What an ablation compares: the file behind `tealightning compare -c FILE`."""
+"""Ablation spec: the YAML file behind `tealightning compare -c FILE`, parsed and checked."""
 
 import re
 from collections.abc import Mapping
@@ -98,7 +98,8 @@ class AblationSpec:
         settings: Settings of every variant.
         grid: name -> values. A variant that names `{m}` in its settings is run with every value of `m`.
         labels: name -> how tables and plots call a variant.
-        playgrounds: Options of `tealightning playground`, built first where missing, such as `{out: runs/playground}`.
+        playgrounds: Options of `tealightning playground`, built first where missing, such as
+            `{world: prose, out: runs/prose}`.
         evaluation: How policies are evaluated.
         retries: How often a failed run is tried again before it is reported.
         confidence: Of the intervals.

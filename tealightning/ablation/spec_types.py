@@ -1,4 +1,4 @@
-"""Whether what a YAML file says has the type of the field that it is for."""
+"""Check that the values of a YAML file have the types of their fields."""
 
 import types
 import typing

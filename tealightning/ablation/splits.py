@@ -1,4 +1,4 @@
-"""The results on one prompt set: curves, paired comparisons, and what the completions are like."""
+"""Analyse one prompt set: curves, paired comparisons and properties of the completions."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the results of an ablation say, in sentences made from its numbers."""
+"""Summarise the results of an ablation in sentences made from its numbers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

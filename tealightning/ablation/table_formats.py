@@ -1,4 +1,4 @@
-"""The tables of an ablation as markdown, LaTeX and one long CSV; HTML cells for the report.
+"""Write the tables of an ablation as markdown, LaTeX, CSV and HTML cells.
 
 Rewards, shares and p-values are shown with 3 decimals, counts and seconds as whole numbers; the CSV has every digit.
 """

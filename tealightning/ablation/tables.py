@@ -1,4 +1,4 @@
-"""The tables of an ablation, from its results; `table_formats` writes them.
+"""Build the tables of an ablation from its results; `table_formats` writes them.
 
 Variants stand in the order of the spec. A cell holds unrounded numbers: what is shown of them is the writer's business.
 """

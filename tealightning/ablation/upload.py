@@ -1,4 +1,4 @@
-"""Results of an ablation as a wandb run."""
+"""Upload the results of an ablation to wandb."""
 
 from pathlib import Path
 from typing import Any

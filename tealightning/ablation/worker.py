@@ -1,4 +1,4 @@
-"""One run of an ablation, in the process that is its own."""
+"""Worker process of an ablation: makes one run and writes its run.json."""
 
 import contextlib
 import json

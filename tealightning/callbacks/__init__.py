@@ -1,5 +1,4 @@
-"""Lightning callbacks: rollouts, checkpoints, health checks, deadlines, the best-of-n report, sample tables, records of
-evaluations, budgets, export."""
+"""Lightning callbacks: rollouts, checkpoints, health checks, deadlines, reports, records, budgets and export."""
 
 from tealightning.callbacks.budget import Budget
 from tealightning.callbacks.checkpoint import ResumableCheckpoint

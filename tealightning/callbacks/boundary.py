@@ -1,4 +1,4 @@
-"""What a run was like between two steps: what a checkpoint holds beside weights and optimizer."""
+"""Snapshot of a run between two steps: what a checkpoint holds beside weights and optimizer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

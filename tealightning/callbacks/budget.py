@@ -1,4 +1,4 @@
-"""Counts what a run spends and ends it when a budget is spent."""
+"""Count rollouts and tokens, and end a run when a budget is spent."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Checkpoints from which a run goes on as if it had never been stopped, and how it stops."""
+"""Checkpoints for exact resume, and how a run stops."""
 
 import shutil
 import sys

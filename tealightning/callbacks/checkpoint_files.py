@@ -1,4 +1,4 @@
-"""The checkpoints in a folder: their names, the newest good one, and the removal of old ones."""
+"""Checkpoints of a folder: names, the newest good one, removal of old ones."""
 
 import os
 import re

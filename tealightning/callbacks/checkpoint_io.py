@@ -1,4 +1,4 @@
-"""Checkpoint files that are there whole or not at all, and that say whether they are what was written."""
+"""Write checkpoint files atomically and with a checksum, and verify them."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Lightning's CSV logger, whose file neither a full disk nor a resumed run takes away."""
+"""CSV logger that survives a full disk and keeps the metrics of an earlier process."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Ends a run that hangs, or that has lost a rank, instead of letting it wait for ever."""
+"""Deadlines: end a run that hangs or has lost a rank, instead of letting it wait for ever."""
 
 import atexit
 import re

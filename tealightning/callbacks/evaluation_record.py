@@ -1,4 +1,4 @@
-"""Keeps what every evaluation saw, prompt by prompt and sample by sample: what comparisons between runs are made of."""
+"""Record every evaluation prompt by prompt and sample by sample, for comparisons between runs."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Saves the trained policy in Hugging Face format."""
+"""Save the trained policy in Hugging Face format."""
 
 from typing import Any
 

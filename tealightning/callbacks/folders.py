@@ -1,4 +1,4 @@
-"""Where callbacks write."""
+"""Folder of a run, where callbacks write."""
 
 import tempfile
 from pathlib import Path

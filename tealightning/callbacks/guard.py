@@ -1,4 +1,4 @@
-"""A small process beside this one that ends it when it is stuck, and cleans up after it: see `guard_script.py`."""
+"""Guard process: ends this process when it is stuck and cleans up after it; see `guard_script.py`."""
 
 import contextlib
 import faulthandler

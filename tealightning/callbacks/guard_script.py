@@ -1,4 +1,4 @@
-"""Looks after one process from outside: ends it when it has stopped answering for too long, and removes what it left.
+"""Script of the guard process: watches one process from outside, kills it when stuck, removes what it left.
 
 A script of the standard library alone, started by `Guard`. It reads one JSON object a line from stdin: `seconds`, how
 long until the next line at most (null = as long as it likes), `text`, what to say if none comes, and `remove`, folders

@@ -1,4 +1,4 @@
-"""Watches a training run for what is wrong without an error, and says so or stops it."""
+"""Health checks: watch a training run for what is wrong without an error, and warn or stop it."""
 
 import warnings
 from collections.abc import Sequence

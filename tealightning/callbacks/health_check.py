@@ -1,4 +1,4 @@
-"""What a health check is: it sees metrics that are the same on all ranks, so that ranks agree, and counts."""
+"""Base class of health checks: sees metrics that are equal on all ranks, so that ranks agree, and counts."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Which checks `HealthChecks` makes, and which of its settings has their limit."""
+"""List the checks that `HealthChecks` makes, each with the setting of its limit."""
 
 from tealightning.callbacks.health_check import HealthCheck
 from tealightning.callbacks.health_of_engine import (

@@ -1,4 +1,4 @@
-"""Health checks of the engine: has it the trainer's weights, and does it sample what it says it does?"""
+"""Health checks of the engine: has it the trainer's weights, and does it sample what it says?"""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Health checks of what is learnt, and from what: loss, rewards, KL and entropy."""
+"""Health checks of learning: loss, rewards, KL and entropy."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the other ranks do to this one: they die, fall silent, report a failure, or are late as well."""
+"""Failures of other ranks: they die, fall silent, report an error, or are late as well."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""What the other ranks are doing: each tells all others twice a second, so that one that hangs or dies can be named."""
+"""Heartbeat between ranks, twice a second, so that one that hangs or dies can be named."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The global random streams of a process, as plain values and tensors that a checkpoint can hold."""
+"""Save and restore the global random streams of a process."""
 
 import random
 from typing import Any

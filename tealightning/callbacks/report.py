@@ -1,4 +1,4 @@
-"""The best-of-n table and curve: before training, after it, and the paired difference."""
+"""Best-of-n report: table and curve before and after training, with the paired difference."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""A run that ends by an exception: its last completed step is saved if the live state still is that.
+"""Save the last completed step of a run that ends by an exception.
 
 Nothing here waits for other ranks, which may be dead or wait for this one. Every rank that lives comes here at a moment
 of its own; the first writes, the others wait for it and find its file.

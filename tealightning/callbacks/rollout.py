@@ -1,4 +1,4 @@
-"""Drives generation and scoring: attaches `batch.rollouts` before every training, validation and test step."""
+"""Drive generation and scoring: attach `batch.rollouts` before every training, validation and test step."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""What a run samples from against what its policy can hold, before the policy is loaded."""
+"""Check prompt and completion lengths against what the policy can hold, before it is loaded."""
 
 from collections.abc import Mapping
 from typing import Any

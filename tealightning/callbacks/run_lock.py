@@ -1,4 +1,4 @@
-"""Takes a run's folder for one process, before anything is loaded."""
+"""Lock a run's folder for one process, before anything is loaded."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext

@@ -1,4 +1,4 @@
-"""A table of sampled completions with their rewards."""
+"""Log a table of sampled completions with their rewards."""
 
 import json
 from typing import Any

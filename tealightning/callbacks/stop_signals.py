@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run after its step; a second one ends it at once."""
+"""Handle SIGTERM and SIGINT: end a run after its step, at the second signal at once."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A batch that could not be trained on, saved to be looked at: tensors as safetensors, the rest as JSON."""
+"""Save a batch that could not be trained on: tensors as safetensors, the rest as JSON."""
 
 import json
 import math

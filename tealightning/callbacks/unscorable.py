@@ -1,4 +1,4 @@
-"""Stops a run whose completions cannot be scored."""
+"""Stop a run whose completions cannot be scored."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The thread that ends a process which hangs, or whose fellow ranks have died."""
+"""Watchdog thread: ends a process that hangs, or whose fellow ranks have died."""
 
 import faulthandler
 import os

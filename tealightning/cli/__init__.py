@@ -1,4 +1,4 @@
-"""The command line: `tealightning fit | validate | test | playground | estimators`."""
+"""Command line: `tealightning fit | validate | test | playground | compare | estimators | diagnose`."""
 
 from tealightning.cli.main import main
 

@@ -1,4 +1,4 @@
-"""The commands that are no training: `playground` and `estimators`."""
+"""Commands `playground` and `estimators`."""
 
 import argparse
 import inspect

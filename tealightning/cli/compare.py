@@ -1,4 +1,4 @@
-"""`tealightning compare`: head-to-head ablations."""
+"""Command `compare`: head-to-head ablations."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Options of `tealightning compare`, and what they change of a spec."""
+"""Options of `tealightning compare`, and how they change a spec."""
 
 import argparse
 from pathlib import Path
@@ -16,10 +16,10 @@ reported, keeps the others going, and is tried again by the next call.
 
 EPILOG = """\
 examples:
-  tealightning compare -c configs/ablations/playground.yaml --dry-run      what would run, and for how long
-  tealightning compare -c configs/ablations/playground.yaml                run it, or go on with it
-  tealightning compare -c configs/ablations/playground.yaml --report-only  results and report again, nothing run
-  tealightning compare -c configs/ablations/playground.yaml --seeds 0 1 --variants grpo tea
+  tealightning compare -c configs/ablations/prose.yaml --dry-run      what would run, and for how long
+  tealightning compare -c configs/ablations/prose.yaml                run it, or go on with it
+  tealightning compare -c configs/ablations/prose.yaml --report-only  results and report again, nothing run
+  tealightning compare -c configs/ablations/prose.yaml --seeds 0 1 --variants grpo tea
 """
 
 

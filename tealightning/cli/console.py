@@ -1,4 +1,4 @@
-"""What the command line keeps off the screen."""
+"""Keep noise of libraries off the screen."""
 
 import contextlib
 import logging

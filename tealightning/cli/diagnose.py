@@ -1,4 +1,4 @@
-"""`tealightning diagnose gradients | tail`."""
+"""Command `diagnose gradients | tail`: picks the instrument."""
 
 from collections.abc import Sequence
 

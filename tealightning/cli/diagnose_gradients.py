@@ -1,4 +1,4 @@
-"""`tealightning diagnose gradients`."""
+"""Command `diagnose gradients`: gradient fidelity in analytic worlds."""
 
 import argparse
 from collections.abc import Sequence

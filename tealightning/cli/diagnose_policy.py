@@ -1,4 +1,4 @@
-"""`tealightning diagnose gradients -c CONFIG`: gradient fidelity on the policy and the reward of a config."""
+"""Command `diagnose gradients -c CONFIG`: gradient fidelity on the policy and the reward of a config."""
 
 import argparse
 import time

@@ -1,4 +1,4 @@
-"""`tealightning diagnose tail`."""
+"""Command `diagnose tail`: tail checks of a run, a file of rewards or a policy."""
 
 import argparse
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ examples:
   tealightning diagnose tail --run runs/quickstart/version_0
   tealightning diagnose tail --run runs/quickstart/version_0 --which before -m 32
   tealightning diagnose tail --rewards rewards.jsonl
-  tealightning diagnose tail -c configs/quickstart.yaml --prompts 64 --samples 256 --model.policy=runs/playground/policy
+  tealightning diagnose tail -c configs/experiments/prose.yaml --prompts 64 --samples 256 --model.policy=my_policy
 
 files for --rewards: JSON lines {"rewards": [0.1, 2.3, null], "id": "optional"}, a prompt a line, null = could not be
 scored; or CSV with the columns prompt_id and reward, a sample a line.

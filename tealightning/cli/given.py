@@ -1,4 +1,4 @@
-"""What the user set, as flat settings: to say where an error is."""
+"""Flatten the settings that the user wrote, to say which file or option an error comes from."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-"""Errors that constructors raise, with the setting that they are about: `model.estimator.alpha must be ...`."""
+"""Name the setting that a constructor's error is about: `model.estimator.alpha must be ...`."""
 
 import inspect
 import re

@@ -20,7 +20,7 @@ commands:
   validate    best-of-n on the validation prompts
   test        best-of-n on the test prompts
   playground  build the embedded policy, reward model and prompts
-  compare     head-to-head ablation    tealightning compare -c configs/ablations/playground.yaml
+  compare     head-to-head ablation    tealightning compare -c configs/ablations/prose.yaml
   estimators  list the advantage estimators with objective and parameters
   diagnose    gradients: how faithful the estimators are; tail: whether a reward's tail suits them
 

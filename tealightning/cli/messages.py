@@ -1,4 +1,4 @@
-"""The parser's errors in one sentence: which setting, what was expected, what came, and the nearest valid name."""
+"""Rewrite parser errors as one sentence: setting, what was expected, what came, the nearest valid name."""
 
 import difflib
 import inspect

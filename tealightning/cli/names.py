@@ -1,4 +1,4 @@
-"""Registered names in settings: `tea` or `TEA` for an estimator, an engine or a reward, in YAML and as an option."""
+"""Resolve registered names in settings: `tea` or `TEA` for an estimator, an engine or a reward."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Loading a user's own file or module, so that its `@register`-ed classes are known by name."""
+"""Load a user's own file or module (`--import`), so that its `@register`-ed classes are known by name."""
 
 import importlib
 import os

@@ -1,4 +1,4 @@
-"""A pool of rollouts of the policy, engine, reward and prompts that a config names."""
+"""Sample a pool of rollouts with the policy, engine, reward and prompts of a config."""
 
 from collections.abc import Sequence
 from typing import Any, Literal

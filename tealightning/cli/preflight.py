@@ -1,4 +1,4 @@
-"""Checks of a whole run before anything is loaded: settings against each other first, then what is on the disk.
+"""Check a whole run before anything is loaded: settings against each other, then what is on the disk.
 
 What one class can tell about its own arguments its constructor has refused already.
 """

@@ -1,4 +1,4 @@
-"""`--ckpt_path last`: the newest good checkpoint of the runs of a configuration."""
+"""Resolve `--ckpt_path last`: the newest good checkpoint of a configuration's runs."""
 
 import re
 import shlex

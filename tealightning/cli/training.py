@@ -1,4 +1,4 @@
-"""`fit`, `validate` and `test`: LightningCLI in subclass mode, with a `rollout` section and short error messages."""
+"""Commands `fit`, `validate` and `test`: LightningCLI with a `rollout` section and short error messages."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Prompt data."""
+"""Prompt data: sources, data module and loaders."""
 
 from tealightning.data.loader import EvaluationLoader, PromptLoader
 from tealightning.data.module import PromptDataModule

@@ -1,4 +1,4 @@
-"""Rows of a JSON-lines file that stay on the disk: each is checked once, and decoded again when asked for."""
+"""Read JSON-lines rows from disk on demand: each is checked once, and decoded again when asked for."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Hands out batches of prompts: in a seeded order that resumes exactly (training), or all in their order (evaluation).
+"""Prompt loaders: a seeded order that resumes exactly (training), or every prompt in order (evaluation).
 
 Neither is a `torch.utils.data.DataLoader`: there is nothing to prefetch, and a batch fetched early is lost on resume.
 """

@@ -1,4 +1,4 @@
-"""The data module: from files or hub data sets to loaders of prompts."""
+"""Lightning data module: from files or hub data sets to loaders of prompts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

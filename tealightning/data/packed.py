@@ -1,4 +1,4 @@
-"""Many short texts in little memory."""
+"""Pack many short texts into little memory."""
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Prompts: checked, encoded once, handed out as batches."""
+"""Prompt sets: checked, encoded once, handed out as batches."""
 
 import math
 import warnings

@@ -1,4 +1,4 @@
-"""Reads the rows of a prompt data set: a file, or a data set of the Hugging Face hub."""
+"""Read the rows of a prompt data set: a file, or a data set of the Hugging Face hub."""
 
 import csv
 import difflib

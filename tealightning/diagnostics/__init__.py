@@ -1,1 +1,1 @@
-"""Instruments: how faithful an estimator's gradient is, and whether a reward has the tail that it assumes."""
+"""Instruments: gradient fidelity of estimators, and tail checks of rewards."""

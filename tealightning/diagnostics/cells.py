@@ -1,4 +1,4 @@
-"""Which combinations of world, m, N and alpha are measured, and the rows that come out."""
+"""Choose which combinations of world, m, N and alpha are measured, and make their rows."""
 
 import warnings
 from collections.abc import Iterable, Sequence

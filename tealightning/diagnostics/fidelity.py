@@ -1,4 +1,4 @@
-"""How faithful an estimator's gradient is to the exact one, with a standard error for every figure.
+"""Gradient fidelity: bias, noise, cosine and error against the exact gradient, each with a standard error.
 
 With `g = (1/m) sum_i A_i S_i` [d] the gradient that one group gives, `t` the exact gradient, `mean` and `C` the mean
 and covariance of g, a step over P prompts has the error

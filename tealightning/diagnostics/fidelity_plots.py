@@ -1,4 +1,4 @@
-"""Plots of the sweeps: over the group size, the tail level and the tail index of the rewards."""
+"""Plots of gradient fidelity over the group size, the tail level and the tail index of the rewards."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

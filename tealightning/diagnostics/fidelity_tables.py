@@ -1,4 +1,4 @@
-"""Rows of `tealightning.diagnostics.cells` as tables that a person reads."""
+"""Tables of gradient fidelity for readers, from the rows of `diagnostics.cells`."""
 
 import math
 from collections.abc import Mapping, Sequence

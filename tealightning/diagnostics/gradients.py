@@ -1,4 +1,4 @@
-"""Gradient fidelity in analytic worlds: runs the measurements and writes the report."""
+"""Gradient fidelity in analytic worlds: run the measurements and write the report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

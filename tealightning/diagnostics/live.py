@@ -1,4 +1,4 @@
-"""Gradient fidelity on a live policy: what m rollouts say, against the best-of-N gradient of a large pool of rollouts.
+"""Gradient fidelity on a policy: what m rollouts say, against the best-of-N gradient of a large pool.
 
 The exact gradient of a language model is unknown, so everything is cross-fitted: each prompt's pool is cut into halves
 A and B, each half has its own oracle and its own groups of m, and what groups of one half say is compared only with

@@ -1,4 +1,4 @@
-"""Halves of a pool, cut into groups of m: what an oracle and estimators make of them."""
+"""Cut a pool into halves and groups of m, for the oracle and the estimators."""
 
 from dataclasses import dataclass
 

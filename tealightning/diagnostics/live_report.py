@@ -1,4 +1,4 @@
-"""The fidelity study of a policy as table, CSV, plot and page."""
+"""Report of a policy's gradient fidelity: table, CSV, plot and page."""
 
 import math
 from collections.abc import Mapping, Sequence

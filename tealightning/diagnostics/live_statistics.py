@@ -1,4 +1,4 @@
-"""Cross-fitted figures of fidelity from the per-prompt gradients of two halves, with a bootstrap over prompts."""
+"""Cross-fitted cosines and biases from per-prompt gradients of two halves, with a bootstrap over prompts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields

@@ -1,4 +1,4 @@
-"""Simulated training steps: prompts and groups drawn from a pool, and how well each step points."""
+"""Simulate training steps from a pool of rollouts, and measure how well each step points."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""A large pool of rollouts a prompt: what the instruments measure on."""
+"""Pool of many rollouts per prompt that the instruments measure on."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Projected score vectors: what each rollout would do to the policy's weights, one short vector a rollout."""
+"""Projected score vectors: what each rollout would do to the policy's weights, one short vector each."""
 
 import hashlib
 from collections.abc import Callable, Iterator

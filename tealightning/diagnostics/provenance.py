@@ -1,4 +1,4 @@
-"""Where a figure comes from: the command, the commit, the seed and the versions behind it."""
+"""Provenance of a figure: the command, the commit, the seed and the versions behind it."""
 
 import platform
 import shlex

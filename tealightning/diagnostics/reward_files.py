@@ -1,4 +1,4 @@
-"""Rewards of many prompts from files: JSON lines, CSV, or what a run left in its folder."""
+"""Read rewards of many prompts from JSON lines, CSV, or a run's folder."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""How fast a bias falls with the group size: precise biases by control variates, and a log-log fit with its error.
+"""Fit how fast a bias falls with the group size: control variates, and a log-log slope with its error.
 
 At m = 512 the bias is a hundredth of the noise. What an estimator computes is, to first order, a mean over the group
 of a function of the latent; group means of functions with known expectation explain most of its noise and, subtracted,

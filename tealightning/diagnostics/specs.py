@@ -1,4 +1,4 @@
-"""Estimators as they are named on the command line: `tea`, `prefix_tea:rotations=1`, `direct:tail=gpd,alpha=0.5`."""
+"""Parse estimators as named on the command line: `tea`, `prefix_tea:rotations=1`, `direct:tail=gpd,alpha=0.5`."""
 
 import inspect
 import warnings

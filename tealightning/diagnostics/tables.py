@@ -1,4 +1,4 @@
-"""Tables as markdown and CSV."""
+"""Write tables as markdown and CSV."""
 
 import csv
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The tail checks as a report: verdict, tables and plots."""
+"""Report of the tail checks: verdict, tables and plots."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The plots of the tail report."""
+"""Plots of the tail report: QQ lines, predicted against measured best-of-n."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the tail checks amount to: one word, why, and which estimator fits."""
+"""Verdict of the tail checks: one word, why, and which estimator fits."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""The decision problem: an arm with the better mean against an arm with the better best-of-N."""
+"""Two-arm decision problem: an arm with the better mean against an arm with the better best-of-N."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Unbiased `E[max of n]` from M >= n samples."""
+"""Unbiased best-of-n: `E[max of n]` from M >= n samples."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Groups of 0/1 rewards: the policy gradient of the probability that at least one of N rollouts succeeds."""
+"""Groups of 0/1 rewards: the policy gradient of pass@N, the probability of at least one success in N."""
 
 from functools import lru_cache
 

@@ -1,4 +1,4 @@
-"""Two policies against each other: win rates of best-of-n, probability of improvement, corrected p-values."""
+"""Compare two policies: win rates of best-of-n, probability of improvement, corrected p-values."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""How much of a mean's variance comes from seeds and how much from prompts: two-way analysis of variance."""
+"""Variance components of seeds and prompts: two-way analysis of variance."""
 
 from dataclasses import dataclass
 

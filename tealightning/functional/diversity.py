@@ -1,4 +1,4 @@
-"""How much the completions of one prompt differ: distinct n-grams and pairwise overlap, of token ids."""
+"""Diversity of the completions of one prompt: distinct n-grams and pairwise overlap, of token ids."""
 
 from collections.abc import Sequence
 from itertools import combinations

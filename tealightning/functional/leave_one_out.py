@@ -1,4 +1,4 @@
-"""What the other rollouts of a group add up to."""
+"""Leave-one-out sums: what the other rollouts of a group add up to."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Log-probabilities of sampled tokens straight from hidden states: the `[tokens, V]` logits never exist at once."""
+"""Log-probs of sampled tokens from hidden states, without ever holding the `[tokens, V]` logits."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of sampled tokens under the distribution that they were sampled from."""
+"""Log-probs of sampled tokens under the distribution that they were sampled from."""
 
 import torch
 from torch import Tensor

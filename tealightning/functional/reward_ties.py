@@ -1,4 +1,4 @@
-"""Rewards that are equal though the completions differ: what rounding, clipping or squashing leaves of a score.
+"""Count ties: rewards that are equal though the completions differ, from rounding, clipping or squashing.
 
 An estimator of the upper tail reads the differences between the best scores of a group, and rounding makes them equal.
 Scores that are meant to be equal (right or wrong, a count of points) are not what is looked for here.

@@ -1,4 +1,4 @@
-"""What one reward picks, measured by another: best-of-n under a proxy, scored by the gold reward."""
+"""Best-of-n under a proxy, scored by the gold reward: what one reward picks, measured by another."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Is the upper tail of a reward what the tail estimators assume? All checks on the samples of many prompts."""
+"""Check whether a reward's upper tail is what the tail estimators assume, on samples of many prompts."""
 
 import zlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Best-of-n predicted from a group of m samples against best-of-n measured on the prompt's other samples."""
+"""Predict best-of-n from a group of m samples, and compare it with the prompt's other samples."""
 
 import math
 from functools import lru_cache

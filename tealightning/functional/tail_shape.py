@@ -1,5 +1,7 @@
-"""Is the upper tail of a sample a Gaussian's? Its QQ linearity and its generalised Pareto shape, each with the values
-that Gaussian samples of the same size have."""
+"""Shape of a sample's upper tail: its QQ linearity and its generalised Pareto shape.
+
+Each comes with the values that Gaussian samples of the same size have.
+"""
 
 import math
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""Torchmetrics shells over `tealightning.functional`."""
+"""Torchmetrics: stateful shells over `tealightning.functional`."""
 
 from tealightning.metrics.best_of_n import BestOfN
 from tealightning.metrics.tail_fit import TailFit

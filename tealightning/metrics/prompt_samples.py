@@ -1,4 +1,4 @@
-"""What metrics over prompts share: samples kept by prompt, over updates and ranks."""
+"""Base of metrics over prompts: samples kept by prompt, over updates and ranks."""
 
 from typing import Any
 

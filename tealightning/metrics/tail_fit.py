@@ -1,4 +1,4 @@
-"""Whether the upper tail of the reward is what the tail estimators assume."""
+"""Metric of the tail fit: is a reward's upper tail what the tail estimators assume?"""
 
 from typing import Any
 

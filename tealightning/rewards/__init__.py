@@ -1,4 +1,4 @@
-"""Rewards: what scores completions."""
+"""Rewards: score completions with models, functions and servers."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""How long to wait before asking again."""
+"""Waiting times between retries."""
 
 import random
 from datetime import UTC, datetime

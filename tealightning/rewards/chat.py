@@ -1,4 +1,4 @@
-"""Turns prompts and answers into token ids: plain text as it is, chats through the tokenizer's chat template, once."""
+"""Encode prompts and answers as token ids: plain text as it is, chats through the chat template, once."""
 
 from collections.abc import Sequence
 from functools import cached_property

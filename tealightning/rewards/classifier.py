@@ -1,4 +1,4 @@
-"""A reward model with one label, scored exactly: no truncation, no squashing, no dependence on the batch."""
+"""Reward model with one label, scored exactly: no truncation, no squashing, no dependence on the batch."""
 
 import warnings
 from collections.abc import Iterator, Sequence

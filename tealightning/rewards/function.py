@@ -1,4 +1,4 @@
-"""A reward computed by a Python function of the user's."""
+"""Reward computed by a Python function of the user."""
 
 import threading
 import time

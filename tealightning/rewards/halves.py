@@ -1,4 +1,4 @@
-"""One completion that cannot be scored must not cost its batch."""
+"""Bisect a batch that fails, so that one completion that cannot be scored does not cost the others."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar

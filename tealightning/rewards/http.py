@@ -1,4 +1,4 @@
-"""A reward computed by a server."""
+"""Reward computed by an HTTP server."""
 
 import itertools
 import json

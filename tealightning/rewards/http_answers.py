@@ -1,4 +1,4 @@
-"""What a reward server's answer says: scores by id, or why it cannot be used."""
+"""Parse a reward server's answer: scores by id, or why it cannot be used."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""All requests of one call of `HTTPReward`: batches, retries, the deadline, and scores that are kept in any case."""
+"""One call of `HTTPReward`: batches, retries, the deadline, and scores that are kept in any case."""
 
 import hashlib
 import math

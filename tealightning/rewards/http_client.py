@@ -1,4 +1,4 @@
-"""One request to a reward server, and what became of it."""
+"""HTTP client of a reward server: one request, and what became of it."""
 
 import ipaddress
 import os

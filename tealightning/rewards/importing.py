@@ -1,4 +1,4 @@
-"""Functions by path, and calling them: the standard library and the registry alone, for `worker_main.py` loads it."""
+"""Import functions by path and call them, using the standard library and the registry alone."""
 
 import asyncio
 import hashlib

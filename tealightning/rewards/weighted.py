@@ -1,4 +1,4 @@
-"""Several rewards added up."""
+"""Weighted sum of several rewards."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A Python function in a process of its own, ended when it takes too long, and with this process in any case."""
+"""Run a Python function in a process of its own, with a time limit."""
 
 import contextlib
 import itertools

@@ -1,4 +1,4 @@
-"""The process in which `FunctionWorker` calls a function: started as a script, with the standard library alone.
+"""Main program of `FunctionWorker`'s process: started as a script, with the standard library alone.
 
 It is two processes. A fork calls the function, in a process group of its own; the first one ends that group once stdin
 closes (the trainer has ended, however it did) or on SIGTERM (the trainer wants it to), also when the function holds the

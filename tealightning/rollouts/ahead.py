@@ -1,4 +1,4 @@
-"""One step ahead: the rollouts of the next step are collected in a thread while this step trains."""
+"""Prefetch rollouts one step ahead: collect those of the next step in a thread while this step trains."""
 
 import threading
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""From prompts to a `RolloutBatch`: generate, score, pad."""
+"""Collect rollouts: from prompts to a `RolloutBatch` by generating, scoring and padding."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""What an engine's own library raises, as one error that says in which phase and what to do."""
+"""Translate an engine's errors: in which phase they came, and what to do."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

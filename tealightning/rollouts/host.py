@@ -1,4 +1,4 @@
-"""vLLM as a guest in the trainer's process: what it does to its host is undone, and it keeps to its device."""
+"""Isolate vLLM in the trainer's process: undo what it does to its host, keep it to its device."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""A server process that ends with this one."""
+"""Server process that ends with this one."""
 
 import socket
 import subprocess

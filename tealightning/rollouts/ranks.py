@@ -1,4 +1,4 @@
-"""What one rank does for all."""
+"""Run an action on rank 0 for all ranks, which share its result or its error."""
 
 import os
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What the engines share: checks of a request, what ends a completion, and its text."""
+"""Checks of a generation request, what ends a completion, and its text: shared by the engines."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Seeds of the samples."""
+"""Seeds of samples, from run, step and prompt."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""Whether a vLLM server does what rollouts rest on."""
+"""Check that a vLLM server does what rollouts rest on."""
 
 import math
 from collections.abc import Sequence

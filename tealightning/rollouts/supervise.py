@@ -1,4 +1,4 @@
-"""Runs a command and ends it, with all of its processes, once stdin closes: that is, however its parent ends.
+"""Supervise a command: end it and all of its processes once stdin closes, however its parent ends.
 
 A script of the standard library alone, started by `LocalServer`: it has to outlive a parent that is killed.
 """

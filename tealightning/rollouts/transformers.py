@@ -1,4 +1,4 @@
-"""Rollouts from `generate` of the trainer's own policy: no second copy of the weights, nothing to install."""
+"""Transformers engine: `generate` of the trainer's own policy, no second copy of the weights."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

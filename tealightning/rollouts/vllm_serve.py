@@ -1,4 +1,4 @@
-"""The `vllm serve` command that an engine starts for itself."""
+"""Build the `vllm serve` command that an engine starts for itself."""
 
 import importlib.metadata
 import importlib.util

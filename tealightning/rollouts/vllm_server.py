@@ -1,4 +1,4 @@
-"""Rollouts from a vLLM server: a process of its own, on GPUs of its own or another host."""
+"""vLLM server engine: a process of its own, on GPUs of its own or another host."""
 
 import socket
 import uuid

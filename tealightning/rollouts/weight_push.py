@@ -1,4 +1,4 @@
-"""Two ways to give a vLLM server new weights: a file that both sides see, and NCCL between GPUs."""
+"""Push weights to a vLLM server: through a file that both sides see, or NCCL between GPUs."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The trainer's weights, as engines take them over."""
+"""Hand out the trainer's weights for engines to load."""
 
 from collections.abc import Iterable, Iterator
 

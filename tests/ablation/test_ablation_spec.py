@@ -6,7 +6,7 @@ from tealightning.ablation.spec import filled, load_spec, parse_spec, placeholde
 
 SPEC = {
     "name": "trial",
-    "base": ["configs/quickstart.yaml"],
+    "base": ["configs/experiments/prose.yaml"],
     "variants": {"grpo": {"model.estimator": "grpo"}, "tea": {"model.estimator": "tea"}},
     "reference": "grpo",
     "seeds": [0, 1],

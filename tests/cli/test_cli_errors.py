@@ -1,7 +1,7 @@
 """What goes wrong is told in one message that names the setting and the nearest valid name; the status is 2."""
 
 import pytest
-from command_line import QUICKSTART, overlay, run
+from command_line import PROSE, QUICKSTART, overlay, run
 from run_records import quickstart_args
 
 
@@ -30,7 +30,7 @@ def refused(*args):
     ],
 )
 def test_unknown_class(option, told):
-    assert told in refused("fit", "-c", QUICKSTART, f"--{option}")
+    assert told in refused("fit", "-c", PROSE, f"--{option}")
 
 
 @pytest.mark.parametrize(
@@ -53,11 +53,11 @@ def test_unknown_class(option, told):
     ],
 )
 def test_unknown_setting_as_an_option(option, told):
-    assert told in refused("fit", "-c", QUICKSTART, f"--{option}")
+    assert told in refused("fit", "-c", PROSE, f"--{option}")
 
 
 def test_an_unknown_setting_is_looked_up_in_the_class_that_is_used():
-    told = refused("fit", "-c", QUICKSTART, "--model.estimator=GRPO", "--model.estimator.target_n=3")
+    told = refused("fit", "-c", PROSE, "--model.estimator=GRPO", "--model.estimator.target_n=3")
     assert "Unknown setting 'model.estimator.target_n'. Valid: eps." in told
 
 
@@ -96,13 +96,13 @@ def test_an_unknown_setting_is_looked_up_in_the_class_that_is_used():
     ],
 )
 def test_wrong_setting_in_yaml(tmp_path, yaml, told):
-    assert told in refused("fit", "-c", QUICKSTART, "-c", overlay(tmp_path, yaml))
+    assert told in refused("fit", "-c", PROSE, "-c", overlay(tmp_path, yaml))
 
 
 def test_a_wrong_setting_in_yaml_names_the_file(tmp_path):
     file = overlay(tmp_path, "rollout: {group_size: many}", name="mine.yaml")
     assert f"error: {file}: rollout.group_size: expected an integer, got 'many'." in refused(
-        "fit", "-c", QUICKSTART, "-c", file
+        "fit", "-c", PROSE, "-c", file
     )
 
 
@@ -126,7 +126,7 @@ def test_a_wrong_setting_in_yaml_names_the_file(tmp_path):
     ],
 )
 def test_wrong_type(option, told):
-    assert told in refused("fit", "-c", QUICKSTART, f"--{option}")
+    assert told in refused("fit", "-c", PROSE, f"--{option}")
 
 
 @pytest.mark.parametrize(
@@ -135,9 +135,9 @@ def test_wrong_type(option, told):
         (["-c", "quikstart.yaml"], "config: there is no file "),
         (["-c", QUICKSTART.replace("quick", "quik")], "configs/quikstart.yaml. Did you mean 'quickstart.yaml'?"),
         ([], "Not set: rollout.engine, rollout.reward, data, model. Start from a config: `tealightning fit -c"),
-        (["-c", QUICKSTART, "stray"], "Unexpected argument 'stray': a setting is --name=value, a file is -c"),
-        (["-c", QUICKSTART, "--import", "nope.py"], "--import nope.py: no such file"),
-        (["-c", QUICKSTART, "--import", "no_such_module"], "--import no_such_module: no module of that name."),
+        (["-c", PROSE, "stray"], "Unexpected argument 'stray': a setting is --name=value, a file is -c"),
+        (["-c", PROSE, "--import", "nope.py"], "--import nope.py: no such file"),
+        (["-c", PROSE, "--import", "no_such_module"], "--import no_such_module: no module of that name."),
         (["--import"], "--import needs a value"),
     ],
 )

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import yaml
-from command_line import QUICKSTART, overlay, resolved, run
+from command_line import PROSE, overlay, resolved, run
 from run_records import quickstart_args
 
 CHECKPOINTS = {
@@ -59,8 +59,8 @@ def test_evaluation_from_the_command_line(playground, tmp_path, command, prefix)
 
 @pytest.fixture(scope="module")
 def finished(playground, tmp_path_factory):
-    """The quickstart with three steps in a process of its own: (what it printed, the run's folder)."""
-    folder = tmp_path_factory.mktemp("quickstart")
+    """The prose experiment with three steps in a process of its own: (what it printed, the run's folder)."""
+    folder = tmp_path_factory.mktemp("prose")
     prompts = {phase: str(playground / "prompts" / f"{phase}.jsonl") for phase in ("train", "val", "test")}
     settings = {
         "model": {"init_args": {"policy": str(playground / "policy"), "ns": [1, 4]}},
@@ -72,14 +72,14 @@ def finished(playground, tmp_path_factory):
         },
         "trainer": {"max_steps": 3, "accelerator": "cpu", "logger": {"init_args": {"save_dir": str(folder)}}},
     }
-    command = [sys.executable, "-m", "tealightning", "fit", "-c", QUICKSTART, "-c", overlay(folder, settings)]
+    command = [sys.executable, "-m", "tealightning", "fit", "-c", PROSE, "-c", overlay(folder, settings)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr, folder / "quickstart" / "version_0"
+    return done.stdout + done.stderr, folder / "prose" / "version_0"
 
 
 @pytest.mark.slow
-def test_quickstart_prints_no_noise(finished):
+def test_fit_prints_no_noise(finished):
     printed, _ = finished
     for noise in ("Tip:", "arning", "Loading weights", "Writing model shards", "Traceback", "deprecated"):
         lines = [line for line in printed.splitlines() if noise in line and "NUMA" not in line]
@@ -87,7 +87,7 @@ def test_quickstart_prints_no_noise(finished):
 
 
 @pytest.mark.slow
-def test_quickstart_prints_the_table_and_says_where_everything_is(finished):
+def test_fit_prints_the_table_and_says_where_everything_is(finished):
     printed, folder = finished
     assert "before training (step 0) and after (step 3)" in printed
     assert (folder / "best_of_n.md").read_text().strip() in printed
@@ -96,7 +96,7 @@ def test_quickstart_prints_the_table_and_says_where_everything_is(finished):
 
 
 @pytest.mark.slow
-def test_quickstart_writes_what_it_says(finished):
+def test_fit_writes_what_it_says(finished):
     _, folder = finished
     for name in ("best_of_n.csv", "best_of_n.png", "policy/model.safetensors", "policy/tokenizer.json"):
         assert (folder / name).stat().st_size > 0

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import yaml
-from command_line import CONFIGS, QUICKSTART, overlay, resolved, run
+from command_line import CONFIGS, PROSE, overlay, resolved, run
 from run_records import quickstart_args
 
 from tealightning.estimators import ESTIMATORS, estimator_names
@@ -17,19 +17,19 @@ def estimator_of(config):
 @pytest.mark.parametrize("name", ["TEA", "tea", "tealightning.estimators.TEA"])
 @pytest.mark.parametrize("key", ["model.estimator", "model.init_args.estimator"])
 def test_an_estimator_by_class_name_registered_name_and_path(name, key):
-    config = resolved("-c", QUICKSTART, f"--{key}={name}", f"--{key}.target_n=64")
+    config = resolved("-c", PROSE, f"--{key}={name}", f"--{key}.target_n=64")
     assert estimator_of(config)["class_path"].rpartition(".")[2] == "TEA"
     assert estimator_of(config)["init_args"]["target_n"] == 64
 
 
 @pytest.mark.parametrize("name", estimator_names())
 def test_every_registered_estimator_by_name(name):
-    config = resolved("-c", QUICKSTART, f"--model.estimator={name}")
+    config = resolved("-c", PROSE, f"--model.estimator={name}")
     assert estimator_of(config)["class_path"].rpartition(".")[2] == ESTIMATORS.get(name).__name__
 
 
 def test_an_option_in_two_words():
-    assert estimator_of(resolved("-c", QUICKSTART, "--model.estimator", "grpo"))["init_args"] == {"eps": 1e-4}
+    assert estimator_of(resolved("-c", PROSE, "--model.estimator", "grpo"))["init_args"] == {"eps": 1e-4}
 
 
 @pytest.mark.parametrize(
@@ -38,13 +38,13 @@ def test_an_option_in_two_words():
 )
 def test_registered_names_in_yaml(tmp_path, estimator):
     file = overlay(tmp_path, {"model": {"init_args": {"estimator": estimator}}})
-    assert estimator_of(resolved("-c", QUICKSTART, "-c", file))["class_path"].endswith(".PrefixTEA")
+    assert estimator_of(resolved("-c", PROSE, "-c", file))["class_path"].endswith(".PrefixTEA")
 
 
 def test_registered_names_inside_a_weighted_reward(tmp_path):
     parts = {"root": {"class_path": "function_reward", "init_args": {"function": "math:sqrt"}}}
     reward = {"class_path": "weighted_reward", "init_args": {"rewards": parts, "weights": {"root": 2.0}}}
-    config = resolved("-c", QUICKSTART, "-c", overlay(tmp_path, {"rollout": {"reward": reward}}))
+    config = resolved("-c", PROSE, "-c", overlay(tmp_path, {"rollout": {"reward": reward}}))
     inner = config["rollout"]["reward"]["init_args"]
     assert inner["rewards"]["root"]["class_path"].endswith(".FunctionReward")
     assert inner["weights"] == {"root": 2.0}
@@ -53,34 +53,34 @@ def test_registered_names_inside_a_weighted_reward(tmp_path):
 def test_numbers_survive_the_renaming_of_a_file(tmp_path):
     """Files with names in them are written anew: 1e-3, which YAML 1.1 reads as text, stays the number."""
     file = overlay(tmp_path, "model: {init_args: {estimator: grpo, optimizer: {init_args: {lr: 1e-3}}, ns: [1, 2]}}")
-    config = resolved("-c", QUICKSTART, "-c", file)["model"]["init_args"]
+    config = resolved("-c", PROSE, "-c", file)["model"]["init_args"]
     assert config["optimizer"]["init_args"]["lr"] == 0.001
     assert config["ns"] == [1, 2]
 
 
 def test_an_empty_overlay_changes_nothing(tmp_path):
     file = overlay(tmp_path, "# nothing yet\n")
-    assert resolved("-c", QUICKSTART, "-c", file) == resolved("-c", QUICKSTART)
+    assert resolved("-c", PROSE, "-c", file) == resolved("-c", PROSE)
 
 
 def test_engine_and_reward():
-    config = resolved("-c", QUICKSTART, "--rollout.engine=TransformersEngine", "--rollout.engine.batch_size=3")
+    config = resolved("-c", PROSE, "--rollout.engine=TransformersEngine", "--rollout.engine.batch_size=3")
     assert config["rollout"]["engine"]["class_path"].endswith(".TransformersEngine")
     assert config["rollout"]["engine"]["init_args"] == {"batch_size": 3}
-    config = resolved("-c", QUICKSTART, "--rollout.reward=FunctionReward", "--rollout.reward.function=math:sqrt")
+    config = resolved("-c", PROSE, "--rollout.reward=FunctionReward", "--rollout.reward.function=math:sqrt")
     assert config["rollout"]["reward"]["init_args"]["function"] == "math:sqrt"
 
 
 def test_health_checks_are_always_on_and_have_a_section(tmp_path):
-    assert resolved("-c", QUICKSTART)["health"]["max_log_prob_diff"] == 0.2
+    assert resolved("-c", PROSE)["health"]["max_log_prob_diff"] == 0.2
     file = overlay(tmp_path, {"health": {"stop_on": ["nonfinite", "kl"], "max_reward_ties": None}})
-    health = resolved("-c", QUICKSTART, "-c", file, "--health.max_kl=3")["health"]
+    health = resolved("-c", PROSE, "-c", file, "--health.max_kl=3")["health"]
     assert (health["stop_on"], health["max_reward_ties"], health["max_kl"]) == (["nonfinite", "kl"], None, 3.0)
 
 
 def test_optimizer_and_scheduler():
     config = resolved(
-        *("-c", QUICKSTART, "--model.optimizer=SGD", "--model.optimizer.lr=0.1"),
+        *("-c", PROSE, "--model.optimizer=SGD", "--model.optimizer.lr=0.1"),
         *("--model.lr_scheduler=LinearLR", "--model.lr_scheduler.total_iters=7"),
     )["model"]["init_args"]
     assert config["optimizer"]["class_path"].endswith(".SGD")
@@ -90,7 +90,7 @@ def test_optimizer_and_scheduler():
 
 def test_a_later_file_or_option_wins():
     config = resolved(
-        *("-c", QUICKSTART, "-c", CONFIGS / "estimators" / "prefix_tea.yaml"),
+        *("-c", PROSE, "-c", CONFIGS / "estimators" / "prefix_tea.yaml"),
         *("--model.estimator.num_prefixes=2", "--model.loss.kl_coef=0", "--rollout.sampling.temperature=0.7"),
         *("--trainer.callbacks+=SampleTable", "--trainer.callbacks.every_n_steps=5"),
     )
@@ -139,13 +139,13 @@ def own_file(tmp_path, monkeypatch):
 def test_a_class_from_the_python_path(own_file, monkeypatch):
     file = own_file("Path", registered=False)
     monkeypatch.syspath_prepend(file.parent)
-    config = resolved("-c", QUICKSTART, "--model.estimator=own_path.WinnerPath", "--model.estimator.height=2")
+    config = resolved("-c", PROSE, "--model.estimator=own_path.WinnerPath", "--model.estimator.height=2")
     assert estimator_of(config) == {"class_path": "own_path.WinnerPath", "init_args": {"height": 2.0}}
 
 
 def test_a_registered_class_from_an_imported_file(own_file, tmp_path):
     file = own_file("Import")
-    args = ["--import", file, "-c", QUICKSTART]
+    args = ["--import", file, "-c", PROSE]
     config = resolved(*args, "--model.estimator=winner_import", "--model.estimator.height=3")
     assert estimator_of(config) == {"class_path": "own_import.WinnerImport", "init_args": {"height": 3.0}}
     in_yaml = overlay(tmp_path, {"model": {"init_args": {"estimator": "winner_import"}}})

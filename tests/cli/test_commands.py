@@ -73,10 +73,10 @@ def test_estimators_with_a_name_shows_its_documentation():
 
 def test_playground_builds_once_and_is_reused(tmp_path):
     folder = tmp_path / "playground"
-    assert run("playground", "--size", "tiny", "--out", folder).status == 0
+    assert run("playground", "--world", "prose", "--size", "tiny", "--out", folder).status == 0
     weights = folder / "policy" / "model.safetensors"
     built = weights.stat().st_mtime_ns
-    again = run("playground", "--size", "tiny", "--out", folder)
+    again = run("playground", "--world", "prose", "--size", "tiny", "--out", folder)
     assert again.status == 0 and "Reusing" in again.out + again.err
     assert weights.stat().st_mtime_ns == built
 

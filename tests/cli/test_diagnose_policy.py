@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from command_line import QUICKSTART, run
+from command_line import PROSE, run
 from run_records import quickstart_args
 
 from tealightning.cli.diagnose_policy import diagnose_policy_gradients
@@ -85,7 +85,7 @@ def test_estimators_by_name_come_with_a_refusal_or_figures(playground, tmp_path)
     ],
 )
 def test_errors_come_before_anything_is_sampled(args, told):
-    result = measure("-c", QUICKSTART, *args)
+    result = measure("-c", PROSE, *args)
     assert result.status == 2
     assert told in result.err
 

@@ -37,7 +37,7 @@ def test_a_runs_rewards_before_and_after(tmp_path, rewards):
 
 
 def test_a_policy_is_sampled_from_its_config(playground, tmp_path):
-    config = quickstart_args("fit", playground, tmp_path)[1:]  # -c quickstart -c overlay
+    config = quickstart_args("fit", playground, tmp_path)[1:]  # -c prose -c overlay
     lengths = overlay(tmp_path, {"rollout": {"sampling": {"max_new_tokens": 4}}}, "lengths.yaml")
     result = run(
         *("diagnose", "tail", *config, "-c", lengths, "--rollout.engine", "transformers_engine"),

@@ -10,7 +10,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-
 
 
 def test_python_example_runs(playground: Path, tmp_path: Path, monkeypatch, capsys):
-    shutil.copytree(playground, tmp_path / "runs" / "playground")
+    shutil.copytree(playground, tmp_path / "runs" / "prose")
     monkeypatch.chdir(tmp_path)
     (example,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     exec(example, {})

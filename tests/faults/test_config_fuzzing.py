@@ -31,7 +31,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 NAN, INF, HUGE = float("nan"), float("inf"), 10**30
-WHOLE = ["quickstart.yaml", "experiments/own_model_gpu.yaml", "experiments/styles.yaml"]
+WHOLE = [f"experiments/{name}.yaml" for name in ("own_model_gpu", "prose", "styles")]
 OVERLAYS = sorted(CONFIGS.glob("estimators/*.yaml"))
 ABLATIONS = sorted(CONFIGS.glob("ablations/*.yaml"))
 SECONDS = 10
@@ -258,11 +258,11 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Loads:
 
 @pytest.fixture(scope="module")
 def bases(playground: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Every shipped config of a training run, on the tiny playground: each is right before it is mutated."""
+    """Every experiment and estimator of configs/, on the tiny prose world: each is right before it is mutated."""
     folder = tmp_path_factory.mktemp("bases")
     loaded = {name: yaml.safe_load((CONFIGS / name).read_text()) for name in WHOLE}
     for overlay in OVERLAYS:
-        base = copy.deepcopy(loaded["quickstart.yaml"])
+        base = copy.deepcopy(loaded["experiments/prose.yaml"])
         base["model"]["init_args"]["estimator"] = yaml.safe_load(overlay.read_text())["model"]["init_args"]["estimator"]
         loaded[f"estimators/{overlay.name}"] = base
     return {name: on_playground(base, playground, folder) for name, base in loaded.items()}
@@ -425,7 +425,7 @@ def specs(bases, tmp_path_factory) -> dict[str, dict[str, Any]]:
         spec["variants"] = {name: spec["variants"][name] for name in names}
         used = str([spec.get("settings"), spec["variants"]])
         if gold := spec["evaluation"].get("gold"):
-            gold["init_args"]["model"] = bases["quickstart.yaml"]["rollout"]["reward"]["init_args"]["model"]
+            gold["init_args"]["model"] = bases["experiments/prose.yaml"]["rollout"]["reward"]["init_args"]["model"]
         spec["settings"] = {k: v for k, v in spec["settings"].items() if not k.startswith(("data.", "model.policy"))}
         spec["grid"] = {axis: v[:1] for axis, v in spec.get("grid", {}).items() if f"{{{axis}}}" in used}
         for path in spec["base"]:
@@ -480,7 +480,7 @@ def cpu_seconds(*args: str) -> tuple[float, subprocess.CompletedProcess]:
 @pytest.mark.timeout(600)
 def test_the_command_needs_hardly_more_time_than_importing_its_libraries(bases, tmp_path):
     file = tmp_path / "wrong.yaml"
-    file.write_text(written(changed(bases["quickstart.yaml"], ("rollout", "group_size"), 2)))
+    file.write_text(written(changed(bases["experiments/prose.yaml"], ("rollout", "group_size"), 2)))
     imports, _ = cpu_seconds("-c", "import lightning.pytorch, transformers, datasets")
     command, result = cpu_seconds("-m", "tealightning", "fit", "-c", str(file))
     assert result.returncode == 2
@@ -492,7 +492,7 @@ def test_the_command_needs_hardly_more_time_than_importing_its_libraries(bases, 
 def test_debug_shows_the_traceback_of_the_check(bases, loads, tmp_path):
     file = tmp_path / "wrong.yaml"
     file.write_text(
-        written(changed(bases["quickstart.yaml"], ("model", "init_args", "optimizer", "init_args", "lr"), -1))
+        written(changed(bases["experiments/prose.yaml"], ("model", "init_args", "optimizer", "init_args", "lr"), -1))
     )
     with pytest.raises(ValueError, match=r"model\.optimizer\.lr: Invalid learning rate") as raised:
         run("fit", "-c", file, "--debug")

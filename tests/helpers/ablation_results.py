@@ -35,18 +35,18 @@ def results_of(
     names = NAMES[:variants]
     results: dict[str, Any] = {
         "schema_version": 1,
-        "name": "playground",
-        "title": "The playground's estimators",
+        "name": "prose",
+        "title": "The prose world's estimators",
         "description": "Every estimator on the embedded world, at equal optimizer steps.",
         "provenance": {
-            "command": "tealightning compare -c configs/ablations/playground.yaml",
+            "command": "tealightning compare -c configs/ablations/prose.yaml",
             "commit": "0123abc45",
             "seed": "0",
             "versions": "tealightning 0.1, Python 3.11.2, torch 2.11",
         },
         "created": "2026-01-01T00:00:00+00:00",
         "spec": {
-            "name": "playground",
+            "name": "prose",
             "variants": {name: {"model.estimator": name} for name in names},
             "seeds": [0, 1],
         },

@@ -14,6 +14,7 @@ from tealightning.cli import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICKSTART = str(CONFIGS / "quickstart.yaml")
+PROSE = str(CONFIGS / "experiments" / "prose.yaml")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -21,7 +21,7 @@ import yaml
 from ranks import free_port
 
 HELPERS = Path(__file__).parent
-QUICKSTART = HELPERS.parents[1] / "configs" / "quickstart.yaml"
+PROSE = HELPERS.parents[1] / "configs" / "experiments" / "prose.yaml"
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["interrupted_runs_preload"])
 
@@ -56,7 +56,7 @@ class Run:
 
     @property
     def args(self) -> list[str]:
-        return ["fit", "-c", str(QUICKSTART), "-c", str(self.config), "--import", str(HELPERS / "fault_plan.py")]
+        return ["fit", "-c", str(PROSE), "-c", str(self.config), "--import", str(HELPERS / "fault_plan.py")]
 
     def start(self, *more: str, fault: dict[str, Any] | None = None) -> "Started":
         """Start the processes; `fault` is what goes wrong (see `fault_plan`)."""

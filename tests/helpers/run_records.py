@@ -1,4 +1,4 @@
-"""A callback that keeps what a run did, and quickstart runs of a few seconds on the tiny playground."""
+"""A callback that keeps what a run did, and runs of a few seconds on the tiny prose world."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from tealightning.sharding import is_sharded, whole
 
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+PROSE = Path(__file__).parents[2] / "configs" / "experiments" / "prose.yaml"
 
 
 class RunRecord(Callback):
@@ -83,7 +83,7 @@ def metrics_of(trainer: pl.Trainer) -> dict[str, float]:
 
 
 def quickstart_args(command: str, playground: Path, out: Path, **trainer: Any) -> list[str]:
-    """Arguments of a quickstart run on the tiny playground that writes to `out`; `trainer` overrides its settings.
+    """Arguments of a short run on the tiny prose world that writes to `out`; `trainer` overrides its settings.
 
     A few short samples and steps, no validation, no callbacks; overlay further settings behind them.
     """
@@ -120,4 +120,4 @@ def quickstart_args(command: str, playground: Path, out: Path, **trainer: Any) -
     }
     file = out / "overlay.yaml"
     file.write_text(yaml.safe_dump(overlay), encoding="utf-8")
-    return [command, "-c", str(QUICKSTART), "-c", str(file)]
+    return [command, "-c", str(PROSE), "-c", str(file)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command_line import QUICKSTART
+from command_line import PROSE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -25,7 +25,7 @@ def write_spec(folder, playground, variants):
     spec = {
         "name": "trial",
         "out": str(folder / "out"),
-        "base": [QUICKSTART],
+        "base": [PROSE],
         "settings": {
             "model.policy": str(playground / "policy"),
             **{f"data.{split}": str(prompts / f"{split}.jsonl") for split in ("train", "val", "test")},

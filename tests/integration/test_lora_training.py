@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from command_line import QUICKSTART, overlay, resolved, run
+from command_line import PROSE, overlay, resolved, run
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from playground_fits import data_of, fit, module_of, rollout_of, trainer_of
@@ -171,5 +171,5 @@ def test_command_line_trains_exports_and_evaluates_an_adapter(playground, tmp_pa
     ],
 )
 def test_command_line_sets_the_adapter(given, expected):
-    found = resolved("-c", QUICKSTART, *given)["model"]["init_args"]["lora"]
+    found = resolved("-c", PROSE, *given)["model"]["init_args"]["lora"]
     assert {name: found[name] for name in expected} == expected

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import QUICKSTART, resolved
+from command_line import PROSE, resolved
 from tiny_policies import engine_context, save_policy
 
 from tealightning.rollouts import VLLMServerEngine
@@ -19,7 +19,7 @@ CONFIGS = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.S | re.M)
 @pytest.mark.parametrize("config", CONFIGS, ids=["started here", "running"])
 def test_config_of_the_page_is_accepted(config, tmp_path):
     (tmp_path / "server.yaml").write_text(config)
-    engine = resolved("-c", QUICKSTART, "-c", tmp_path / "server.yaml")["rollout"]["engine"]
+    engine = resolved("-c", PROSE, "-c", tmp_path / "server.yaml")["rollout"]["engine"]
     assert engine["class_path"] == "tealightning.rollouts.VLLMServerEngine"
     VLLMServerEngine(**engine["init_args"])
 

@@ -70,7 +70,7 @@ def test_bench_peer_says_how_to_install_trl(tmp_path: Path):
 def test_benchmarks_say_how_to_build_a_missing_playground(tmp_path: Path):
     result = run_tool("bench_step.py", "--playground", str(tmp_path / "none"), "--cache", str(tmp_path))
     assert result.returncode == 1
-    assert "tealightning playground --out" in result.stderr
+    assert "tealightning playground --world prose --out" in result.stderr
 
 
 def test_bench_report_collects_figures_with_their_commands(tmp_path: Path):

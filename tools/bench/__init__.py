@@ -1,1 +1,1 @@
-"""What the benchmarks share: models and prompts of a given size, clocks, the bare parts of a step, whole steps."""
+"""Shared parts of the benchmarks: models and prompts, clocks, bare parts of a step, whole steps."""

@@ -13,7 +13,7 @@ from tealightning.estimators import build_estimator
 def add_shape_options(parser: argparse.ArgumentParser, *, estimators: list[str]) -> None:
     """Sizes, engine, estimators and how often to measure."""
     parser.add_argument("--size", default="10m", choices=SIZES)
-    parser.add_argument("--playground", type=Path, default=Path("runs/playground"), help="folder of a playground")
+    parser.add_argument("--playground", type=Path, default=Path("runs/prose"), help="folder of a prose world")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder that keeps the models")
     parser.add_argument("--prompts", type=int, default=8, help="P, prompts a step")
     parser.add_argument("--group-size", type=int, default=16, help="m, rollouts a prompt")
@@ -28,7 +28,7 @@ def add_shape_options(parser: argparse.ArgumentParser, *, estimators: list[str])
 
 
 def world_of(options: argparse.Namespace) -> World:
-    """The models and prompts; ends the program with a message if there is no playground."""
+    """The models and prompts; ends the program with a message if there is no prose world."""
     try:
         return build_world(options.size, playground=options.playground, cache=options.cache)
     except ValueError as error:

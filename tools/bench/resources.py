@@ -1,4 +1,4 @@
-"""Writes down what a run takes from its machine, step by step; a callback for `tools/soak.py`."""
+"""Callback that records what a run takes from its machine, step by step, for `tools/soak.py`."""
 
 import csv
 import time

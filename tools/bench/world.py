@@ -18,7 +18,7 @@ from transformers import (
 )
 
 CACHE = Path(tempfile.gettempdir()) / "tealightning-bench"
-SIZES = {  # hidden, intermediate, layers; `playground` is the playground's own policy
+SIZES = {  # hidden, intermediate, layers; `playground` is the prose world's own policy
     "playground": None,
     "10m": (320, 960, 7),
     "50m": (640, 1920, 10),
@@ -43,12 +43,12 @@ def build_world(size: str, *, playground: Path, cache: Path = CACHE) -> World:
     shapes.
 
     Raises:
-        ValueError: if there is no playground to take tokenizer and prompts from.
+        ValueError: if there is no prose world to take tokenizer and prompts from.
     """
     if not (playground / "policy").is_dir():
         raise ValueError(
-            f"--playground {playground}: there is no playground there; `tealightning playground --out {playground}` "
-            "builds one in a few minutes."
+            f"--playground {playground}: there is no prose world there; `tealightning playground --world prose --out "
+            f"{playground}` builds one in a few minutes."
         )
     folder = cache / f"{size}-{_identity(playground)}"
     policy, reward_model = folder / "policy", folder / "reward_model"

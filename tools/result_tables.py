@@ -1,0 +1,140 @@
+"""Fill the tables of docs/results/ from the CSV files beside the pages.
+
+    python tools/result_tables.py                # write the tables
+    python tools/result_tables.py --check        # exit status 1 if a table is not what its CSV says
+    python tools/result_tables.py --from runs    # first take over the CSV files and plots of new runs
+
+What stands between `<!-- table FILE.csv: COLUMN ... -->` and `<!-- /table -->` is made here, a line for each variant.
+Columns of an ablation are quantities of its `table.csv` (docs/ablations-results.md): `best_of_n@128`,
+`diagnostics.kl`; those at equal KL fill a column for each KL. `gradient-fidelity.csv` has tables of one figure,
+`scaled_bias m=16` with a column for each world, and `exact`, the gradients themselves.
+"""
+
+import argparse
+import csv
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from tealightning.ablation.reading import BUDGETS, DIAGNOSTICS
+from tealightning.ablation.table_formats import markdown_text
+from tealightning.diagnostics.tables import markdown_table
+from tealightning.diagnostics.worlds import build_world
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+ABLATIONS = ("prose", "prose_long", "prose_grid", "styles", "styles_budget")
+BLOCK = re.compile(r"(<!-- table (\S+\.csv): ([^\n]+?) -->\n).*?(<!-- /table -->)", re.DOTALL)
+TITLES = {
+    "best_of_n": "best of {n}",
+    "gold_best_of_n": "gold reward of the best of {n}",
+    "against_reference": "difference to grpo, n = {n}",
+    "against_start": "difference to before training, n = {n}",
+    **{f"diagnostics.{key}": title for key, title in DIAGNOSTICS.items()},
+    **{f"budgets.{key}": title for key, title in BUDGETS.items()},
+}
+Row = dict[str, str]
+
+
+def read_rows(file: Path) -> list[Row]:
+    with file.open(newline="", encoding="utf-8") as text:
+        return list(csv.DictReader(text))
+
+
+def ablation_table(rows: Sequence[Row], columns: Sequence[str], split: str = "val") -> str:
+    """A line for each variant; a star where the corrected p-value is below 0.05, a dash where nothing is known."""
+    rows = [row for row in rows if row["split"] in (split, "")]
+    lines: dict[str, Row] = {}
+    titles: dict[str, None] = {"variant": None}
+    for column in columns:
+        quantity, _, n = column.partition("@")
+        found = [row for row in rows if row["quantity"] == quantity and row["mean"] and n in ("", row["n"])]
+        if not found:
+            raise ValueError(f"the CSV has no {column}.")
+        for row in found:
+            title = f"KL {row['kl']}" if row["kl"] else TITLES[quantity].format(n=row["n"])
+            title = "mean reward (n = 1)" if column == "best_of_n@1" else title
+            name = "before training" if row["variant"] == "(start)" else markdown_text(row["variant"])
+            lines.setdefault(name, {"variant": name})[title] = estimate(row)
+            titles[title] = None
+    return markdown_table([{title: line.get(title, "–") for title in titles} for line in lines.values()])
+
+
+def estimate(row: Row) -> str:
+    """`1.234* [1.100, 1.300]`."""
+    corrected = row["p_adjusted"]
+    star = "\\*" if corrected and (corrected[0] == "<" or (corrected[0] != ">" and float(corrected) < 0.05)) else ""
+    interval = f" [{float(row['low']):.3f}, {float(row['high']):.3f}]" if row["low"] else ""
+    mean = float(row["mean"])
+    return f"{mean:,.0f}" if row["quantity"].startswith("budgets") else f"{mean:.3f}{star}{interval}"
+
+
+def fidelity_table(rows: Sequence[Row], figure: str, m: str) -> str:
+    """One figure of every estimator, a column for each world."""
+    lines: dict[str, Row] = {}
+    for row in rows:
+        if row["sweep"] == "main" and row["m"] == m.removeprefix("m="):
+            line = lines.setdefault(row["estimator"], {"estimator": f"`{row['estimator']}`"})
+            line[row["world"]] = f"{float(row[figure]):.2f}" if row[figure] else "–"
+    return markdown_table(list(lines.values()))
+
+
+def exact_table(rows: Sequence[Row]) -> str:
+    """The exact gradient of E[max of 128 rewards] in every world."""
+    lines = []
+    for name in dict.fromkeys(row["world"] for row in rows if row["sweep"] == "main"):
+        world = build_world(name)
+        parts = zip(world.exact_gradient(128).tolist(), world.directions, strict=True)
+        gradient = ", ".join(f"{value:.4g} ({direction})" for value, direction in parts)
+        lines.append({"world": f"`{name}`", "exact gradient at N = 128": gradient})
+    return markdown_table(lines)
+
+
+def with_tables(page: str, folder: Path) -> str:
+    """The text of a page with its tables made anew from the CSV files in `folder`."""
+
+    def filled(match: re.Match[str]) -> str:
+        rows, columns = read_rows(folder / match[2]), match[3].split()
+        if match[2] in {f"{name}.csv" for name in ABLATIONS}:
+            table = ablation_table(rows, columns)
+        else:
+            table = exact_table(rows) if columns == ["exact"] else fidelity_table(rows, *columns)
+        return f"{match[1]}{table}\n{match[4]}"
+
+    return BLOCK.sub(filled, page)
+
+
+def take_over(runs: Path, results: Path) -> None:
+    """Copy the CSV files of finished runs, and those of their plots that the pages show; what is missing stays."""
+    for name in ABLATIONS:
+        folder = runs / "ablations" / name
+        shown = {f"{name}_{plot.name}": plot for plot in (folder / "plots").glob("*.png")}
+        for target, source in {f"{name}.csv": folder / "table.csv", **shown}.items():
+            if source.is_file() and (results / target).exists():
+                shutil.copyfile(source, results / target)
+    for name, target in (("fidelity", "gradient-fidelity.csv"), ("decision", "gradient-fidelity-decision.csv")):
+        if (source := runs / "gradient-fidelity" / f"{name}.csv").is_file():
+            shutil.copyfile(source, results / target)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Rewrite the pages, or compare them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a page is out of date")
+    parser.add_argument(
+        "--from", dest="runs", type=Path, help="folder of the runs, whose CSV files and plots are copied"
+    )
+    options = parser.parse_args(args)
+    if options.runs is not None:
+        take_over(options.runs, RESULTS)
+    for page in sorted(RESULTS.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        made = with_tables(text, RESULTS)
+        if options.check and made != text:
+            raise SystemExit(f"{page.name} is out of date: run `python tools/result_tables.py`.")
+        if not options.check:
+            page.write_text(made, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
