@@ -36,18 +36,18 @@ class MazeConfig:
         num_threads: Torch threads of the build; fixed, because sums depend on it in the last bit.
     """
 
-    side: int = 6
+    side: int = 5
     wall_density: float = 0.3
-    path_lengths: tuple[int, int] = (5, 10)
-    greedy: float = 0.5
+    path_lengths: tuple[int, int] = (5, 9)
+    greedy: float = 0.3
     illegal: float = 0.03
     stop: float = 0.12
-    max_moves: int = 20
+    max_moves: int = 16
     hidden_size: int = 128
     intermediate_size: int = 256
     head_size: int = 32
-    layers: int = 4
-    steps: int = 340
+    layers: int = 3
+    steps: int = 300
     batch_size: int = 16
     walks: int = 8
     lr: float = 5e-3
@@ -87,9 +87,9 @@ class MazeConfig:
 
 MAZE_WORLDS: dict[str, dict[str, Any]] = {
     "maze": {},
-    "maze-frequent": dict(greedy=0.9, stop=0.02),
+    "maze-frequent": dict(path_lengths=(2, 4), greedy=0.9, stop=0.02),
 }
-"""`maze`: a path to the goal is rare. `maze-frequent`: the policy has learned from good walks and arrives often."""
+"""`maze`: a path to the goal is rare. `maze-frequent`: paths are short, and the policy has learned from good walks and arrives often."""
 
 MAZE_SIZES: dict[str, dict[str, Any]] = {
     "default": {},
