@@ -54,8 +54,7 @@ class PostTrainingModule(BestOfNEvaluation):
         inner_epoch_correction: How inner epochs after the first account for a policy that has moved since it was
             sampled from: `clip` keeps the advantages and clips the ratio of each token (PPO); `exact` computes
             advantages anew from the ratios of whole completions, unbiased at any distance but noisier the further it
-            is (estimators with an off-policy
-            form: max_at_k).
+            is (estimators with an off-policy form: max_at_k without a scale).
         micro_batch_tokens: Padded tokens of one forward and backward pass: decides memory and speed, never the
             gradient. None = 16,384 on a GPU and 2,048 on a CPU.
         micro_batch_size: Most rollouts of one pass; None = as many as fit.

@@ -42,7 +42,8 @@ def check_correction(
         return
     if not estimator.has_off_policy_form:
         raise ValueError(
-            f"inner_epoch_correction=exact needs an estimator with an off-policy form (max_at_k), got {estimator.name}."
+            "inner_epoch_correction=exact needs an estimator with an off-policy form (max_at_k with scale=none), "
+            f"got {estimator!r}."
         )
     if loss is not None and loss.importance_cap is not None:
         raise ValueError(

@@ -63,6 +63,7 @@ def main() -> None:
     for name in options.estimators:
         estimator = build_estimator(name)
         given = (rewards > 0).double() if name in binary else rewards
+        given = given.abs() if estimator.lowest_reward == 0 else given
         own, ratios[name] = ratio_to_sort(estimator, given, options.repeats)
         exponent = growth_exponent(estimator, given, options.repeats)
         print(f"| {name:<14} | {own * 1e3:6.1f} | {ratios[name]:11.2f} | {exponent:8.2f} |", flush=True)

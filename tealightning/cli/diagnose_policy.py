@@ -23,6 +23,7 @@ from tealightning.diagnostics.pool import RolloutPool, write_rewards
 from tealightning.diagnostics.projections import LinearProjection, score_vectors
 from tealightning.diagnostics.provenance import provenance, provenance_lines
 from tealightning.diagnostics.specs import EstimatorSpec, parse_estimators
+from tealightning.estimators import ESTIMATORS
 from tealightning.module import PostTrainingModule
 
 BINARY_REWARDS = ("pass_at_n", "grpo_lead")
@@ -125,11 +126,14 @@ def _check(options: argparse.Namespace, config_args: Sequence[str]) -> None:
 def _suitable(specs: Sequence[EstimatorSpec], pool: RolloutPool) -> tuple[list[EstimatorSpec], list[str]]:
     """The estimators that suit the rewards, and a sentence about the others."""
     scored = pool.rewards[pool.valid]
-    if bool(((scored == 0) | (scored == 1)).all()):
-        return list(specs), []
-    left_out = [spec for spec in specs if spec.name in BINARY_REWARDS]
-    reason = f"left out: {', '.join(spec.label for spec in left_out)} (for rewards of 0 and 1; name it to see it)"
-    return [spec for spec in specs if spec not in left_out], [reason] if left_out else []
+    lowest = float(scored.min()) if len(scored) else 0.0
+    is_binary = bool(((scored == 0) | (scored == 1)).all())
+    kinds = {
+        "for rewards of 0 and 1; name it to see it": [s for s in specs if s.name in BINARY_REWARDS and not is_binary],
+        f"some rewards are too low: {lowest:.4g}": [s for s in specs if ESTIMATORS.get(s.name).lowest_reward > lowest],  # type: ignore[attr-defined]
+    }
+    reasons = [f"left out: {', '.join(s.label for s in left)} ({why})" for why, left in kinds.items() if left]
+    return [spec for spec in specs if not any(spec in left for left in kinds.values())], reasons
 
 
 def _score(module: PostTrainingModule, pool: RolloutPool, projection: LinearProjection) -> Tensor:

@@ -43,7 +43,14 @@ def diagnose_tail(args: Sequence[str]) -> None:
     from tealightning.diagnostics.tail import diagnose_pool, tables_text, verdict_text, write_diagnosis
 
     print(f"Checking the rewards of {len(pool.ids)} prompts ...", flush=True)
-    diagnosis = diagnose_pool(pool, m=options.group_size, alpha=options.alpha, ns=options.ns, seed=options.seed)
+    diagnosis = diagnose_pool(
+        pool,
+        m=options.group_size,
+        alpha=options.alpha,
+        tested_share=options.tested_share,
+        ns=options.ns,
+        seed=options.seed,
+    )
     origin = provenance(["diagnose", "tail", *args], seed=options.seed)
     files = write_diagnosis(options.out, diagnosis, origin)
     print(f"\n{verdict_text(diagnosis)}\n\n{tables_text(diagnosis)}\n")
@@ -72,6 +79,8 @@ def _check(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         raise ValueError(f"Unknown options: {' '.join(overrides)}. Settings of a config need -c CONFIG.")
     if not 0 < options.alpha <= 1:
         raise ValueError(f"--alpha must be in (0, 1], got {options.alpha}.")
+    if options.tested_share is not None and not 0 < options.tested_share <= 1:
+        raise ValueError(f"--tested-share must be in (0, 1], got {options.tested_share}.")
     counts = {"--group-size": options.group_size, "--prompts": options.prompts, "--samples": options.samples}
     for name, value in counts.items():
         if value < 1:
@@ -113,6 +122,13 @@ def parser() -> argparse.ArgumentParser:
         help="samples that best-of-n is predicted from: the group_size of training (default: 16)",
     )
     add("--alpha", type=float, default=0.25, help="upper-tail level, that of the estimator (default: 0.25)")
+    add(
+        "--tested-share",
+        type=float,
+        metavar="SHARE",
+        help="upper share of each prompt's rewards that is compared with a Gaussian (default: 2 * alpha, the part that "
+        "an estimator with that alpha assumes to be Gaussian)",
+    )
     add("--ns", type=int, nargs="+", metavar="N", help="budgets to predict (default: powers of two up to samples - m)")
     add("--seed", type=int, default=0, help="which samples form a group (default: 0)")
     add(

@@ -93,7 +93,8 @@ def _measure_together(
     jobs = [(cell, spec, _key(cell, spec)) for cell in cells for spec in specs if takes_part(spec, cell.sweep)]
     # Without N and alpha an estimator is the same in every cell.
     built = {key: spec.build(m=m, target_n=cell.target_n, alpha=cell.alpha) for cell, spec, key in jobs}
-    trials = {key: try_out(estimator, m) for key, estimator in built.items()}
+    lowest = float(world.sample(64, m, torch.Generator().manual_seed(seed))[0].min())
+    trials = {key: try_out(estimator, m, lowest) for key, estimator in built.items()}
     accepted = {key: estimator for key, estimator in built.items() if not trials[key].refused}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # `trials` holds them

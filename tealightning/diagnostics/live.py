@@ -109,7 +109,7 @@ class FidelityStudy:
             estimator = spec.build(m=m, target_n=self.target_n, alpha=self.alpha)
         except ValueError as error:
             return FidelityRow(estimator=spec.label, group_size=m, values={}, note=str(error)), None
-        trial = try_out(estimator, m)
+        trial = try_out(estimator, m, float(self.rewards[self.rewards.isfinite()].min()))
         note = trial.refused or trial.warned
         row = FidelityRow(estimator=spec.label, group_size=m, values={}, note=note, in_reward_units=trial.reward_units)
         return row, None if trial.refused else estimator

@@ -1,6 +1,7 @@
 """Parse estimators as named on the command line: `tea`, `prefix_tea:rotations=1`, `direct:tail=gpd,alpha=0.5`."""
 
 import inspect
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,9 +90,12 @@ class Trial:
     reward_units: bool = False  # A(4 R) = 4 A(R): its gradient has a scale that can be right or wrong
 
 
-def try_out(estimator: AdvantageEstimator, m: int) -> Trial:
-    """Call it on a few groups of m rewards."""
+def try_out(estimator: AdvantageEstimator, m: int, lowest: float = -math.inf) -> Trial:
+    """Call it on a few groups of m rewards; an estimator with a lowest reward meets only rewards above it if those that
+    it is meant for, of which the lowest is `lowest`, are."""
     rewards = torch.randn(16, m, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if lowest >= estimator.lowest_reward > -math.inf:
+        rewards = estimator.lowest_reward + rewards.abs()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

@@ -35,10 +35,16 @@ class TailDiagnosis:
 
 
 def diagnose_pool(
-    pool: RolloutPool, *, m: int = 16, alpha: float = 0.25, ns: Sequence[int] | None = None, seed: int = 0
+    pool: RolloutPool,
+    *,
+    m: int = 16,
+    alpha: float = 0.25,
+    tested_share: float | None = None,
+    ns: Sequence[int] | None = None,
+    seed: int = 0,
 ) -> TailDiagnosis:
     """Check the upper tails of a pool; see `functional.tail_checks.check_tail` for the arguments and errors."""
-    checks = check_tail(pool.rewards, pool.valid, m=m, alpha=alpha, ns=ns, seed=seed)
+    checks = check_tail(pool.rewards, pool.valid, m=m, alpha=alpha, tested_share=tested_share, ns=ns, seed=seed)
     ids = [pool.ids[row] for row in checks.rows.tolist()]
     return TailDiagnosis(
         ids=ids,
@@ -53,19 +59,25 @@ def diagnose_pool(
 def check_rows(diagnosis: TailDiagnosis) -> list[Row]:
     """A row for each check: what was found, and what Gaussian rewards give."""
     checks = diagnosis.checks
-    size, k = checks.samples.shape[1], checks.tail.shape[1]
+    size, k, tested = checks.samples.shape[1], checks.tail.shape[1], checks.tested.shape[1]
+    upper = f"upper {checks.tested_share:g}"
     found = {name.removeprefix("tail_"): float(value) for name, value in summarise(checks).items()}
     rows: list[Row] = []
     if checks.shape is not None:
-        fit = checks.shape
+        fit, null = checks.shape, gaussian_tail_null(size, tested)
         low, high = interval(fit.shape, fit.standard_error, fit.num_prompts)
         rows += [
-            _row("QQ line: mean R²", f"{found['qq_r2']:.3f}", f"{float(gaussian_tail_null(size, k).r2.mean()):.3f}"),
+            _row(f"QQ line of the {upper}: mean R²", f"{found['qq_r2']:.3f}", f"{float(null.r2.mean()):.3f}"),
             _row("prompts whose QQ line is rejected", f"{found['qq_rejected']:.1%}", "5.0%"),
             _row(
-                "tail shape",
+                f"shape of the {upper}",
                 f"{found['shape']:.3f} ± {found['shape_se']:.3f} (95%: {low:.2f} to {high:.2f})",
                 f"{found['shape_gaussian']:.3f}",
+            ),
+            _row(
+                f"variance of the {upper} between two clusters (median)",
+                _percent(checks.two_clusters),
+                f"{float(null.two_clusters):.0%}",
             ),
         ]
     if checks.held_out is not None:
@@ -73,8 +85,10 @@ def check_rows(diagnosis: TailDiagnosis) -> list[Row]:
         name = f"best-of-{checks.held_out.ns[-1]} from {diagnosis.m}, predicted - measured"
         rows.append(_row(name, error, f"{found['prediction_error_gaussian']:.3f}"))
         rows.append(_row("covered by its 90% interval", f"{found['coverage']:.1%}", "90.0%"))
-    rows.append(_row("tied samples in the tail", f"{found['ties']:.1%}", "0.0%"))
-    rows.append(_row("different values in a tail (median)", f"{_median(checks.distinct_in_tail)} of {k}", f"{k}"))
+    rows.append(_row(f"most frequent value of the {upper} (median)", _percent(checks.atoms), "0%"))
+    tail = f"upper {diagnosis.alpha:g}"
+    rows.append(_row(f"tied samples in the {tail}", f"{found['ties']:.1%}", "0.0%"))
+    rows.append(_row(f"different values in the {tail} (median)", f"{_median(checks.distinct_in_tail)} of {k}", f"{k}"))
     return rows
 
 
@@ -84,6 +98,12 @@ def _row(check: str, found: str, gaussian: str) -> Row:
 
 def _median(values: Tensor) -> int:
     return int(values.median()) if values.numel() else 0
+
+
+def _percent(values: Tensor) -> str:
+    """The median of shares, `-` if none is known."""
+    known = values[~values.isnan()]
+    return f"{float(known.median()):.0%}" if known.numel() else "-"
 
 
 def prediction_rows(diagnosis: TailDiagnosis) -> list[Row]:
@@ -115,6 +135,8 @@ def prompt_rows(diagnosis: TailDiagnosis) -> list[Row]:
     for index, prompt_id in enumerate(diagnosis.ids):
         row: Row = {"id": prompt_id, "samples": checks.samples.shape[1], "distinct": int(checks.distinct[index])}
         row["ties"] = float(checks.ties[index])
+        row["most_frequent"] = float(checks.atoms[index])
+        row["two_clusters"] = float(checks.two_clusters[index])
         for name, values in (("qq_r2", checks.qq_r2), ("qq_p", checks.qq_p), ("raw_shape", checks.shapes)):
             if values is not None:
                 row[name] = float(values[index])
@@ -132,8 +154,10 @@ def verdict_text(diagnosis: TailDiagnosis) -> str:
     settings = "".join(f", {name}: {value}" for name, value in verdict.settings.items())
     lines = [
         f"Verdict: **{verdict.name}**. {verdict.reason}",
-        f"{len(diagnosis.ids)} of {diagnosis.num_prompts} prompts with {checks.samples.shape[1]} samples each; tail: "
-        f"the upper {diagnosis.alpha:g}, {checks.tail.shape[1]} samples.",
+        f"{len(diagnosis.ids)} of {diagnosis.num_prompts} prompts with {checks.samples.shape[1]} samples each. Tested: "
+        f"the upper {checks.tested_share:g} of each prompt's rewards, {checks.tested.shape[1]} samples; an estimator "
+        f"with alpha = {diagnosis.alpha:g} reads the upper {diagnosis.alpha:g} and assumes that the upper "
+        f"{min(1.0, 2 * diagnosis.alpha):g} is Gaussian.",
         f"Estimator: `{verdict.estimator}{settings}`{f' (or {verdict.alternative})' if verdict.alternative else ''}.",
     ]
     return "\n\n".join(lines)
@@ -179,6 +203,7 @@ def write_diagnosis(folder: Path, diagnosis: TailDiagnosis, provenance: Mapping[
         "samples": diagnosis.checks.samples.shape[1],
         "m": diagnosis.m,
         "alpha": diagnosis.alpha,
+        "tested_share": diagnosis.checks.tested_share,
         "summary": {name: float(value) for name, value in summarise(diagnosis.checks).items()},
         "predictions": prediction_rows(diagnosis),
         "provenance": dict(provenance),

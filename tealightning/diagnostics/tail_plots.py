@@ -22,10 +22,10 @@ def plot_qq(checks: TailChecks, path: Path) -> Path:
     Every tail is moved and scaled to the mean and spread that a Gaussian's has there, then averaged over prompts rank
     by rank. The band is where 95% of such averages of Gaussian samples lie.
     """
-    size, k = checks.samples.shape[1], checks.tail.shape[1]
+    size, k = checks.samples.shape[1], checks.tested.shape[1]
     expected = expected_normal_order_statistics(size, k)
     null = gaussian_tail_null(size, k)
-    found = mean_over_prompts(standardised_tail(checks.tail, size))
+    found = mean_over_prompts(standardised_tail(checks.tested, size))
     half = 1.96 * null.profile_std / found.num_prompts.double().sqrt()
     figure = Figure(figsize=(5.5, 4.5), layout="constrained")
     axes = figure.subplots()

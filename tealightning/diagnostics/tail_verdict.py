@@ -1,17 +1,15 @@
 """Verdict of the tail checks: one word, why, and which estimator fits."""
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from scipy.stats import binom
 from scipy.stats import t as student_t
 from torch import Tensor
 
+from tealightning.diagnostics.tail_values import Verdict, by_values, tested
 from tealightning.functional.statistics import mean_over_prompts
 from tealightning.functional.tail_checks import MIN_TAIL, REJECTED_BELOW, TailChecks
 from tealightning.functional.tail_shape import ShapeFit
-
-Name = Literal["gaussian", "heavier", "bounded", "discrete", "binary", "undecided"]
 
 SIGNIFICANCE = 0.003
 """Two-sided level of each test: a Gaussian reward is called something else in about 1% of the cases."""
@@ -20,30 +18,16 @@ SMALLEST_SHAPE_DIFFERENCE = 0.05
 SMALLEST_PREDICTION_ERROR = 0.1
 """The same for a prediction, in standard deviations of the reward."""
 LARGEST_SHAPE_ERROR = 0.06
-"""With a larger standard error a Student t with 5 degrees of freedom (0.25 above a Gaussian) could be missed."""
+"""With a larger standard error a Student t with 5 degrees of freedom (0.22 above a Gaussian) could be missed."""
 MIN_PROMPTS = 10
 """Fewer do not tell how much prompts differ."""
 LONG_TAIL = 16
 """Rollouts in the tail of a training group from which a shape of its own pays. With fewer, a generalised Pareto fit is
 so noisy that a Gaussian tail comes closer in every analytic world (docs/results/gradient-fidelity.md)."""
-TIED = 0.5
-FEW_VALUES = 10
-"""Discrete: more than the share `TIED` of a tail is tied, at no more than `FEW_VALUES` different values."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
-    """One word on the tail, its reason in a sentence, and what to train with."""
-
-    name: Name
-    reason: str
-    estimator: str  # registered name
-    settings: dict[str, Any] = field(default_factory=dict)  # of the estimator, besides `target_n` and `alpha`
-    alternative: str = ""  # what else fits, in words
 
 
 def judge_tail(checks: TailChecks, *, training_tail: int = 4) -> Verdict:
-    """The verdict: values first (too few of them, or discrete), then the shape, the predictions, and the QQ line.
+    """The verdict: values first (too few, discrete, or two-pointed), then the shape, the predictions, and the QQ line.
 
     Args:
         checks: Of many samples a prompt.
@@ -52,47 +36,21 @@ def judge_tail(checks: TailChecks, *, training_tail: int = 4) -> Verdict:
     with_spread = int((checks.distinct > 1).sum())
     if with_spread == 0:
         return _undecided("no prompt has two different rewards, so there is nothing to look at")
-    if checks.distinct_in_all == 2:
-        return _binary(checks.samples)
-    few = _discrete(checks)
-    if few is not None:
-        return few
+    if (found := by_values(checks)) is not None:
+        return found
     shape = checks.shape
     if shape is None:
-        return _undecided(f"a tail has {checks.tail.shape[1]} samples, and {MIN_TAIL} are needed: sample more a prompt")
+        return _undecided(
+            f"{tested(checks)} are {checks.tested.shape[1]} samples, and {MIN_TAIL} are needed: sample more a prompt"
+        )
     if with_spread < MIN_PROMPTS:
         return _undecided(f"{with_spread} prompts have different rewards, and {MIN_PROMPTS} are needed")
     return (
         _by_shape(checks, shape, training_tail)
         or _by_prediction(checks, training_tail)
         or _by_line(checks)
-        or _by_precision(shape)
-        or _gaussian(shape)
-    )
-
-
-def _binary(samples: Tensor) -> Verdict:
-    low, high = samples.unique().tolist()
-    return Verdict(
-        name="binary",
-        reason=f"All rewards are one of two values, {low:g} and {high:g}.",
-        estimator="pass_at_n",
-        settings={} if low <= 0.5 < high else {"threshold": (low + high) / 2},
-    )
-
-
-def _discrete(checks: TailChecks) -> Verdict | None:
-    ties = float(checks.ties.mean())
-    values = float(checks.distinct_in_tail.double().median())
-    if ties <= TIED or values > FEW_VALUES:
-        return None
-    return Verdict(
-        name="discrete",
-        reason=f"{ties:.0%} of the upper tail's samples share their value with another one of the prompt, and a tail "
-        f"has {values:.0f} different values (median): a coarse reward, or a policy that repeats its answers.",
-        estimator="tea",
-        settings={"tail": "empirical"},
-        alternative="max_at_k, if training samples as many as deployment",
+        or _by_precision(checks, shape)
+        or _gaussian(checks, shape)
     )
 
 
@@ -104,7 +62,7 @@ def _by_shape(checks: TailChecks, shape: ShapeFit, training_tail: int) -> Verdic
         return None
     side = "above" if difference > 0 else "below"
     name: Literal["heavier", "bounded"] = "heavier" if difference > 0 else "bounded"
-    return _not_gaussian(checks, name, f"{_describe(shape)}, clearly {side} it", training_tail)
+    return _not_gaussian(checks, name, f"{_describe(checks, shape)}, clearly {side} it", training_tail)
 
 
 def _by_prediction(checks: TailChecks, training_tail: int) -> Verdict | None:
@@ -161,21 +119,22 @@ def _by_line(checks: TailChecks) -> Verdict | None:
     )
 
 
-def _by_precision(shape: ShapeFit) -> Verdict | None:
+def _by_precision(checks: TailChecks, shape: ShapeFit) -> Verdict | None:
     """Undecided if a relevant difference could have been missed."""
     error = float(shape.standard_error)
     if error <= LARGEST_SHAPE_ERROR:
         return None
     needed = int(shape.num_prompts) * (error / LARGEST_SHAPE_ERROR) ** 2
     return _undecided(
-        f"{_describe(shape)}, too uncertain to tell: about {needed:.0f} prompts, or more samples a prompt, would do"
+        f"{_describe(checks, shape)}, too uncertain to tell: about {needed:.0f} prompts, or more samples a prompt, "
+        "would do"
     )
 
 
-def _gaussian(shape: ShapeFit) -> Verdict:
+def _gaussian(checks: TailChecks, shape: ShapeFit) -> Verdict:
     return Verdict(
         name="gaussian",
-        reason=_sentence(f"{_describe(shape)}, and neither the QQ lines nor the predictions speak against it"),
+        reason=_sentence(f"{_describe(checks, shape)}, and neither the QQ lines nor the predictions speak against it"),
         estimator="optimal_tea",
         alternative="calibrated_tea",
     )
@@ -191,10 +150,10 @@ def _undecided(reason: str) -> Verdict:
     )
 
 
-def _describe(shape: ShapeFit) -> str:
+def _describe(checks: TailChecks, shape: ShapeFit) -> str:
     return (
-        f"the tail's shape is {float(shape.shape):.2f} ± {float(shape.standard_error):.2f}, that of Gaussian samples "
-        f"{float(shape.gaussian):.2f}"
+        f"the shape of {tested(checks)} is {float(shape.shape):.2f} ± {float(shape.standard_error):.2f}, that of "
+        f"Gaussian samples {float(shape.gaussian):.2f}"
     )
 
 

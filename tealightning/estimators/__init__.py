@@ -13,10 +13,13 @@ from tealightning.estimators.grpo import GRPO
 from tealightning.estimators.grpo_lead import GRPOLead
 from tealightning.estimators.infalign import Infalign
 from tealightning.estimators.max_at_k import MaxAtK
+from tealightning.estimators.max_rl import MaxRL
 from tealightning.estimators.mean_reward import MeanReward
 from tealightning.estimators.optimal_tea import OptimalTEA
 from tealightning.estimators.pass_at_n import PassAtN
 from tealightning.estimators.prefix_tea import PrefixTEA
+from tealightning.estimators.rs_grpo import RsGRPO
+from tealightning.estimators.tail_rl import TailRL
 from tealightning.estimators.tea import TEA
 from tealightning.registry import register
 
@@ -33,10 +36,13 @@ __all__ = [
     "GRPOLead",
     "Infalign",
     "MaxAtK",
+    "MaxRL",
     "MeanReward",
     "OptimalTEA",
     "PassAtN",
     "PrefixTEA",
+    "RsGRPO",
+    "TailRL",
     "build_estimator",
     "estimator_names",
     "register",

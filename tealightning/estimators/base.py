@@ -1,5 +1,6 @@
 """The contract of an advantage estimator."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
@@ -23,6 +24,10 @@ class AdvantageEstimator(ABC):
     registry: ClassVar[Registry] = ESTIMATORS
     objective: ClassVar[str] = ""
     """What it ascends, for tables: "E[max of N]"."""
+    lowest_reward: ClassVar[float] = -math.inf
+    """Rewards below it are refused."""
+    rewards_advice: ClassVar[str] = ""
+    """The end of the message that refuses them: what to do instead."""
 
     @property
     def name(self) -> str:
@@ -34,8 +39,10 @@ class AdvantageEstimator(ABC):
         """Fewest rollouts a group needs; smaller groups (after unscorable ones are left out) get zeros."""
         return 1
 
-    has_off_policy_form: ClassVar[bool] = False
-    """True: `compute_off_policy` is exact for rollouts of another policy than the one that is trained."""
+    @property
+    def has_off_policy_form(self) -> bool:
+        """True: `compute_off_policy` is exact for rollouts of another policy than the one that is trained."""
+        return False
 
     @abstractmethod
     def compute(self, rewards: Tensor) -> Tensor:
@@ -75,7 +82,8 @@ class AdvantageEstimator(ABC):
             rollouts are all zeros.
 
         Raises:
-            ValueError: if shapes do not fit, rewards are not floating point, or m < min_group_size.
+            ValueError: if shapes do not fit, rewards are not floating point, m < min_group_size, or a reward is below
+                `lowest_reward`.
         """
         if rewards.ndim != 2 or not rewards.is_floating_point():
             raise ValueError(
@@ -114,6 +122,8 @@ class AdvantageEstimator(ABC):
         self.check_group_size(rewards.shape[1])
         finite = torch.isfinite(rewards)
         usable = finite if valid is None else finite & valid.bool()
+        if self.lowest_reward > -math.inf:
+            self._check_lowest(rewards[usable])
         advantages = torch.zeros(rewards.shape, dtype=torch.float64, device=rewards.device)
         counts = usable.sum(dim=1)
         # One dense call for each number of valid rollouts (nearly always one): estimators never see a mask.
@@ -124,6 +134,14 @@ class AdvantageEstimator(ABC):
             found = compute(lambda values, m=members, n=count: values.detach().double()[m].view(-1, n))  # type: ignore[misc]
             advantages[members] = found.reshape(-1)
         return advantages.to(rewards.dtype)
+
+    def _check_lowest(self, scored: Tensor) -> None:
+        """Raise a ValueError that says what to do if any of the scored rewards is below `lowest_reward`."""
+        if bool((scored < self.lowest_reward).any()):
+            raise ValueError(
+                f"{self.name} takes rewards of at least {self.lowest_reward:g}, got {float(scored.min()):.4g}: "
+                f"{self.rewards_advice}"
+            )
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))

@@ -22,8 +22,9 @@ class CatBon(AdvantageEstimator):
     not `N F(r)^(N-1) r`, which treats the distribution F of the other N - 1 as if the policy did not move it too. With
     `N >> m` nearly all weight falls on the best rollout. A constant group gets zeros.
 
-    Deviations: mid-ranks instead of ranks (ties share), weights normalised to mean 1 so that N does not change the step
-    size, the sample standard deviation without an added eps.
+    Deviations: mid-ranks instead of `(number below + 1)/(m + 1)`, so that ties share; weights with mean 1 over the
+    group instead of the batch; z is not clipped to +-5, which it cannot exceed for m <= 26; no eps beside the sample
+    standard deviation.
 
     Args:
         target_n: N, the best-of-N budget at deployment; 1 gives standardised rewards.

@@ -13,17 +13,18 @@ from tealightning.registry import register
 
 @register
 class ChowBonRL(AdvantageEstimator):
-    """`A_i = m (max R - b)`, the same for every rollout (BoN-RL, Chow et al. 2024, arXiv 2412.15287).
+    """`A_i = m (max R - b)`, the same for every rollout: REINFORCE on the set.
 
-    The group is one action with reward `max R`, its score the sum of the rollouts' scores.
+    The group is one action with reward `max R`, its score the sum of the rollouts' scores. The objective is that of
+    BoN-RL (Chow et al. 2024, arXiv 2412.15287); the method is another one.
 
     - `baseline="none"`: `b = 0`, unbiased for `E[max of m]`. A constant group gets m times its constant.
     - `baseline="mean"`: `b = mean(R)`. Since `E[mean(R) sum_i S_i] = grad E[R]`, what it ascends, without bias, is
       `E[max of m] - E[R]`: as a gradient of `E[max of m]` it is biased. A constant group gets zeros.
 
-    Deviations: the paper differentiates (an approximation of) the best-of-N distribution and samples from it; here it
-    is the plain score-function gradient over the m rollouts that were drawn, with a baseline from the group. Of its
-    variants for 0/1 rewards, which weigh by the prompt's rate of failure, `PassAtN` is the counterpart.
+    The paper differentiates (an approximation of) the best-of-N distribution and samples from it; here it is the plain
+    score-function gradient over the m rollouts that were drawn, with a baseline from the group. Its BoN-RLB for 0/1
+    rewards, which weighs by the prompt's rate of failure, is not this estimator either; `PassAtN` is the nearest.
 
     Args:
         baseline: What is subtracted from the maximum.

@@ -20,7 +20,8 @@ class Infalign(AdvantageEstimator):
     A constant group gets zeros.
 
     Deviations: the paper calibrates each prompt offline against samples of a fixed reference policy; here the other
-    rollouts of the group stand in for them, so q follows the policy and its mean is always 1/2. The paper's transform
+    rollouts of the group stand in for them, so q follows the policy and its mean is always 1/2: an improving mean of
+    the rewards leaves no trace in it, and no group fades out once it beats the reference. The paper's transform
     `exp(t q)` is scaled to [0, 1]. Biased: q depends on the policy, and the group's mean on the rollout itself.
 
     Args:

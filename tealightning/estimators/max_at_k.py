@@ -7,7 +7,8 @@ from torch import Tensor
 
 from tealightning.estimators._checks import check_choice, check_integer
 from tealightning.estimators.base import AdvantageEstimator
-from tealightning.functional.max_at_k import max_at_k_loo_weights, max_at_k_weights
+from tealightning.functional.max_at_k import max_at_k_gains, max_at_k_loo_weights, max_at_k_weights
+from tealightning.functional.moments import centred, ratio_or_zero, sample_std
 from tealightning.functional.off_policy_max_at_k import off_policy_max_at_k_loo_weights, off_policy_max_at_k_weights
 from tealightning.registry import register
 
@@ -21,22 +22,50 @@ class MaxAtK(AdvantageEstimator):
       second, and nothing to the others. A constant group gets zeros.
     - `baseline="none"`: `m/C(m,k) * sum_{I: i in I} max R_I`; a constant group gets k times that constant.
 
+    With `scale="group_std"` these weights w become `(w - mean(w)) / std(w)`, sample standard deviation over the group
+    (Bagirov et al. 2025, arXiv 2510.23393): as large as GRPO's advantages whatever k and the scale of the rewards, but
+    biased, and without an off-policy form. At k = m only who is best is left, not by how much: take k near m/2. Weights
+    that are all equal give zeros.
+
     Args:
         k: Subset size, 1 <= k <= group size; None = the whole group (of valid rollouts).
         baseline: Variance reduction; both are unbiased.
+        scale: `none`, or `group_std`.
+
+    Raises:
+        ValueError: for `group_std` without a baseline and without k: all weights would be equal.
     """
 
     objective: ClassVar[str] = "E[max of k]"
-    has_off_policy_form: ClassVar[bool] = True
 
-    def __init__(self, *, k: int | None = None, baseline: Literal["loo_minus_one", "none"] = "loo_minus_one") -> None:
+    def __init__(
+        self,
+        *,
+        k: int | None = None,
+        baseline: Literal["loo_minus_one", "none"] = "loo_minus_one",
+        scale: Literal["none", "group_std"] = "none",
+    ) -> None:
         self.k = None if k is None else check_integer("k", k, 1)
         self.baseline = check_choice("baseline", baseline, ("loo_minus_one", "none"))
+        self.scale = check_choice("scale", scale, ("none", "group_std"))
+        if scale == "group_std" and baseline == "none" and k is None:
+            raise ValueError(
+                "k must be an integer below group_size with scale=group_std and baseline=none, got None: where the "
+                "whole group is the only subset, all rollouts have the same weight."
+            )
 
     @property
     def min_group_size(self) -> int:
-        """k, and 2 at least where rollouts are compared."""
+        """k, and 2 at least where rollouts are compared; k + 1 where nothing but the subsets without a rollout tells it
+        from others."""
+        if self.scale == "group_std" and self.baseline == "none" and self.k is not None:
+            return self.k + 1
         return max(self.k or 1, 1 if self.baseline == "none" else 2)
+
+    @property
+    def has_off_policy_form(self) -> bool:
+        """Only the unbiased weights have one."""
+        return self.scale == "none"
 
     @property
     def group_size_advice(self) -> str:
@@ -46,14 +75,21 @@ class MaxAtK(AdvantageEstimator):
     def compute(self, rewards: Tensor) -> Tensor:
         """[P, m] -> [P, m]."""
         k = self.k or rewards.shape[1]
-        weights = max_at_k_weights if self.baseline == "none" else max_at_k_loo_weights
-        return weights(rewards, k)
+        if self.scale == "group_std":
+            weights = (max_at_k_gains if self.baseline == "none" else max_at_k_loo_weights)(rewards, k)
+            return ratio_or_zero(centred(weights), sample_std(weights))
+        return (max_at_k_weights if self.baseline == "none" else max_at_k_loo_weights)(rewards, k)
 
     def compute_off_policy(self, rewards: Tensor, ratios: Tensor) -> Tensor:
         """[P, m], [P, m] -> [P, m]; exact (see `tealightning.functional.off_policy_max_at_k`).
 
         Ratios are capped at e^(600/k), so that products of k of them stay finite.
+
+        Raises:
+            ValueError: with scale="group_std".
         """
+        if not self.has_off_policy_form:
+            raise ValueError(f"{self.name} has no off-policy form with scale={self.scale}; set scale=none.")
         k = self.k or rewards.shape[1]
         weights = off_policy_max_at_k_weights if self.baseline == "none" else off_policy_max_at_k_loo_weights
         return weights(rewards, ratios.clamp(max=math.exp(600 / k)), k)

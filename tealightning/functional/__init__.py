@@ -3,6 +3,7 @@
 - `moments`: centring, standard deviation and root mean square of a group, safe in float64
 - `leave_one_out`, `ranks`: sums over the others, mid-ranks, win rates
 - `max_at_k`, `off_policy_max_at_k`: unbiased policy-gradient weights of E[max of k], on and off policy
+- `log_survival`: weights of the log of the probability to exceed each threshold
 - `tail`: Gaussian-tail constants, tail statistics, the plug-in (direct) weights, extrapolated best-of-n
 - `gpd_tail`, `tail_models`: other tails, and the choice between them
 - `jackknife`: prefix weights that cancel the leading bias of the plug-in

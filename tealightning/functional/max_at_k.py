@@ -22,6 +22,14 @@ def gaps_and_ranks(rewards: Tensor) -> tuple[Tensor, Tensor]:
     return ascending.diff(dim=-1), order.argsort(dim=-1)
 
 
+def sum_of_gaps_below(rewards: Tensor, factors: Tensor) -> Tensor:
+    """`sum_{l < i} (R_(l+1) - R_(l)) * f_l` with factors [m-1]: [P, m] in the order of the rewards."""
+    gaps, rank = gaps_and_ranks(rewards)
+    below = (gaps * factors.to(rewards.device)).cumsum(-1)
+    below = torch.cat([below.new_zeros(len(below), 1), below], dim=-1)
+    return below.gather(-1, rank)
+
+
 def max_at_k_weights(rewards: Tensor, k: int) -> Tensor:
     """`A_i = m/C(m,k) * sum over subsets I of size k with i in I of max(R_I)`, in O(m log m).
 
@@ -67,7 +75,21 @@ def max_at_k_loo_weights(rewards: Tensor, k: int) -> Tensor:
     m = rewards.shape[-1]
     if k == 1:
         return centred(rewards) * (m / (m - 1))
-    gaps, rank = gaps_and_ranks(rewards)
-    below = (gaps * subset_shares(m, k)[1:].to(rewards.device)).cumsum(-1)
-    below = torch.cat([below.new_zeros(len(below), 1), below], dim=-1)
-    return below.gather(-1, rank)
+    return sum_of_gaps_below(rewards, subset_shares(m, k)[1:])
+
+
+def max_at_k_gains(rewards: Tensor, k: int) -> Tensor:
+    """`max_at_k_weights` minus that of the group's lowest reward: the same once a mean is subtracted, without rounding.
+
+        A_(i) = sum_{l < i} (R_(l+1) - R_(l)) * a_{l-1}
+
+    Exactly 0 at `k = m`, where every rollout is in the only subset.
+
+    Args:
+        rewards: [P, m] float64, finite.
+        k: Subset size, 1 <= k <= m.
+
+    Returns:
+        [P, m] float64.
+    """
+    return sum_of_gaps_below(rewards, subset_shares(rewards.shape[-1], k)[:-1])

@@ -1,4 +1,8 @@
-"""Check whether a reward's upper tail is what the tail estimators assume, on samples of many prompts."""
+"""Check whether a reward's upper tail is what the tail estimators assume, on samples of many prompts.
+
+Estimators read the upper `alpha` of a group's rewards and assume that the upper `2 alpha` of the distribution is
+Gaussian: ties and predictions are those of the upper alpha, line, shape and clusters those of the `tested_share`.
+"""
 
 import zlib
 from collections.abc import Sequence
@@ -8,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tealightning.functional.clusters import largest_atom, two_cluster_share
 from tealightning.functional.statistics import mean_over_prompts
 from tealightning.functional.tail import tail_size
 from tealightning.functional.tail_prediction import HeldOut, held_out_best_of_n, prediction_budgets
@@ -26,6 +31,10 @@ class TailChecks:
     rows: Tensor  # [Q] int64, the rows of `rewards` that have at least M samples
     samples: Tensor  # [Q, M] float64, M valid ones of each, in random order
     tail: Tensor  # [Q, k] float64, the k = ceil(alpha * M) largest, largest first
+    tested_share: float  # upper share of the samples whose line and shape were looked at
+    tested: Tensor  # [Q, K] float64, the K = ceil(tested_share * M) largest, largest first
+    atoms: Tensor  # [Q] float64, share of the tested samples at their most frequent value
+    two_clusters: Tensor  # [Q] float64, share of the tested samples' variance between two clusters
     ties: Tensor  # [Q] float64, share of the tail whose value another sample of the prompt has too
     distinct: Tensor  # [Q] int64, different values among the M
     distinct_in_tail: Tensor  # [Q] int64, the same among the tail's k
@@ -43,6 +52,7 @@ def check_tail(
     *,
     m: int = 16,
     alpha: float = 0.25,
+    tested_share: float | None = None,
     ns: Sequence[int] | None = None,
     seed: int = 0,
 ) -> TailChecks:
@@ -53,6 +63,8 @@ def check_tail(
         valid: [P, W] bool, False = not a sample; None = all finite ones.
         m: Samples that best-of-n is predicted from.
         alpha: Upper-tail level in (0, 1].
+        tested_share: Upper share of the samples whose line and shape are compared with a Gaussian's, in (0, 1];
+            None = 2 alpha, at most 1.
         ns: Budgets to predict, at most M - m; None = `prediction_budgets`.
         seed: Which samples of a prompt form a group. Their order does not matter.
 
@@ -63,18 +75,24 @@ def check_tail(
         raise ValueError(f"a tail of fewer than 2 of m={m} samples has no spread at alpha={alpha}; raise m or alpha.")
     rows, samples = equal_samples(rewards, valid, seed)
     size = samples.shape[1]
-    k = tail_size(alpha, size)
-    tail = samples.topk(min(k, size), dim=1).values
+    share = min(1.0, 2 * alpha) if tested_share is None else tested_share
+    tail = samples.topk(min(tail_size(alpha, size), size), dim=1).values
+    tested = samples.topk(min(tail_size(share, size), size), dim=1).values
+    k = tested.shape[1]
     has_tail, has_others = k >= MIN_TAIL, size >= 2 * m
     budgets = tuple(ns) if ns is not None else prediction_budgets(m, size)
     if has_others and not all(1 <= n <= size - m for n in budgets):
         raise ValueError(f"ns must lie between 1 and M - m = {size} - {m} = {size - m}, got {list(budgets)}.")
-    line = qq_r2(tail, size) if has_tail else None
-    shapes = pwm_shape(tail) if has_tail else None
+    line = qq_r2(tested, size) if has_tail else None
+    shapes = pwm_shape(tested) if has_tail else None
     return TailChecks(
         rows=rows,
         samples=samples,
         tail=tail,
+        tested_share=share,
+        tested=tested,
+        atoms=largest_atom(tested) if k else tested.new_empty(0),
+        two_clusters=two_cluster_share(tested),
         ties=tied_share(samples, tail),
         distinct=num_distinct(samples),
         distinct_in_tail=num_distinct(tail),

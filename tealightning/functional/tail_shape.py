@@ -12,6 +12,7 @@ import torch
 from scipy.special import gammaln, log_ndtr
 from torch import Tensor
 
+from tealightning.functional.clusters import two_cluster_share
 from tealightning.functional.moments import centred, ratio_or_zero
 from tealightning.functional.statistics import mean_over_prompts
 
@@ -88,6 +89,7 @@ class TailNull(NamedTuple):
 
     r2: Tensor  # [S] float64, `qq_r2`, ascending
     shape: Tensor  # scalar float64, mean of `pwm_shape`
+    two_clusters: Tensor  # scalar float64, mean of `two_cluster_share`
     profile_mean: Tensor  # [k] float64, mean of `standardised_tail`
     profile_std: Tensor  # [k] float64, its standard deviation
 
@@ -99,7 +101,13 @@ def gaussian_tail_null(m: int, k: int) -> TailNull:
     draws = np.random.default_rng(_SEED).standard_normal((num_simulations(m), m))
     tail = torch.from_numpy(draws).topk(k, dim=1).values
     profile = standardised_tail(tail, m)
-    return TailNull(qq_r2(tail, m).sort().values, pwm_shape(tail).mean(), profile.mean(dim=0), profile.std(dim=0))
+    return TailNull(
+        r2=qq_r2(tail, m).sort().values,
+        shape=pwm_shape(tail).mean(),
+        two_clusters=two_cluster_share(tail).mean(),
+        profile_mean=profile.mean(dim=0),
+        profile_std=profile.std(dim=0),
+    )
 
 
 def standardised_tail(tail: Tensor, m: int) -> Tensor:

@@ -11,14 +11,15 @@ from tealightning.metrics.prompt_samples import PromptSamples
 
 
 class TailFit(PromptSamples):
-    """Checks of the upper tail `k = ceil(alpha * M)` of M samples a prompt, over prompts.
+    """Checks of the upper tail of M samples a prompt, over prompts.
 
-    `compute()` returns float64 scalars. About the tail, if `k >= 4`:
+    `compute()` returns float64 scalars. About the upper `2 alpha`, which the tail estimators assume to be Gaussian, if
+    it holds 4 samples (the part can be set by `tested_share`):
 
     - `tail_qq_r2`: squared correlation of the tail with Gaussian order statistics;
     - `tail_qq_rejected`: share of the prompts where it is below the 5% quantile of Gaussian samples (Gaussian: 0.05);
     - `tail_shape`, `tail_shape_se`: generalised Pareto shape, pooled over prompts, bias-corrected;
-    - `tail_shape_gaussian`: what Gaussian samples of the same size have, about -0.26 at `alpha = 0.25`.
+    - `tail_shape_gaussian`: what Gaussian samples of the same size have, about -0.41 at `alpha = 0.25`.
 
     About best-of-n at `n = M - m`, predicted from groups of m samples and measured on the M - m others, if `M >= 2m`:
 
@@ -26,7 +27,7 @@ class TailFit(PromptSamples):
     - `tail_prediction_error_gaussian`: what it is for Gaussian rewards: the plug-in is biased low at a finite m;
     - `tail_coverage`: share of the groups whose 90% interval holds the measured value (Gaussian: 0.90).
 
-    Always: `tail_ties`, share of the tail's samples with a value that the prompt has more than once.
+    Always: `tail_ties`, share of the upper alpha's samples with a value that the prompt has more than once.
 
     Keys for which M is too small are left out, as `BestOfN` leaves out budgets beyond the samples; before any update
     all are NaN, and so is a standard error over a single prompt. A prompt without spread counts in the ties only.
@@ -34,30 +35,34 @@ class TailFit(PromptSamples):
     Args:
         m: Samples that best-of-n is predicted from; best the group size of training.
         alpha: Upper-tail level in (0, 1].
+        tested_share: Upper share of the samples that is compared with a Gaussian, in (0, 1]; None = 2 alpha, at most 1.
 
     Raises:
-        ValueError: for an alpha out of range, or an m whose tail has fewer than 2 samples.
+        ValueError: for an alpha or a share out of range, or an m whose tail has fewer than 2 samples.
     """
 
     higher_is_better = None
 
-    def __init__(self, m: int = 16, alpha: float = 0.25, **kwargs: Any) -> None:
+    def __init__(self, m: int = 16, alpha: float = 0.25, tested_share: float | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not 0 < alpha <= 1:
             raise ValueError(f"alpha must be in (0, 1], got {alpha!r}.")
+        if tested_share is not None and not 0 < tested_share <= 1:
+            raise ValueError(f"tested_share must be in (0, 1], or None for 2 alpha, got {tested_share!r}.")
         if isinstance(m, bool) or not isinstance(m, int) or m < smallest_group(alpha, 2):
             raise ValueError(
                 f"m must be an integer of at least {smallest_group(alpha, 2)} at alpha={alpha}, got {m!r}."
             )
         self.m = m
         self.alpha = alpha
+        self.tested_share = tested_share
 
     def compute(self) -> dict[str, Tensor]:
         """The keys that the class describes."""
         _, samples = self._pooled()
         if samples.isnan().all():
             return {key: torch.full((), float("nan"), dtype=torch.float64, device=self.device) for key in KEYS}
-        found = summarise(check_tail(samples, m=self.m, alpha=self.alpha))
+        found = summarise(check_tail(samples, m=self.m, alpha=self.alpha, tested_share=self.tested_share))
         return {key: value.to(self.device) for key, value in found.items()}
 
 

@@ -237,6 +237,12 @@ def test_wrong_reward_function(fit_args, rewards_file, function, told):
     assert told in refused(*fit_args, *options)
 
 
+def test_rewards_that_an_estimator_refuses_are_told_with_what_to_do(fit_args):
+    told = refused(*fit_args, "--model.estimator=max_rl")
+    assert "error: max_rl takes rewards of at least 0, got -" in told
+    assert "take tail_rl" in told and "a score in [0, 1]" in told
+
+
 def test_debug_shows_the_traceback_of_a_reward_function(fit_args, rewards_file):
     options = ["--rollout.reward=FunctionReward", f"--rollout.reward.function={rewards_file}:raises"]
     assert "(--debug shows the traceback)" in refused(*fit_args, *options)

@@ -35,10 +35,10 @@ def test_study_has_every_estimator_that_suits_the_rewards(measured):
     result, folder = measured
     with (folder / "policy_fidelity.csv").open() as file:
         rows = list(csv.DictReader(file))
-    binary = {"pass_at_n", "grpo_lead"} & set(estimator_names())
-    assert {row["estimator"].partition("[")[0] for row in rows} == set(estimator_names()) - binary
-    assert all(name in result.out for name in binary)
-    assert "for rewards of 0 and 1" in result.out
+    unsuitable = {"pass_at_n", "grpo_lead", "max_rl"}
+    assert {row["estimator"].partition("[")[0] for row in rows} == set(estimator_names()) - unsuitable
+    assert "left out: grpo_lead, pass_at_n (for rewards of 0 and 1" in result.out
+    assert "left out: max_rl (some rewards are too low: -" in result.out
     assert {row["m"] for row in rows} == {"9"}
     assert all(-1 <= float(row["cosine_raw"]) <= 1 for row in rows if not row["note"].startswith("refused"))
 

@@ -24,6 +24,7 @@ def test_a_file_of_rewards_gives_a_report(tmp_path, rewards):
     assert f"tealightning diagnose tail --rewards {file} --out {tmp_path / 'out'} -m 32 --ns 16 64" in page
     assert str(tmp_path / "out" / "prediction.png") in result.out
     record = json.loads((tmp_path / "out" / "tail.json").read_text())
+    assert "Tested: the upper 0.5 of each prompt's rewards, 64 samples" in result.out
     assert record["m"] == 32 and [row["n"] for row in record["predictions"]] == [16, 64]
 
 
@@ -59,6 +60,7 @@ def test_a_policy_is_sampled_from_its_config(playground, tmp_path):
         (("--run", "nowhere"), "rewards_after.jsonl: no such file"),
         (("--rewards", "x", "--model.policy=y"), "Unknown options: --model.policy=y"),
         (("--rewards", "x", "--alpha", "2"), "--alpha must be in (0, 1], got 2.0"),
+        (("--rewards", "x", "--tested-share", "0"), "--tested-share must be in (0, 1], got 0.0"),
         (("--rewards", "x", "-m", "0"), "--group-size must be at least 1, got 0"),
         (("--rewards", "x", "--seed", "-1"), "--seed must be at least 0, got -1"),
         (("-c", "nowhere.yaml"), "nowhere.yaml"),

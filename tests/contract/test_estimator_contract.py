@@ -31,12 +31,17 @@ class Case:
     shift_invariant: bool = True  # A(R + c) = A(R)
     scaling: Literal["equivariant", "invariant", "neither"] = "equivariant"  # A(s R) = s A(R); A(s R) = A(R)
     zero_in_constant_groups: bool = True  # else equal within the group
+    negative_rewards: bool = True  # else refused: such an estimator is tested on absolute values
 
     def __str__(self) -> str:
         return f"{self.name}-{self.kwargs}"
 
     def build(self):
         return build_estimator(self.name, **self.kwargs)
+
+    def fit(self, rewards: Tensor) -> Tensor:
+        """Rewards that it takes."""
+        return rewards if self.negative_rewards else rewards.abs()
 
 
 NO_BASELINE = {"shift_invariant": False, "zero_in_constant_groups": False}
@@ -48,8 +53,10 @@ DECLARED: dict[str, dict] = {
     "grpo": {"scaling": "neither"},
     "grpo_lead": THRESHOLDED,
     "infalign": {"scaling": "invariant"},
+    "max_rl": {"shift_invariant": False, "scaling": "neither", "negative_rewards": False},
     "pass_at_n": THRESHOLDED,
     "prefix_tea": {"permutation_equivariant": False},
+    "rs_grpo": {"scaling": "neither"},
     "tea": {"scaling": "invariant"},
 }
 
@@ -59,6 +66,13 @@ VARIANTS: list[tuple[str, dict, dict]] = [  # name, arguments, what differs from
     ("max_at_k", {"k": 1}, {}),
     ("max_at_k", {"k": 3}, {}),
     ("max_at_k", {"k": 3, "baseline": "none"}, NO_BASELINE),
+    ("max_at_k", {"scale": "group_std"}, {"scaling": "invariant"}),
+    ("max_at_k", {"k": 1, "scale": "group_std"}, {"scaling": "invariant"}),
+    ("max_at_k", {"k": 8, "scale": "group_std"}, {"scaling": "invariant"}),
+    ("max_at_k", {"k": 3, "scale": "group_std", "baseline": "none"}, {"scaling": "invariant"}),
+    ("max_rl", {"eps": 0.5}, {}),
+    ("rs_grpo", {"beta": 0.01}, {}),
+    ("rs_grpo", {"beta": 5.0, "eps": 1.0}, {}),
     ("chow_bon_rl", {"baseline": "none"}, NO_BASELINE),
     ("cat_bon", {"target_n": 4096}, {}),
     ("cat_bon", {"target_n": 1}, {}),
@@ -106,8 +120,15 @@ def widths(estimator) -> st.SearchStrategy[int]:
     return st.sampled_from(sorted({smallest, max(smallest, 12), max(smallest, 16)}))
 
 
+TOLERANCE = {"rtol": 1e-8, "atol": 1e-8}
+
+
 def check(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+
+
+def same(actual: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(actual, expected, **TOLERANCE)
 
 
 @each
@@ -116,7 +137,7 @@ def check(actual: Tensor, expected: Tensor) -> None:
 def test_symmetries(case, data):
     estimator = case.build()
     width = data.draw(widths(estimator))
-    rewards = data.draw(groups(width))
+    rewards = case.fit(data.draw(groups(width)))
     advantages = estimator(rewards)
     if case.permutation_equivariant:
         order = torch.tensor(data.draw(st.permutations(range(width))))
@@ -135,7 +156,7 @@ def test_symmetries(case, data):
 def test_invalid_rollouts_get_zero_and_take_no_part(case, data):
     estimator = case.build()
     width = data.draw(widths(estimator))
-    rewards = data.draw(groups(width))[:1]
+    rewards = case.fit(data.draw(groups(width))[:1])
     kept = data.draw(st.lists(st.booleans(), min_size=width, max_size=width))
     valid = torch.tensor([kept])
     advantages = estimator(rewards, valid)
@@ -157,6 +178,7 @@ def test_finite_rewards_give_finite_advantages(case, data):
     width = max(2, estimator.min_group_size, 12)
     values = st.floats(-1e100, 1e100) | st.sampled_from([0.0, 1e-300, 5e-324, 0.1, 0.1 + 2**-56])
     rewards = torch.tensor([data.draw(st.lists(values, min_size=width, max_size=width))], dtype=torch.float64)
+    rewards = case.fit(rewards)
     assert torch.isfinite(estimator(rewards)).all()
 
 
@@ -165,6 +187,7 @@ def test_finite_rewards_give_finite_advantages(case, data):
 def test_extreme_magnitudes_keep_the_shape_of_the_advantages(case, magnitude):
     estimator = case.build()
     rewards = torch.randn(4, max(estimator.min_group_size, 16), generator=torch.Generator().manual_seed(0)).double()
+    rewards = case.fit(rewards)
     advantages = estimator(rewards * magnitude)
     assert torch.isfinite(advantages).all()
     if case.scaling != "neither":
@@ -177,7 +200,7 @@ def test_constant_groups_give_exact_zeros(case, value):
     estimator = case.build()
     for width in {max(2, estimator.min_group_size), 12, 16, 49} - set(range(estimator.min_group_size)):
         for dtype in (torch.float64, torch.float32):
-            advantages = estimator(torch.full((2, width), value, dtype=dtype))
+            advantages = estimator(case.fit(torch.full((2, width), value, dtype=dtype)))
             assert (advantages == (0 if case.zero_in_constant_groups else advantages[0, 0])).all()
 
 
@@ -186,7 +209,7 @@ def test_constant_groups_give_exact_zeros(case, value):
 def test_result_has_the_dtype_and_shape_of_the_rewards(case, dtype):
     estimator = case.build()
     width = max(estimator.min_group_size, 16)
-    rewards = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rewards = case.fit(torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(dtype))
     before = rewards.clone()
     advantages = estimator(rewards)
     assert advantages.dtype == dtype
@@ -202,7 +225,7 @@ def test_empty_and_unscorable_batches_give_zeros(case):
     width = max(estimator.min_group_size, 16)
     assert estimator(torch.zeros(0, width)).shape == (0, width)
     assert (estimator(torch.full((2, width), float("nan"))) == 0).all()
-    rewards = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
+    rewards = case.fit(torch.randn(2, width, generator=torch.Generator().manual_seed(0)))
     assert (estimator(rewards, torch.zeros(2, width, dtype=torch.bool)) == 0).all()
 
 
@@ -222,6 +245,20 @@ def test_bad_input_is_a_value_error(case):
             estimator(torch.zeros(2, small))
 
 
+@each
+def test_rewards_that_are_refused_are_told(case):
+    rewards = torch.randn(2, max(case.build().min_group_size, 16), generator=torch.Generator().manual_seed(0))
+    if case.negative_rewards:
+        case.build()(rewards)
+        return
+    with pytest.raises(
+        ValueError, match=rf"{case.name} takes rewards of at least 0, got {float(rewards.min()):.4g}: \w"
+    ):
+        case.build()(rewards)
+    invalid = case.build()(rewards, rewards >= 0)  # what could not be scored is not looked at
+    assert torch.isfinite(invalid).all()
+
+
 @pytest.mark.parametrize("name", sorted(DECLARED))
 def test_declared_names_are_estimators(name):
     assert name in estimator_names()
@@ -232,16 +269,16 @@ def test_nothing_is_declared_that_does_not_hold(case):
     """An exemption that the estimator no longer needs would hide the day when the property breaks."""
     estimator = case.build()
     width = max(estimator.min_group_size, 16)
-    rewards = torch.randn(8, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rewards = case.fit(torch.randn(8, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     advantages = estimator(rewards)
     assert advantages.abs().max() > 0
     if not case.permutation_equivariant:
-        assert not torch.allclose(estimator(rewards.roll(1, 1)), advantages.roll(1, 1))
+        assert not same(estimator(rewards.roll(1, 1)), advantages.roll(1, 1))
     if not case.shift_invariant:
-        assert not torch.allclose(estimator(rewards + 1), advantages)
+        assert not same(estimator(rewards + 1), advantages)
     if case.scaling != "invariant":
-        assert not torch.allclose(estimator(rewards * 3), advantages)
+        assert not same(estimator(rewards * 3), advantages)
     if case.scaling == "neither":
-        assert not torch.allclose(estimator(rewards * 3), advantages * 3)
+        assert not same(estimator(rewards * 3), advantages * 3)
     if not case.zero_in_constant_groups:
         assert estimator(torch.ones(1, width)).abs().max() > 0

@@ -272,6 +272,13 @@ def test_trial_knows_units_refusals_and_warnings():
     assert "the tail has 2 rollouts" in try_out(build_estimator("direct"), 8).warned
 
 
+def test_an_estimator_that_refuses_negative_rewards_is_measured_where_there_are_none():
+    cells = [Cell(sweep="main", world=world, m=8, target_n=16, alpha=0.25) for world in ("gaussian", "gpd_0")]
+    gaussian, exponential = measure(cells, parse_estimators(["max_rl"]), groups=512, seed=0)
+    assert "cosine" not in gaussian and "max_rl takes rewards of at least 0, got -" in gaussian["note"]
+    assert exponential["note"] == "" and exponential["cosine"] > 0
+
+
 def test_rows_keep_the_order_and_say_what_is_refused():
     specs = parse_estimators(["grpo", "max_at_k:k=16", "direct"])
     cells = [Cell(sweep="main", world="two_arms", m=m, target_n=n, alpha=0.25) for m in (8, 16) for n in (16, 128)]

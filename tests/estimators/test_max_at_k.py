@@ -8,6 +8,7 @@ import torch
 
 from tealightning.estimators import MaxAtK, MeanReward
 from tealightning.functional.best_of_n import best_of_n
+from tealightning.functional.max_at_k import max_at_k_gains
 
 
 def enumerated(rewards: list[float], k: int, baseline: str) -> list[float]:
@@ -94,3 +95,45 @@ def test_max_at_k_is_unbiased(k, baseline):
 @pytest.mark.parametrize(("baseline", "share"), [("loo", 1.0), ("none", 1.0), ("mean", 0.8)])
 def test_mean_reward_is_unbiased_up_to_its_documented_factor(baseline, share):
     torch.testing.assert_close(expected_estimate(MeanReward(baseline=baseline), 5), share * exact_gradient(1))
+
+
+# ---------------------------------------------------------------- standardised weights
+
+
+@pytest.mark.parametrize("baseline", ["loo_minus_one", "none"])
+@pytest.mark.parametrize("k", [1, 2, 4, 7])
+def test_group_std_standardises_the_weights(k, baseline):
+    rewards = torch.randn(3, 8, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+    weights = MaxAtK(k=k, baseline=baseline)(rewards)
+    expected = (weights - weights.mean(1, keepdim=True)) / weights.std(1, keepdim=True)
+    torch.testing.assert_close(MaxAtK(k=k, baseline=baseline, scale="group_std")(rewards), expected)
+
+
+def test_group_std_at_half_the_group_by_hand():
+    """k = 2 of 3: the gaps 1 and 3 count 1 and 2 times: weights 0, 1, 7."""
+    rewards = torch.tensor([[4.0, 0.0, 1.0]], dtype=torch.float64)
+    assert MaxAtK(k=2)(rewards).tolist() == [[7.0, 0.0, 1.0]]
+    expected = torch.tensor([[13.0, -8.0, -5.0]], dtype=torch.float64) / 129**0.5  # mean 8/3, variance 129/9
+    torch.testing.assert_close(MaxAtK(k=2, scale="group_std")(rewards), expected)
+
+
+def test_group_std_with_the_whole_group_does_not_see_the_lead():
+    for best in (2.0, 1000.0):
+        advantages = MaxAtK(scale="group_std")(torch.tensor([[1.0, best, 0.0, 0.0]], dtype=torch.float64))
+        assert advantages[0].tolist() == pytest.approx([-0.5, 1.5, -0.5, -0.5])
+    assert MaxAtK(scale="group_std")(torch.tensor([[1.0, 2.0, 2.0, 0.0]])).tolist() == [[0.0] * 4]
+
+
+def test_group_std_without_a_baseline_needs_subsets_smaller_than_the_group():
+    with pytest.raises(ValueError, match="k must be an integer below group_size"):
+        MaxAtK(baseline="none", scale="group_std")
+    with pytest.raises(ValueError, match=r"group_size=4: raise group_size to 5 or more, or lower k \(now 4\)"):
+        MaxAtK(k=4, baseline="none", scale="group_std")(torch.zeros(1, 4))
+    assert max_at_k_gains(torch.tensor([[0.1, 0.7, 1e6]]).double(), 3).tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_group_std_has_no_off_policy_form():
+    estimator = MaxAtK(k=2, scale="group_std")
+    assert MaxAtK(k=2).has_off_policy_form and not estimator.has_off_policy_form
+    with pytest.raises(ValueError, match="no off-policy form with scale=group_std; set scale=none"):
+        estimator.off_policy(torch.randn(2, 8), torch.ones(2, 8))

@@ -41,6 +41,11 @@ def max_of(k: int, rewards: Tensor = GRADED) -> Callable[[Tensor], Tensor]:
     return lambda probabilities: (probabilities[tuples(k)].prod(1) * rewards[tuples(k)].amax(1)).sum()
 
 
+def sum_of_max(terms: int, rewards: Tensor = GRADED) -> Callable[[Tensor], Tensor]:
+    """sum_{k <= terms} (1/k) E[max of k]."""
+    return lambda probabilities: sum(max_of(k, rewards)(probabilities) / k for k in range(1, terms + 1))
+
+
 def mean(probabilities: Tensor) -> Tensor:
     return (probabilities * GRADED).sum()
 
@@ -65,6 +70,7 @@ UNBIASED: list[tuple[str, dict, Callable[[int], Callable]]] = [
     ],
     ("max_at_k", {}, max_of),
     ("max_at_k", {"baseline": "none"}, max_of),
+    ("tail_rl", {}, lambda m: sum_of_max(m - 1)),
     ("chow_bon_rl", {"baseline": "none"}, max_of),
     ("chow_bon_rl", {"baseline": "mean"}, lambda m: lambda p: max_of(m)(p) - mean(p)),
 ]
@@ -73,6 +79,9 @@ BIASED: list[tuple[str, dict, Callable[[int], Callable]]] = [  # N = m where the
     ("mean_reward", {"baseline": "mean"}, lambda m: mean),
     ("grpo", {}, lambda m: mean),
     ("bon_max_mean", {}, max_of),
+    ("tail_rl", {}, sum_of_max),
+    ("max_at_k", {"k": 2, "scale": "group_std"}, lambda m: max_of(2)),
+    ("rs_grpo", {}, lambda m: mean),
     ("chow_bon_rl", {"baseline": "mean"}, max_of),
     ("cat_bon", {"target_n": "m"}, max_of),
     ("entropic", {}, max_of),
@@ -106,6 +115,14 @@ def test_estimator_is_unbiased(name, kwargs, objective, m):
 @pytest.mark.parametrize(("name", "kwargs", "objective"), BIASED, ids=ids(BIASED))
 def test_estimator_is_biased(name, kwargs, objective, m):
     assert gap(name, kwargs, objective, m) > 1e-3
+
+
+@pytest.mark.parametrize("m", SIZES)
+def test_max_rl_follows_the_sum_of_pass_at_k_below_m_and_the_log_likelihood_no_further(m):
+    estimate = expected_estimate(build_estimator("max_rl", eps=1e-13), m, BINARY)
+    assert (estimate - gradient(sum_of_max(m - 1, BINARY))).abs().max() < 1e-10
+    log_likelihood = gradient(lambda probabilities: (probabilities * BINARY).sum().log())
+    assert (estimate - log_likelihood).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("weights", [pass_at_n_weights, pass_at_n_loo_weights])

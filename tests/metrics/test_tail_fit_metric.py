@@ -74,6 +74,14 @@ def test_tail_fit_names_a_bad_m(m):
         TailFit(m=m)
 
 
+def test_tail_fit_tests_the_share_that_it_is_told():
+    found = metric_of((REWARDS, KEY), tested_share=0.25).compute()
+    torch.testing.assert_close(found, summarise(check_tail(REWARDS, tested_share=0.25)), rtol=0, atol=0)
+    assert found["tail_shape"] != metric_of((REWARDS, KEY)).compute()["tail_shape"]
+    with pytest.raises(ValueError, match=r"^tested_share must be in \(0, 1\], or None for 2 alpha, got 0"):
+        TailFit(tested_share=0)
+
+
 def test_tail_fit_names_a_bad_alpha():
     with pytest.raises(ValueError, match=r"^alpha must be in \(0, 1\], got 1.5"):
         TailFit(alpha=1.5)

@@ -1,0 +1,45 @@
+"""GRPO with an exponential utility: the larger beta, the more the best of a group count."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tealightning.estimators._checks import check_positive
+from tealightning.estimators.base import AdvantageEstimator
+from tealightning.functional.moments import centred, sample_std
+from tealightning.registry import register
+
+
+@register
+class RsGRPO(AdvantageEstimator):
+    """`A_i = (1/beta) (exp(beta z_i) / mean_j exp(beta z_j) - 1)`, `z = (R - mean)/(std + eps)`, sample std.
+
+    Risk-sensitive GRPO (arXiv 2509.24261): the gradient of `(1/beta) log E[exp(beta z)]` with the group's own mean in
+    the denominator. beta -> 0 is GRPO. Biased: the standardisation and the denominator depend on the rollout itself.
+    Between -1/beta and (m-1)/beta, whatever the rewards. A constant group gets zeros.
+
+    Deviation: the authors' code takes rewards of 0 and 1 as they are; here they are standardised as in `GRPO` first, so
+    that beta has no unit and any reward will do.
+
+    Args:
+        beta: How much the top counts, > 0.
+        eps: Added to the standard deviation, > 0, in units of reward: groups with a smaller spread fade out.
+    """
+
+    objective: ClassVar[str] = "log E[exp(beta z)]/beta (biased)"
+
+    def __init__(self, *, beta: float = 2.0, eps: float = 1e-4) -> None:
+        self.beta = check_positive("beta", beta)
+        self.eps = check_positive("eps", eps)
+
+    @property
+    def min_group_size(self) -> int:
+        """2: one rollout has no spread."""
+        return 2
+
+    def compute(self, rewards: Tensor) -> Tensor:
+        """[P, m] -> [P, m]; exponents below 0 do not overflow, and `exp(x) - 1` keeps the digits of a small beta."""
+        standardised = centred(rewards) / (sample_std(rewards) + self.eps)
+        exponents = self.beta * (standardised - standardised.amax(dim=1, keepdim=True))
+        return centred(torch.expm1(exponents)) / (self.beta * exponents.exp().mean(dim=1, keepdim=True))
