@@ -7,27 +7,59 @@ from pathlib import Path
 
 
 def playground(args: Sequence[str]) -> None:
-    """`tealightning playground --out DIR`."""
-    from tealightning.worlds import STYLE_WORLDS, build_prose, build_styles
+    """`tealightning playground --out DIR`.
+
+    Raises:
+        ValueError: for a setting out of range, or one that the chosen world does not have.
+    """
+    from tealightning.cli.console import quiet_transformers
+    from tealightning.worlds import MAZE_WORLDS, STYLE_WORLDS, build_maze, build_prose, build_styles
+    from tealightning.worlds.maze_config import maze_config
 
     parser = argparse.ArgumentParser(
         prog="tealightning playground",
         description="Build a small policy, prompts and a reward, all in Hugging Face format and without a download. "
-        "World prose: a reward model and text from the Python installation's own documentation (a few minutes on 2 "
-        "cores). Worlds styles and styles-budget: mean and best-of-N disagree (half a minute).",
+        "World maze: text mazes and a verifier, a path to the goal is rare (a minute on one core); maze-frequent: it "
+        "is not. World prose: a reward model and text from the Python installation's own documentation (a few minutes). "
+        "Worlds styles and styles-budget: mean and best-of-N disagree (half a minute).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to build; a complete one is kept as it is")
-    parser.add_argument("--world", choices=["prose", *STYLE_WORLDS], default="prose", help="what is built")
+    worlds = [*MAZE_WORLDS, "prose", *STYLE_WORLDS]
+    parser.add_argument("--world", choices=worlds, default="maze", help="what is built")
     parser.add_argument("--seed", type=int, default=0, help="everything follows from it")
     parser.add_argument("--size", choices=["default", "tiny"], default="default", help="tiny: seconds, for tests")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
-    options = parser.parse_args(args)
-    settings = {"seed": options.seed, "size": options.size, "overwrite": options.overwrite}
-    if options.world == "prose":
-        build_prose(options.out, **settings)
+    mazes = parser.add_argument_group("mazes", "what a world of mazes is made of; defaults are those of the chosen one")
+    unset = argparse.SUPPRESS
+    for option, (kind, text) in _MAZE_OPTIONS.items():
+        count = 2 if option == "--path-lengths" else None
+        metavar = ("FEWEST", "MOST") if count else None
+        mazes.add_argument(option, type=kind, nargs=count, metavar=metavar, default=unset, help=text)  # type: ignore[arg-type]
+    options = vars(parser.parse_args(args))
+    world, out = options.pop("world"), options.pop("out")
+    settings = {name: options.pop(name) for name in ("seed", "size", "overwrite")}
+    quiet_transformers()
+    if world in MAZE_WORLDS:
+        chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+        config = maze_config(world, settings.pop("size"), **chosen)
+        build_maze(out, world=config, **settings)
+    elif options:
+        raise ValueError(f"--{next(iter(options)).replace('_', '-')} is a setting of mazes, and --world is {world}.")
+    elif world == "prose":
+        build_prose(out, **settings)
     else:
-        build_styles(options.out, world=options.world, **settings)
+        build_styles(out, world=world, **settings)
+
+
+_MAZE_OPTIONS: dict[str, tuple[type, str]] = {
+    "--side": (int, "rows and columns of the grid"),
+    "--wall-density": (float, "probability that a cell is a wall"),
+    "--path-lengths": (int, "fewest and most moves of the shortest path"),
+    "--greedy": (float, "how often the walks that the policy learns from move towards the goal: the dial of success"),
+    "--illegal": (float, "how often they run into a wall"),
+    "--stop": (float, "how often they end before a move"),
+}
 
 
 def estimators(args: Sequence[str]) -> None:

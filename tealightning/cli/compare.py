@@ -36,7 +36,7 @@ def compare(args: Sequence[str]) -> None:
     if options.dry_run:
         show_plan(plan, options)
         return
-    with _alone(spec.folder):
+    with alone(spec.folder):
         missing = [] if options.report_only else unfinished(plan.all_jobs)
         outcomes = {job.folder: outcome_of(job) for job in plan.all_jobs}
         if missing:
@@ -125,7 +125,13 @@ def build_playgrounds(playgrounds: Sequence[dict[str, Any]]) -> None:
     from tealightning.cli.commands import playground
 
     for settings in playgrounds:
-        playground([f"--{key}={value}" for key, value in settings.items()])
+        playground([word for key, value in settings.items() for word in _option(key, value)])
+
+
+def _option(key: str, value: Any) -> list[str]:
+    """A setting as the command line takes it."""
+    values = value if isinstance(value, list) else [value]
+    return [f"--{key.replace('_', '-')}", *map(str, values)]
 
 
 def run_missing(plan: "Plan", missing: Sequence["Job"], options: argparse.Namespace) -> dict[Path, Any]:
@@ -144,7 +150,9 @@ def run_missing(plan: "Plan", missing: Sequence["Job"], options: argparse.Namesp
         flush=True,
     )
     # Set before the process is started that runs are forked from: thread counts are read when torch is imported.
-    with _environment({"OMP_NUM_THREADS": environments[0].get("OMP_NUM_THREADS", "")}):
+    # Processes of runs leave without tidying up, and Python's resource tracker would say so behind the results.
+    quiet = {"PYTHONWARNINGS": "ignore:resource_tracker"}
+    with _environment({"OMP_NUM_THREADS": environments[0].get("OMP_NUM_THREADS", ""), **quiet}):
         try:
             return run_jobs(
                 missing,
@@ -244,7 +252,7 @@ class _environment:
                 os.environ[name] = value
 
 
-def _alone(folder: Path) -> Any:
+def alone(folder: Path) -> Any:
     """Hold the ablation's folder: two commands would write the same results."""
     from tealightning.locks import locked
 

@@ -16,6 +16,7 @@ usage: tealightning COMMAND [options]
 Post-train language models for best-of-N deployment.
 
 commands:
+  quickstart  GRPO against TEA in mazes: a table and two pictures in minutes
   fit         train a policy           tealightning fit -c configs/quickstart.yaml
   validate    best-of-n on the validation prompts
   test        best-of-n on the test prompts
@@ -68,6 +69,10 @@ def _run(command: str, args: list[str], given: list[str]) -> None:
         from tealightning.cli.commands import playground
 
         playground(args)
+    elif command == "quickstart":
+        from tealightning.cli.quickstart import quickstart
+
+        quickstart(args)
     elif command == "estimators":
         from tealightning.cli.commands import estimators
 

@@ -200,7 +200,7 @@ def run_training(command: str, args: Sequence[str], given: Sequence[str] = ()) -
         SystemExit: with status 2 for a config that does not parse.
     """
     if command not in COMMANDS:
-        others = ["playground", "compare", "estimators", "diagnose"]
+        others = ["quickstart", "playground", "compare", "estimators", "diagnose"]
         raise ValueError(f"Unknown command {command!r}.{did_you_mean(command, [*COMMANDS, *others])}")
     _parse(TrainingCLI, command, args, given or [command, *args])
 

@@ -34,7 +34,6 @@ def build_maze(
     size: str = "default",
     progress: bool = True,
     overwrite: bool = False,
-    **options: Any,
 ) -> Playground:
     """Build `out` (policy/, prompts/{train,val,test}.jsonl, playground.json), or reuse it; see `build_prose`.
 
@@ -48,12 +47,11 @@ def build_maze(
         size: A name in `MAZE_SIZES`; of no effect beside a configuration.
         progress: Show a progress bar and say what happens.
         overwrite: Replace what is at `out`, whatever it is.
-        options: Settings of `MazeConfig` that replace those of the named world.
 
     Raises:
-        ValueError: if `out` is something else than the world asked for, a name is unknown or a setting out of range.
+        ValueError: if `out` is something else than the world asked for, or a name is unknown.
     """
-    config = world if isinstance(world, MazeConfig) else maze_config(world, size, **options)
+    config = world if isinstance(world, MazeConfig) else maze_config(world, size)
     identity = json.loads(json.dumps(asdict(config)))
     wanted = {"format_version": FORMAT_VERSION, "kind": "maze", "seed": seed, "config": identity}
     return build_folder(

@@ -53,8 +53,8 @@ class MazeConfig:
     lr: float = 5e-3
     muon_lr: float = 1e-2
     train_prompts: int = 4000
-    val_prompts: int = 64
-    test_prompts: int = 64
+    val_prompts: int = 128
+    test_prompts: int = 128
     curve_prompts: int = 16
     curve_samples: int = 128
     num_threads: int = 1
@@ -89,7 +89,8 @@ MAZE_WORLDS: dict[str, dict[str, Any]] = {
     "maze": {},
     "maze-frequent": dict(path_lengths=(2, 4), greedy=0.9, stop=0.02),
 }
-"""`maze`: a path to the goal is rare. `maze-frequent`: paths are short, and the policy has learned from good walks and arrives often."""
+"""`maze`: a path to the goal is rare. `maze-frequent`: paths are short and the policy has learned
+from good walks, so it arrives often."""
 
 MAZE_SIZES: dict[str, dict[str, Any]] = {
     "default": {},
