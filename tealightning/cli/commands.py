@@ -20,7 +20,7 @@ def playground(args: Sequence[str]) -> None:
         prog="tealightning playground",
         description="Build a small policy, prompts and a reward, all in Hugging Face format and without a download. "
         "World maze: text mazes and a verifier, a path to the goal is rare (a minute on one core); maze-frequent: it "
-        "is not. World prose: a reward model and text from the Python installation's own documentation (a few minutes). "
+        "is not. World prose: a reward model and text from the Python installation's documentation (a few minutes). "
         "Worlds styles and styles-budget: mean and best-of-N disagree (half a minute).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -69,7 +69,7 @@ def draw_mazes(config: MazeConfig, *, count: int, rng: np.random.Generator) -> M
                 f"{shortest} to {longest} moves ({len(found)} of {count} found): widen path_lengths, or change side or "
                 "wall_density."
             )
-        drawn = _draw(config, 4096, rng)
+        drawn = _draw(config, min(4096, 16 * count), rng)
         lengths = path_lengths(drawn)
         for row in np.flatnonzero((lengths >= shortest) & (lengths <= longest)):
             maze = drawn[row : row + 1]
@@ -133,9 +133,11 @@ def read_grid(grid: str) -> Mazes:
     Raises:
         ValueError: unless it is a rectangle of the four characters with one start and one goal that it leads to.
     """
-    cells = np.array([list(line) for line in grid.split("\n")]) if grid else np.empty((0, 0), str)
-    found = {symbol: np.argwhere(cells == symbol) for symbol in (START, GOAL)} if cells.ndim == 2 else {}
-    if not (found and len(found[START]) == len(found[GOAL]) == 1 and np.isin(cells, [WALL, FREE, START, GOAL]).all()):
+    lines = grid.split("\n")
+    is_rectangle = len({len(line) for line in lines}) == 1 and grid != ""
+    cells = np.array([list(line) for line in lines]) if is_rectangle else np.empty((0, 0), str)
+    found = {symbol: np.argwhere(cells == symbol) for symbol in (START, GOAL)}
+    if not (len(found[START]) == len(found[GOAL]) == 1 and np.isin(cells, [WALL, FREE, START, GOAL]).all()):
         raise ValueError(
             f"A maze's grid must be lines of equal length made of {WALL!r}, {FREE!r}, one {START!r} and one {GOAL!r}, "
             f"got {grid!r}."
