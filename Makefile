@@ -17,9 +17,8 @@ help: ## list the targets
 install: ## install into .venv, for a GPU if there is one, else for a CPU (tools/install.sh)
 	@bash tools/install.sh
 
-quickstart: install ## build the playground, train TEA on it with vLLM rollouts, report best-of-N before and after
-	$(bin)/tealightning playground --out runs/playground
-	$(bin)/tealightning fit -c configs/quickstart.yaml
+quickstart: install ## build the mazes, train GRPO and TEA on them with vLLM rollouts, compare best-of-N
+	@$(bin)/tealightning quickstart
 
 test: install ## the tests that take under ten seconds each
 	$(pytest) -m "not slow and not fault"
