@@ -1,4 +1,4 @@
-"""Fill the tables of docs/results/ from the CSV files beside the pages.
+"""Fill the tables of docs/results/ from the CSV files beside the pages, and those of the quickstart.
 
     python tools/result_tables.py                # write the tables
     python tools/result_tables.py --check        # exit status 1 if a table is not what its CSV says
@@ -7,11 +7,13 @@
 What stands between `<!-- table FILE.csv: COLUMN ... -->` and `<!-- /table -->` is made here, a line for each variant.
 Columns of an ablation are quantities of its `table.csv` (docs/ablations-results.md): `best_of_n@128`,
 `diagnostics.kl`; those at equal KL fill a column for each KL. `gradient-fidelity.csv` has tables of one figure,
-`scaled_bias m=16` with a column for each world, and `exact`, the gradients themselves.
+`scaled_bias m=16` with a column for each world, and `exact`, the gradients themselves. The quickstart's table stands
+between `<!-- quickstart table -->` and `<!-- /quickstart table -->`, made from docs/results/quickstart/summary.json.
 """
 
 import argparse
 import csv
+import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -19,11 +21,16 @@ from pathlib import Path
 
 from tealightning.ablation.reading import BUDGETS, DIAGNOSTICS
 from tealightning.ablation.table_formats import markdown_text
+from tealightning.cli.quickstart import table as quickstart_table
 from tealightning.diagnostics.tables import markdown_table
 from tealightning.diagnostics.worlds import build_world
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results"
-ABLATIONS = ("prose", "prose_long", "prose_grid", "styles", "styles_budget")
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+QUICKSTART_PAGES = (ROOT / "README.md", ROOT / "docs" / "index.md")
+QUICKSTART_FILES = ("summary.json", "best_of_n.png", "mazes.png")
+QUICKSTART = re.compile(r"(<!-- quickstart table -->\n).*?(<!-- /quickstart table -->)", re.DOTALL)
+ABLATIONS = ("maze", "maze_frequent", "maze_budget", "prose", "prose_long", "prose_grid", "styles", "styles_budget")
 BLOCK = re.compile(r"(<!-- table (\S+\.csv): ([^\n]+?) -->\n).*?(<!-- /table -->)", re.DOTALL)
 TITLES = {
     "best_of_n": "best of {n}",
@@ -115,6 +122,16 @@ def take_over(runs: Path, results: Path) -> None:
     for name, target in (("fidelity", "gradient-fidelity.csv"), ("decision", "gradient-fidelity-decision.csv")):
         if (source := runs / "gradient-fidelity" / f"{name}.csv").is_file():
             shutil.copyfile(source, results / target)
+    for name in QUICKSTART_FILES:
+        if (source := runs / "quickstart" / name).is_file():
+            (results / "quickstart").mkdir(exist_ok=True)
+            shutil.copyfile(source, results / "quickstart" / name)
+
+
+def with_quickstart(page: str, folder: Path) -> str:
+    """The text of a page with the quickstart's table made anew from `folder`."""
+    summary = json.loads((folder / "quickstart" / "summary.json").read_text(encoding="utf-8"))
+    return QUICKSTART.sub(lambda match: f"{match[1]}{quickstart_table(summary)}\n{match[2]}", page)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -127,9 +144,10 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parser.parse_args(args)
     if options.runs is not None:
         take_over(options.runs, RESULTS)
-    for page in sorted(RESULTS.glob("*.md")):
+    makers = {page: with_tables for page in sorted(RESULTS.glob("*.md"))}
+    for page, make in (makers | dict.fromkeys(QUICKSTART_PAGES, with_quickstart)).items():
         text = page.read_text(encoding="utf-8")
-        made = with_tables(text, RESULTS)
+        made = make(text, RESULTS)
         if options.check and made != text:
             raise SystemExit(f"{page.name} is out of date: run `python tools/result_tables.py`.")
         if not options.check:
