@@ -55,8 +55,8 @@ def _discrete(checks: TailChecks) -> Verdict | None:
     return Verdict(
         name="discrete",
         reason=f"{ties:.0%} of the upper tail's samples share their value with another one of the prompt, and a tail "
-        f"has {values:.0f} different values (median): a coarse reward, or a policy that repeats its answers, far from a "
-        "Gaussian tail.",
+        f"has {values:.0f} different values (median): a coarse reward, or a policy that repeats its answers, far from "
+        "a Gaussian tail.",
         estimator="tea",
         settings={"tail": "empirical"},
         alternative="max_at_k, if training samples as many as deployment",
