@@ -1,4 +1,4 @@
-"""Command line: `tealightning fit | validate | test | playground | compare | estimators | diagnose`."""
+"""Command line: `tealightning quickstart | fit | validate | test | playground | compare | estimators | diagnose`."""
 
 from tealightning.cli.main import main
 

@@ -18,8 +18,8 @@ The rewards come from a file, from a finished run, or are sampled from the polic
 
 EPILOG = """\
 examples:
-  tealightning diagnose tail --run runs/quickstart/version_0
-  tealightning diagnose tail --run runs/quickstart/version_0 --which before -m 32
+  tealightning diagnose tail --run runs/maze/version_0
+  tealightning diagnose tail --run runs/maze/version_0 --which before -m 32
   tealightning diagnose tail --rewards rewards.jsonl
   tealightning diagnose tail -c configs/experiments/prose.yaml --prompts 64 --samples 256 --model.policy=my_policy
 

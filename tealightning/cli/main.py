@@ -20,8 +20,8 @@ commands:
   fit         train a policy           tealightning fit -c configs/quickstart.yaml
   validate    best-of-n on the validation prompts
   test        best-of-n on the test prompts
-  playground  build the embedded policy, reward model and prompts
-  compare     head-to-head ablation    tealightning compare -c configs/ablations/prose.yaml
+  playground  build an embedded world: policy, prompts, reward
+  compare     head-to-head ablation    tealightning compare -c configs/ablations/maze.yaml
   estimators  list the advantage estimators with objective and parameters
   diagnose    gradients: how faithful the estimators are; tail: whether a reward's tail suits them
 

@@ -6,29 +6,38 @@ from typing import Any
 
 from tealightning.worlds.folder import load_playground
 
+FIGURES = {
+    "heldout_loss": ("policy, held-out loss per token", ".2f"),
+    "heldout_perplexity": ("policy, held-out perplexity per token", ".0f"),
+    "reward_pairwise_accuracy": ("reward model, held-out pairs ranked right", ".1%"),
+    "reward_sd_within_prompt": ("reward, sd within a prompt", ".2f"),
+    "reward_skew_within_prompt": ("reward, skewness within a prompt", "+.2f"),
+    "mean_score": ("mean score", ".3f"),
+    "arrived_share": ("paths that arrive", ".1%"),
+    "zero_share": ("paths that score 0", ".1%"),
+    "daring_share": ("daring dishes", ".1%"),
+    "failure_share": ("completions that are no dish", ".1%"),
+    "distinct_share": ("different dishes among a prompt's", ".1%"),
+}
+"""Name in the manifest of whichever world has it -> what the table calls it, and how it is printed."""
+
+CURVES = {"best_of_n": "best of n", "best_of_n_of_this_share": "expected of this share of daring dishes"}
+
 
 def markdown(manifest: dict[str, Any]) -> str:
     """Two tables, from the manifest alone: what was built and how good it is; the best-of-n curve of the policy."""
-    figures, paragraphs = manifest["figures"], manifest["paragraphs"]
-    rows = [
-        ("policy, parameters", f"{manifest['policy_parameters']:,}"),
-        ("reward model, parameters", f"{manifest['reward_model_parameters']:,}"),
-        ("paragraphs for the policy / for the reward model", f"{paragraphs['corpus']:,} / {paragraphs['reward']:,}"),
-        ("prompts train / val / test", " / ".join(str(count) for count in manifest["prompts"].values())),
-        ("policy, held-out loss (perplexity) per token", _loss(figures)),
-        ("reward model, held-out pairs ranked right", f"{figures['reward_pairwise_accuracy']:.1%}"),
-        ("reward, sd within a prompt", f"{figures['reward_sd_within_prompt']:.2f}"),
-        ("reward, skewness within a prompt", f"{figures['reward_skew_within_prompt']:+.2f}"),
-        ("build, seconds", f"{manifest['build_seconds']:.0f}"),
-    ]
-    curve = figures["best_of_n"]
-    return "\n\n".join(
-        [_table(("figure", "value"), rows), _table(("n", *curve), [("best of n", *_rounded(curve.values()))])]
-    )
-
-
-def _loss(figures: dict[str, Any]) -> str:
-    return f"{figures['heldout_loss']:.2f} ({figures['heldout_perplexity']:.0f})"
+    figures = manifest["figures"]
+    rows = [("policy, parameters", f"{manifest['policy_parameters']:,}")]
+    if "reward_model_parameters" in manifest:
+        rows.append(("reward model, parameters", f"{manifest['reward_model_parameters']:,}"))
+    if paragraphs := manifest.get("paragraphs"):
+        counts = f"{paragraphs['corpus']:,} / {paragraphs['reward']:,}"
+        rows.append(("paragraphs for the policy / for the reward model", counts))
+    rows.append(("prompts train / val / test", " / ".join(str(count) for count in manifest["prompts"].values())))
+    rows += [(text, format(figures[name], spec)) for name, (text, spec) in FIGURES.items() if name in figures]
+    rows.append(("build, seconds", f"{manifest['build_seconds']:.0f}"))
+    curves = [(text, *_rounded(figures[name].values())) for name, text in CURVES.items() if name in figures]
+    return "\n\n".join([_table(("figure", "value"), rows), _table(("n", *figures["best_of_n"]), curves)])
 
 
 def _rounded(values: Iterable[float]) -> list[str]:
