@@ -256,4 +256,4 @@ def alone(folder: Path) -> Any:
     """Hold the ablation's folder: two commands would write the same results."""
     from tealightning.locks import locked
 
-    return locked(folder, f"another `tealightning compare` is at work in {shlex.quote(str(folder))}.")
+    return locked(folder, f"another `tealightning` command is at work in {shlex.quote(str(folder))}.")

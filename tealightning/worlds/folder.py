@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 import torch
 import transformers
@@ -80,7 +81,7 @@ def load_playground(path: Path | str) -> Playground:
     manifest = _read_manifest(Path(path))
     if manifest is None:
         raise ValueError(
-            f"{path} is no playground (it has no readable {MANIFEST}); build one with build_prose({str(path)!r})."
+            f"{path} is no playground (it has no readable {MANIFEST}); build one with `tealightning playground --out {path}`."
         )
     return _playground(Path(path), manifest, reused=True)
 
@@ -97,6 +98,7 @@ def package_versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "tokenizers": tokenizers.__version__,
+        "numpy": np.__version__,
     }
 
 
