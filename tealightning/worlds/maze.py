@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tealightning.registry import register
 from tealightning.rewards.base import Reward
 from tealightning.types import Prompt
 from tealightning.worlds.maze_config import MazeConfig
@@ -193,7 +192,6 @@ class MazeMap:
         return 0.4 * max(0, initial - remaining) / initial
 
 
-@register
 class MazeReward(Reward):
     """A verifier of paths through a text maze.
 

@@ -173,3 +173,9 @@ def test_a_folder_is_not_used_for_two_runs(playground, tmp_path):
     assert result.status == 2
     assert f"{tmp_path}/config.yaml is another run's" in result.err
     assert (tmp_path / "config.yaml").read_text() == "of another run"
+
+
+def test_another_estimator_keeps_the_arguments_that_both_have():
+    there = ["-c", PROSE, "--model.estimator=OptimalTEA", "--model.estimator.alpha=0.5", "--model.estimator.lam=1.0"]
+    kept = estimator_of(resolved(*there, "--model.estimator=PrefixTEA"))["init_args"]
+    assert (kept["target_n"], kept["alpha"]) == (128, 0.5) and "lam" not in kept

@@ -19,7 +19,7 @@ def test_version_of_the_module_run_as_a_program():
 def test_help_lists_every_command(args):
     result = run(*args)
     assert result.status == 0
-    for command in ("fit", "validate", "test", "playground", "compare", "estimators", "diagnose"):
+    for command in ("quickstart", "fit", "validate", "test", "playground", "compare", "estimators", "diagnose"):
         assert f"\n  {command} " in result.out
 
 
@@ -86,8 +86,8 @@ def test_playground_builds_once_and_is_reused(tmp_path):
     [
         (
             ["fti"],
-            "Unknown command 'fti'. Did you mean 'fit'? Valid: compare, diagnose, estimators, fit, playground, test, "
-            "validate.",
+            "Unknown command 'fti'. Did you mean 'fit'? Valid: compare, diagnose, estimators, fit, playground, "
+            "quickstart, test, validate.",
         ),
         (["estimators", "tae"], "Unknown estimator 'tae'. Did you mean 'tea'?"),
         (["playground"], "--out"),
