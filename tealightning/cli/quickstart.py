@@ -19,7 +19,7 @@ stop at any time, the same command goes on.
 
 START, GRPO, TEA = "start", "grpo", "tea"
 NAMES = {START: "start", GRPO: "GRPO", TEA: "TEA"}
-PICTURED_MAZES = 6
+PICTURED_MAZES = 4
 
 
 def quickstart(args: Sequence[str]) -> None:
