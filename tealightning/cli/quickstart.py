@@ -57,7 +57,8 @@ def quickstart(args: Sequence[str]) -> None:
                 raise SystemExit(1)
         summary = summarise(plan)
         paths = write(plan, summary)
-    print(f"\n{describe(plan)}\n\n{table(summary)}\n\n" + "\n".join(f"{what}: {path}" for what, path in paths.items()))
+    files = "\n".join(f"{what}: {path}" for what, path in paths.items())
+    print(f"\n{files}\n\n{describe(plan)}\n\n{table(summary)}")
 
 
 def summarise(plan: "Plan") -> dict[str, list[float]]:

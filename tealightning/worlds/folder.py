@@ -81,7 +81,7 @@ def load_playground(path: Path | str) -> Playground:
     manifest = _read_manifest(Path(path))
     if manifest is None:
         raise ValueError(
-            f"{path} is no playground (it has no readable {MANIFEST}): `tealightning playground --out {path}` builds one."
+            f"{path} is no playground (it has no readable {MANIFEST}); `tealightning playground --out {path}` makes one"
         )
     return _playground(Path(path), manifest, reused=True)
 
