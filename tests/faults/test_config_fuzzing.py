@@ -31,7 +31,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 NAN, INF, HUGE = float("nan"), float("inf"), 10**30
-WHOLE = [f"experiments/{name}.yaml" for name in ("own_model_gpu", "prose", "styles")]
+WHOLE = ["quickstart.yaml", *(f"experiments/{name}.yaml" for name in ("own_model_gpu", "prose", "styles"))]
 OVERLAYS = sorted(CONFIGS.glob("estimators/*.yaml"))
 ABLATIONS = sorted(CONFIGS.glob("ablations/*.yaml"))
 SECONDS = 10
@@ -274,7 +274,7 @@ def on_playground(base: dict[str, Any], playground: Path, out: Path) -> dict[str
         **{phase: str(playground / "prompts" / f"{phase}.jsonl") for phase in ("train", "val", "test")},
         "batch_size": 4,
     }
-    if "model" in base["rollout"]["reward"]["init_args"]:
+    if "model" in base["rollout"]["reward"].get("init_args", {}):
         base["rollout"]["reward"]["init_args"]["model"] = str(playground / "reward_model")
     base["rollout"]["sampling"]["max_new_tokens"] = 12
     base["data"]["init_args"].pop("max_prompt_tokens", None)

@@ -156,7 +156,7 @@ def test_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_load_playground_says_how_to_build_one(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="build_prose"):
+    with pytest.raises(ValueError, match=r"tealightning playground --out"):
         load_playground(tmp_path)
 
 
