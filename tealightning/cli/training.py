@@ -256,7 +256,7 @@ def _load_settings(content: str, name: str) -> dict[str, Any]:
     if settings is not None and not isinstance(settings, dict):
         raise ValueError(f"{name}: expected settings, `name: value`, got {str(settings)[:60]!r}.")
     settings = settings or {}
-    for section in ("trainer", "rollout"):
+    for section in ("trainer", "rollout", "checkpoint", "health", "deadlines"):
         if not isinstance(value := settings.get(section, {}), dict):
             raise ValueError(f"{name}: {section}: expected settings, `name: value`, got {str(value)[:60]!r}.")
     return settings
