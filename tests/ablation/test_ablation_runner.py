@@ -20,6 +20,7 @@ def attempts(job):
     return (job.folder / "attempts").read_text().split()
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_the_others_alone_and_says_why(tmp_path, capsys):
     wanted = {"good": "finish", "bad": "raise", "silent": "exit", "shot": "kill", "last": "finish"}
     jobs = [job_of(tmp_path, name, does=does) for name, does in wanted.items()]
@@ -76,6 +77,7 @@ def test_each_worker_has_its_own_environment(tmp_path):
     assert "DEVICE_OF_TEST" not in os.environ
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=lambda s: s.name)
 def test_runs_end_with_the_command_however_it_ends(tmp_path, sent):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HELPERS), *sys.path])}

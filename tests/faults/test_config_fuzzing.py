@@ -317,6 +317,7 @@ def fuzz(strategy: st.SearchStrategy, count: int, check: Any) -> Counter:
     return Counter(seen.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["fit", "validate", "test"])
 def test_the_configs_that_are_mutated_are_right(bases, loads, tmp_path, command):
     for name, base in bases.items():
@@ -436,6 +437,7 @@ def specs(bases, tmp_path_factory) -> dict[str, dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_ablations_that_are_mutated_are_right(specs, loads, tmp_path):
     for name, spec in specs.items():
         file = tmp_path / "right.yaml"
@@ -477,6 +479,7 @@ def cpu_seconds(*args: str) -> tuple[float, subprocess.CompletedProcess]:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, result
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_command_needs_hardly_more_time_than_importing_its_libraries(bases, tmp_path):
     file = tmp_path / "wrong.yaml"

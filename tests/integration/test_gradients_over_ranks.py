@@ -35,6 +35,7 @@ def ranks(policy, tmp_path_factory, request):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_take_the_step_of_one_process(ranks, policy, case):
     alone = train(policy, case)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from run_records import quickstart_args
 
 NOT_INSTALLED = """
@@ -20,6 +21,7 @@ main([*sys.argv[1:], "--rollout.engine=TransformersEngine", "--trainer.logger.in
 """
 
 
+@pytest.mark.slow
 def test_without_vllm_its_engine_says_how_to_install_it_and_the_other_one_trains(playground, tmp_path):
     args = quickstart_args("fit", playground, tmp_path, max_steps=1, callbacks=["tealightning.ExportPolicy"])
     result = subprocess.run(

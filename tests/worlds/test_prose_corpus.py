@@ -52,6 +52,7 @@ def test_source_texts_are_parsed_not_imported(tmp_path: Path) -> None:
     assert [text for text in _source_texts(tmp_path) if text] == ["The module.", "The function.", "One\ntwo."]
 
 
+@pytest.mark.slow
 def test_corpus_imports_no_module_with_side_effects() -> None:
     code = (
         "import sys; from tealightning.worlds.prose_corpus import collect_paragraphs; collect_paragraphs();"
