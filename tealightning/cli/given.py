@@ -1,7 +1,8 @@
-"""Flatten the settings that the user wrote, to say which file or option an error comes from."""
+"""Flatten the settings that the user wrote: which file or option an error comes from, what was replaced."""
 
 import importlib
 import inspect
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ import yaml
 from lightning.pytorch import Trainer
 
 from tealightning.callbacks import Deadlines, HealthChecks, ResumableCheckpoint, RolloutCallback
-from tealightning.cli.names import registry_of
+from tealightning.cli.names import class_path, registry_of
 from tealightning.data import PromptDataModule
+from tealightning.estimators.base import ESTIMATORS
 from tealightning.loss import PolicyGradientLoss
 from tealightning.module import PostTrainingModule
 from tealightning.types import SamplingConfig
@@ -83,6 +85,39 @@ def flat_settings(key: str, node: Any, source: str) -> Iterator[Setting]:
             yield from flat_settings(key, value, source)
         elif name != "class_path":
             yield from flat_settings(f"{key}.{name}".lstrip("."), value, source)
+
+
+def with_a_fresh_estimator(args: Sequence[str]) -> list[str]:
+    """`args`, and the options that reset what was set for an estimator that another one replaced.
+
+    jsonargparse keeps the arguments that both classes have; `alpha` or `scale` mean something else in each, and a
+    comparison would be of settings that nobody wrote. `target_n` stays: it says how many samples are deployed.
+    """
+    key = "model.estimator"
+    settings = [s for s in given_settings(args) if f"{s.key}.".startswith(f"{key}.")]
+    chosen: list[tuple[int, type]] = []  # position among the settings, class
+    for position, setting in enumerate(settings):
+        if setting.key == key and isinstance(setting.value, str):
+            try:
+                path = class_path(ESTIMATORS, setting.value)
+            except ValueError:  # told when it is parsed
+                return list(args)
+            cls = class_of(key, [Setting(key=key, value=path, source="")])
+            if cls is not None and (not chosen or chosen[-1][1] is not cls):
+                chosen.append((position, cls))
+    if len(chosen) < 2:
+        return list(args)
+    position, cls = chosen[-1]
+    replaced, kept = ({s.key for s in part} for part in (settings[:position], settings[position:]))
+    parameters = inspect.signature(cls).parameters
+    defaults = {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if f"{key}.{name}" in replaced - kept and name != "target_n" and parameter.default is not parameter.empty
+    }
+    return [*args] + [
+        f"--{key}.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in defaults.items()
+    ]
 
 
 def takes_class(key: str) -> bool:

@@ -19,6 +19,7 @@ from tealightning.callbacks.csv_logger import DurableCSVLogger
 from tealightning.callbacks.folders import run_folder
 from tealightning.callbacks.run_lock import claimed_run_folder, refuse_live_run, refuse_other_runs
 from tealightning.cli.console import quiet_transformers
+from tealightning.cli.given import with_a_fresh_estimator
 from tealightning.cli.located import located
 from tealightning.cli.messages import explain
 from tealightning.cli.names import canonical_args, canonical_settings
@@ -229,7 +230,7 @@ def _parse(cli_class: type[TrainingCLI], command: str, args: Sequence[str], give
             auto_configure_optimizers=False,
             seed_everything_default=0,
             parser_kwargs={"allow_abbrev": False} | {name: _command_kwargs(name) for name in COMMANDS},
-            args=[command, *canonical_args(args)],
+            args=[command, *with_a_fresh_estimator(canonical_args(args))],
             given=given,
         )
     except _Refused as refused:

@@ -175,7 +175,26 @@ def test_a_folder_is_not_used_for_two_runs(playground, tmp_path):
     assert (tmp_path / "config.yaml").read_text() == "of another run"
 
 
-def test_another_estimator_keeps_the_arguments_that_both_have():
-    there = ["-c", PROSE, "--model.estimator=OptimalTEA", "--model.estimator.alpha=0.5", "--model.estimator.lam=1.0"]
-    kept = estimator_of(resolved(*there, "--model.estimator=PrefixTEA"))["init_args"]
-    assert (kept["target_n"], kept["alpha"]) == (128, 0.5) and "lam" not in kept
+BRIDGE = {"target_n": 64, "alpha": 1.0, "scale": "group_std", "scale_weight": 0.5}
+
+
+def test_another_estimator_has_its_own_defaults_and_the_target_that_was_set(tmp_path):
+    """`alpha` and `scale` of the estimator before would be settings of a comparison that nobody wrote."""
+    base = overlay(tmp_path, {"model": {"init_args": {"estimator": {"class_path": "optimal_tea", "init_args": BRIDGE}}}})
+    there = ["-c", PROSE, "-c", base]
+    defaults = estimator_of(resolved("-c", PROSE, "--model.estimator=max_at_k"))["init_args"]
+    assert estimator_of(resolved(*there, "--model.estimator=max_at_k"))["init_args"] == defaults
+    prefix = estimator_of(resolved(*there, "--model.estimator=PrefixTEA"))["init_args"]
+    assert (prefix["target_n"], prefix["alpha"]) == (64, 0.25)
+    own = estimator_of(resolved(*there, "--model.estimator", "tea", "--model.estimator.alpha=0.5"))["init_args"]
+    assert (own["target_n"], own["alpha"], own["scale"]) == (64, 0.5, "reward_std")
+    same = estimator_of(resolved(*there, "--model.estimator=OptimalTEA", "--model.estimator.lam=1.0"))["init_args"]
+    assert same == {**BRIDGE, "lam": 1.0}
+
+
+@pytest.mark.parametrize("name", ["max_at_k", "tea"])
+def test_an_overlay_of_another_estimator_resets_too(tmp_path, name):
+    base = {"model": {"init_args": {"estimator": {"class_path": "optimal_tea", "init_args": BRIDGE}}}}
+    over = ["-c", str(CONFIGS / "estimators" / f"{name}.yaml")]
+    alone = estimator_of(resolved("-c", PROSE, "--model.estimator.target_n=64", *over))
+    assert estimator_of(resolved("-c", PROSE, "-c", overlay(tmp_path, base), *over)) == alone
