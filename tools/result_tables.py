@@ -7,8 +7,9 @@
 What stands between `<!-- table FILE.csv: COLUMN ... -->` and `<!-- /table -->` is made here, a line for each variant.
 Columns of an ablation are quantities of its `table.csv` (docs/ablations-results.md): `best_of_n@128`,
 `diagnostics.kl`; those at equal KL fill a column for each KL. `gradient-fidelity.csv` has tables of one figure,
-`scaled_bias m=16` with a column for each world, and `exact`, the gradients themselves. The quickstart's table stands
-between `<!-- quickstart table -->` and `<!-- /quickstart table -->`, made from docs/results/quickstart/summary.json.
+`scaled_bias m=16` with a column for each world, and `exact`, the gradients themselves. Of
+`maze-temperature.csv` the n of best-of-n are named. The quickstart's table stands between `<!-- quickstart table -->` and
+`<!-- /quickstart table -->`, made from docs/results/quickstart/summary.json.
 """
 
 import argparse
@@ -30,7 +31,8 @@ RESULTS = ROOT / "docs" / "results"
 QUICKSTART_PAGES = (ROOT / "README.md", ROOT / "docs" / "index.md")
 QUICKSTART_FILES = ("summary.json", "best_of_n.png", "mazes.png")
 QUICKSTART = re.compile(r"(<!-- quickstart table -->\n).*?(<!-- /quickstart table -->)", re.DOTALL)
-ABLATIONS = ("maze", "maze_frequent", "maze_budget", "prose", "prose_long", "prose_grid", "styles", "styles_budget")
+ABLATIONS = sorted(file.stem for file in (ROOT / "configs" / "ablations").glob("*.yaml"))
+TEMPERATURES = "maze-temperature.csv"
 BLOCK = re.compile(r"(<!-- table (\S+\.csv): ([^\n]+?) -->\n).*?(<!-- /table -->)", re.DOTALL)
 TITLES = {
     "best_of_n": "best of {n}",
@@ -86,6 +88,17 @@ def fidelity_table(rows: Sequence[Row], figure: str, m: str) -> str:
     return markdown_table(list(lines.values()))
 
 
+def temperature_table(rows: Sequence[Row], ns: Sequence[str]) -> str:
+    """Best-of-n with its standard error, a line for each policy and sampling temperature."""
+    lines: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        if row["n"] in ns:
+            policy = "before training" if row["policy"] == "start" else row["policy"]
+            line = lines.setdefault((policy, row["temperature"]), {"policy": policy, "temperature": row["temperature"]})
+            line[f"best of {row['n']}"] = f"{float(row['mean']):.3f} ± {float(row['se']):.3f}"
+    return markdown_table(list(lines.values()))
+
+
 def exact_table(rows: Sequence[Row]) -> str:
     """The exact gradient of E[max of 128 rewards] in every world."""
     lines = []
@@ -104,6 +117,8 @@ def with_tables(page: str, folder: Path) -> str:
         rows, columns = read_rows(folder / match[2]), match[3].split()
         if match[2] in {f"{name}.csv" for name in ABLATIONS}:
             table = ablation_table(rows, columns)
+        elif match[2] == TEMPERATURES:
+            table = temperature_table(rows, columns)
         else:
             table = exact_table(rows) if columns == ["exact"] else fidelity_table(rows, *columns)
         return f"{match[1]}{table}\n{match[4]}"

@@ -180,7 +180,9 @@ BRIDGE = {"target_n": 64, "alpha": 1.0, "scale": "group_std", "scale_weight": 0.
 
 def test_another_estimator_has_its_own_defaults_and_the_target_that_was_set(tmp_path):
     """`alpha` and `scale` of the estimator before would be settings of a comparison that nobody wrote."""
-    base = overlay(tmp_path, {"model": {"init_args": {"estimator": {"class_path": "optimal_tea", "init_args": BRIDGE}}}})
+    base = overlay(
+        tmp_path, {"model": {"init_args": {"estimator": {"class_path": "optimal_tea", "init_args": BRIDGE}}}}
+    )
     there = ["-c", PROSE, "-c", base]
     defaults = estimator_of(resolved("-c", PROSE, "--model.estimator=max_at_k"))["init_args"]
     assert estimator_of(resolved(*there, "--model.estimator=max_at_k"))["init_args"] == defaults

@@ -43,7 +43,9 @@ def test_pages_are_what_their_csv_files_say():
 def test_every_csv_file_is_named_with_its_command():
     pages = "\n".join(page.read_text() for page in tables.RESULTS.glob("*.md"))
     for file in tables.RESULTS.glob("*.csv"):
-        assert re.search(rf"^\| \[{re.escape(file.name)}\]\({re.escape(file.name)}\) \| `tealightning ", pages, re.M)
+        assert re.search(
+            rf"^\| \[{re.escape(file.name)}\]\({re.escape(file.name)}\) \| `(tealightning|python tools/)", pages, re.M
+        )
 
 
 def test_ablation_table_has_a_line_for_each_variant(rows):
@@ -98,3 +100,11 @@ def test_fidelity_table_has_a_column_for_each_world():
     (grpo,) = [line for line in lines if line.startswith("| `grpo` |")]
     assert grpo.startswith("| `grpo` | 0.93 | 0.78 | 0.70 |")
     assert "| `gaussian` | 1 (location), 2.595 (log-scale) |" in tables.exact_table(rows)
+
+
+def test_temperatures_have_a_line_for_each_policy(tmp_path: Path):
+    text = "policy,temperature,n,mean,se\nstart,1.0,1,0.04,0.005\nstart,1.0,4,0.1,0.01\nstart,1.0,128,0.75,0.03\n"
+    (tmp_path / tables.TEMPERATURES).write_text(text, encoding="utf-8")
+    page = tables.with_tables(f"<!-- table {tables.TEMPERATURES}: 1 128 -->\n<!-- /table -->", tmp_path)
+    assert "| policy | temperature | best of 1 | best of 128 |" in page
+    assert "| before training | 1.0 | 0.040 ± 0.005 | 0.750 ± 0.030 |" in page
