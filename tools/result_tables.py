@@ -7,9 +7,9 @@
 What stands between `<!-- table FILE.csv: COLUMN ... -->` and `<!-- /table -->` is made here, a line for each variant.
 Columns of an ablation are quantities of its `table.csv` (docs/ablations-results.md): `best_of_n@128`,
 `diagnostics.kl`; those at equal KL fill a column for each KL. `gradient-fidelity.csv` has tables of one figure,
-`scaled_bias m=16` with a column for each world, and `exact`, the gradients themselves. Of
-`maze-temperature.csv` the n of best-of-n are named. The quickstart's table stands between `<!-- quickstart table -->` and
-`<!-- /quickstart table -->`, made from docs/results/quickstart/summary.json.
+`scaled_bias m=16` with a column for each world, and `exact`, the gradients themselves. Of `maze-temperature.csv` the
+n of best-of-n are named. The quickstart's table stands between `<!-- quickstart table -->` and `<!-- /quickstart
+table -->`, made from docs/results/quickstart/summary.json.
 """
 
 import argparse
