@@ -6,10 +6,11 @@
 
 What stands between `<!-- table FILE.csv: COLUMN ... -->` and `<!-- /table -->` is made here, a line for each variant.
 Columns of an ablation are quantities of its `table.csv` (docs/ablations-results.md): `best_of_n@128`,
-`diagnostics.kl`; those at equal KL fill a column for each KL. `gradient-fidelity.csv` has tables of one figure,
-`scaled_bias m=16` with a column for each world, and `exact`, the gradients themselves. Of `maze-temperature.csv` the
-n of best-of-n are named. The quickstart's table stands between `<!-- quickstart table -->` and `<!-- /quickstart
-table -->`, made from docs/results/quickstart/summary.json.
+`diagnostics.kl`; those at equal KL fill a column for each KL. `by=lr,kl best_of_n@128` has a column for each learning
+rate and KL penalty of a grid. `gradient-fidelity.csv` has tables of one figure, `scaled_bias m=16` with a column for
+each world, and `exact`, the gradients themselves. Of `maze-temperature.csv` the n of best-of-n are named. The
+quickstart's table stands between `<!-- quickstart table -->` and `<!-- /quickstart table -->`, made from
+docs/results/quickstart/summary.json.
 """
 
 import argparse
@@ -88,6 +89,20 @@ def fidelity_table(rows: Sequence[Row], figure: str, m: str) -> str:
     return markdown_table(list(lines.values()))
 
 
+def grid_table(rows: Sequence[Row], axes: Sequence[str], column: str) -> str:
+    """One quantity of a grid, a column for each point of `axes` and a line for each variant on the other axes."""
+    quantity, _, n = column.partition("@")
+    lines: dict[str, Row] = {}
+    for row in rows:
+        if (row["split"], row["quantity"], row["n"]) == ("val", quantity, n) and row["variant"] != "(start)":
+            name, _, point = row["variant"].removesuffix("]").partition("[")
+            at = dict(part.split("=") for part in point.split(","))
+            name = ", ".join([name, *(f"{axis} {value}" for axis, value in at.items() if axis not in axes)])
+            title = ", ".join(f"{axis} {at[axis]}" for axis in axes)
+            lines.setdefault(name, {"variant": name})[title] = f"{float(row['mean']):.3f}"
+    return markdown_table(list(lines.values()))
+
+
 def temperature_table(rows: Sequence[Row], ns: Sequence[str]) -> str:
     """Best-of-n with its standard error, a line for each policy and sampling temperature."""
     lines: dict[tuple[str, str], Row] = {}
@@ -115,7 +130,9 @@ def with_tables(page: str, folder: Path) -> str:
 
     def filled(match: re.Match[str]) -> str:
         rows, columns = read_rows(folder / match[2]), match[3].split()
-        if match[2] in {f"{name}.csv" for name in ABLATIONS}:
+        if columns[0].startswith("by="):
+            table = grid_table(rows, columns[0].removeprefix("by=").split(","), columns[1])
+        elif match[2] in {f"{name}.csv" for name in ABLATIONS}:
             table = ablation_table(rows, columns)
         elif match[2] == TEMPERATURES:
             table = temperature_table(rows, columns)

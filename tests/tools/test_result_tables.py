@@ -64,6 +64,23 @@ def test_differences_at_equal_kl_have_a_column_for_each_kl(rows):
     assert table.splitlines()[::2] == ["| variant | KL 1.02 |", "| direct | 0.025 [-0.024, 0.074] |"]
 
 
+def test_a_grid_has_a_column_for_each_point_of_the_axes_named():
+    variants = [
+        "grpo[lr=0.1,kl=0.0]",
+        "grpo[lr=0.4,kl=0.0]",
+        "tea[lr=0.1,kl=0.0,alpha=0.5]",
+        "tea[lr=0.4,kl=0.0,alpha=0.5]",
+    ]
+    common = {"split": "val", "quantity": "best_of_n", "n": "128"}
+    rows = [{**common, "variant": name, "mean": f"{0.25 * i}"} for i, name in enumerate(["(start)", *variants])]
+    assert tables.grid_table(rows, ["lr", "kl"], "best_of_n@128").splitlines() == [
+        "| variant | lr 0.1, kl 0.0 | lr 0.4, kl 0.0 |",
+        "|---|---|---|",
+        "| grpo | 0.250 | 0.500 |",
+        "| tea, alpha 0.5 | 0.750 | 1.000 |",
+    ]
+
+
 def test_a_column_that_the_csv_has_not_is_named(rows):
     with pytest.raises(ValueError, match="the CSV has no best_of_n@64"):
         tables.ablation_table(rows, ["best_of_n@64"])
