@@ -52,7 +52,7 @@ def test_overlay_sets_its_estimator_and_nothing_else(file):
 def test_quickstart_is_the_documented_default():
     config = resolved("-c", QUICKSTART)
     estimator = config["model"]["init_args"]["estimator"]
-    assert estimator["class_path"] == "tealightning.estimators.Direct"
+    assert estimator["class_path"] == "tealightning.estimators.OptimalTEA"
     assert (config["rollout"]["group_size"], estimator["init_args"]["target_n"]) == (16, 128)
     assert max(config["model"]["init_args"]["ns"]) == 128
     assert config["rollout"]["engine"]["class_path"] == "tealightning.rollouts.VLLMEngine"

@@ -11,7 +11,7 @@ from tealightning.functional.optimal_tail import min_tail, tail_moments
 from tealightning.functional.tail import tail_size
 
 GROUP_SIZES = (8, 12, 16, 24, 32, 48, 64)
-ALPHAS = (0.25, 0.5)
+ALPHAS = (0.25, 0.5, 1.0)
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
         for m in GROUP_SIZES
         for k in sorted({tail_size(alpha, m) for alpha in ALPHAS})
         for scale in ("tail_rms", "tail_std", "group_std")
-        if k >= min_tail(scale)
+        if k >= min_tail(scale) and (k < m or scale == "group_std")  # the whole group: the recommended setting
     ]
     arrays: dict[str, np.ndarray] = {}
     for m, k, scale in tqdm(cases, desc="constants"):

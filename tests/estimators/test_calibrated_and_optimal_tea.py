@@ -139,7 +139,9 @@ def test_estimators_of_the_family_agree_as_the_group_grows():
 # ---------------------------------------------------------------- constants
 
 
-@pytest.mark.parametrize(("m", "k", "scale"), [(16, 4, "tail_rms"), (32, 8, "tail_std"), (12, 6, "group_std")])
+@pytest.mark.parametrize(
+    ("m", "k", "scale"), [(16, 4, "tail_rms"), (32, 8, "tail_std"), (12, 6, "group_std"), (16, 16, "group_std")]
+)
 def test_shipped_constants_are_those_of_the_code(m, k, scale):
     with np.load(_constants.SHIPPED) as shipped:
         assert f"{_constants.constant_name(m, k, scale)}/signal" in shipped
