@@ -21,6 +21,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from tealightning.ablation.reading import BUDGETS, DIAGNOSTICS
 from tealightning.ablation.table_formats import markdown_text
 from tealightning.cli.quickstart import table as quickstart_table
@@ -38,7 +40,7 @@ BLOCK = re.compile(r"(<!-- table (\S+\.csv): ([^\n]+?) -->\n).*?(<!-- /table -->
 TITLES = {
     "best_of_n": "best of {n}",
     "gold_best_of_n": "gold reward of the best of {n}",
-    "against_reference": "difference to grpo, n = {n}",
+    "against_reference": "difference to {reference}, n = {n}",
     "against_start": "difference to before training, n = {n}",
     **{f"diagnostics.{key}": title for key, title in DIAGNOSTICS.items()},
     **{f"budgets.{key}": title for key, title in BUDGETS.items()},
@@ -51,7 +53,7 @@ def read_rows(file: Path) -> list[Row]:
         return list(csv.DictReader(text))
 
 
-def ablation_table(rows: Sequence[Row], columns: Sequence[str], split: str = "val") -> str:
+def ablation_table(rows: Sequence[Row], columns: Sequence[str], split: str = "val", reference: str = "grpo") -> str:
     """A line for each variant; a star where the corrected p-value is below 0.05, a dash where nothing is known."""
     rows = [row for row in rows if row["split"] in (split, "")]
     lines: dict[str, Row] = {}
@@ -62,12 +64,18 @@ def ablation_table(rows: Sequence[Row], columns: Sequence[str], split: str = "va
         if not found:
             raise ValueError(f"the CSV has no {column}.")
         for row in found:
-            title = f"KL {row['kl']}" if row["kl"] else TITLES[quantity].format(n=row["n"])
+            title = f"KL {row['kl']}" if row["kl"] else TITLES[quantity].format(n=row["n"], reference=reference)
             title = "mean reward (n = 1)" if column == "best_of_n@1" else title
             name = "before training" if row["variant"] == "(start)" else markdown_text(row["variant"])
             lines.setdefault(name, {"variant": name})[title] = estimate(row)
             titles[title] = None
     return markdown_table([{title: line.get(title, "–") for title in titles} for line in lines.values()])
+
+
+def reference_of(ablation: str) -> str:
+    """The variant that the others of an ablation are compared with."""
+    spec = (ROOT / "configs" / "ablations" / f"{ablation}.yaml").read_text(encoding="utf-8")
+    return str(yaml.safe_load(spec)["reference"])
 
 
 def estimate(row: Row) -> str:
@@ -133,7 +141,7 @@ def with_tables(page: str, folder: Path) -> str:
         if columns[0].startswith("by="):
             table = grid_table(rows, columns[0].removeprefix("by=").split(","), columns[1])
         elif match[2] in {f"{name}.csv" for name in ABLATIONS}:
-            table = ablation_table(rows, columns)
+            table = ablation_table(rows, columns, reference=reference_of(match[2].removesuffix(".csv")))
         elif match[2] == TEMPERATURES:
             table = temperature_table(rows, columns)
         else:
