@@ -100,15 +100,19 @@ def fidelity_table(rows: Sequence[Row], figure: str, m: str) -> str:
 def grid_table(rows: Sequence[Row], axes: Sequence[str], column: str) -> str:
     """One quantity of a grid, a column for each point of `axes` and a line for each variant on the other axes."""
     quantity, _, n = column.partition("@")
+    rows = [row for row in rows if (row["split"], row["quantity"], row["n"]) == ("val", quantity, n)]
     lines: dict[str, Row] = {}
     for row in rows:
-        if (row["split"], row["quantity"], row["n"]) == ("val", quantity, n) and row["variant"] != "(start)":
+        if row["variant"] != "(start)":
             name, _, point = row["variant"].removesuffix("]").partition("[")
             at = dict(part.split("=") for part in point.split(","))
             name = ", ".join([name, *(f"{axis} {value}" for axis, value in at.items() if axis not in axes)])
             title = ", ".join(f"{axis} {at[axis]}" for axis in axes)
             lines.setdefault(name, {"variant": name})[title] = f"{float(row['mean']):.3f}"
-    return markdown_table(list(lines.values()))
+    titles = list(next(iter(lines.values())))
+    start = [f"{float(row['mean']):.3f}" for row in rows if row["variant"] == "(start)"]
+    before = [dict.fromkeys(titles, value) | {"variant": "before training"} for value in start]
+    return markdown_table([*before, *lines.values()])
 
 
 def temperature_table(rows: Sequence[Row], ns: Sequence[str]) -> str:

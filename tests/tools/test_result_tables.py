@@ -76,6 +76,7 @@ def test_a_grid_has_a_column_for_each_point_of_the_axes_named():
     assert tables.grid_table(rows, ["lr", "kl"], "best_of_n@128").splitlines() == [
         "| variant | lr 0.1, kl 0.0 | lr 0.4, kl 0.0 |",
         "|---|---|---|",
+        "| before training | 0.000 | 0.000 |",
         "| grpo | 0.250 | 0.500 |",
         "| tea, alpha 0.5 | 0.750 | 1.000 |",
     ]
