@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", type=Path, default=Path("runs/playground"))
     parser.add_argument("--runs", type=Path, default=Path("runs/quickstart/runs"))
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.7, 1.0, 1.3, 1.6, 2.0])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.3, 0.5, 0.7, 1.0, 1.3, 2.0])
     parser.add_argument("--mazes", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("docs/results/maze-temperature.csv"))
     options = parser.parse_args()
