@@ -41,10 +41,11 @@ class TailEstimator(AdvantageEstimator):
 
     @property
     def group_size_advice(self) -> str:
-        """Names both parameters that would help."""
+        """Names the parameters that would help."""
+        or_alpha = ", or raise alpha" if self.alpha < 1 else ""
         return (
             f"the tail would have fewer than {self.min_tail} rollouts at alpha={self.alpha}; "
-            f"raise group_size to {self.min_group_size} or more, or raise alpha."
+            f"raise group_size to {self.min_group_size} or more{or_alpha}."
         )
 
     def check_group_size(self, group_size: int) -> None:

@@ -112,7 +112,10 @@ def test_a_wrong_setting_in_yaml_names_the_file(tmp_path):
         ("rollout.group_size=abc", "rollout.group_size: expected an integer, got 'abc'."),
         ("rollout.group_size=1.5", "rollout.group_size: expected an integer, got '1.5'."),
         ("model.estimator.target_n=abc", "model.estimator.target_n: expected an integer, got 'abc'."),
-        ("model.estimator.scale=std", "model.estimator.scale: expected 'none' or 'reward_std' or 'rms', got 'std'."),
+        (
+            "model.estimator.scale=std",
+            "model.estimator.scale: expected 'tail_rms' or 'tail_std' or 'group_std', got 'std'.",
+        ),
         ("model.loss.kl_coef=abc", "model.loss.kl_coef: expected a number, got 'abc'."),
         ("model.optimizer.lr=abc", "model.optimizer.lr: expected a number, got 'abc'."),
         ("model.dtype=fp8", "model.dtype: expected 'float32' or 'bfloat16' or 'auto', got 'fp8'."),
@@ -166,8 +169,8 @@ def fit_args(playground, tmp_path):
         ),
         ("rollout.group_size=0", "error: rollout.group_size must be at least 1, got 0."),
         (
-            "rollout.group_size=4",
-            "error: rollout.group_size: tea needs at least 5 rollouts a prompt, got group_size=4: the tail would have",
+            "rollout.group_size=2",
+            "error: rollout.group_size: optimal_tea needs at least 3 rollouts a prompt, got group_size=2: the tail would",
         ),
         ("data.batch_size=0", "error: data.batch_size must be at least 1, got 0."),
         (
