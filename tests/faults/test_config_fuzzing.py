@@ -487,7 +487,7 @@ def test_the_command_needs_hardly_more_time_than_importing_its_libraries(bases, 
     imports, _ = cpu_seconds("-c", "import lightning.pytorch, transformers, datasets")
     command, result = cpu_seconds("-m", "tealightning", "fit", "-c", str(file))
     assert result.returncode == 2
-    assert "rollout.group_size: tea needs at least 5 rollouts a prompt, got group_size=2" in result.stderr
+    assert "rollout.group_size: optimal_tea needs at least 3 rollouts a prompt, got group_size=2" in result.stderr
     assert "Traceback" not in result.stderr
     assert command - imports < SECONDS
 

@@ -82,7 +82,7 @@ def test_python_example_of_the_readme_runs(tmp_path: Path) -> None:
     tiny = 'build_maze("runs/playground", size="tiny")'
     for long, short in (
         ('build_maze("runs/playground")', tiny),
-        ("=100", "=2"),
+        ("=60", "=2"),
         ("max_new_tokens=16", "max_new_tokens=8"),
     ):
         assert long in example
