@@ -170,7 +170,7 @@ def fit_args(playground, tmp_path):
         ("rollout.group_size=0", "error: rollout.group_size must be at least 1, got 0."),
         (
             "rollout.group_size=2",
-            "error: rollout.group_size: optimal_tea needs at least 3 rollouts a prompt, got group_size=2: the tail would",
+            "error: rollout.group_size: optimal_tea needs at least 3 rollouts a prompt, got group_size=2: the tail",
         ),
         ("data.batch_size=0", "error: data.batch_size must be at least 1, got 0."),
         (
