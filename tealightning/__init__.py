@@ -10,9 +10,9 @@ from tealightning.registry import register
 from tealightning.version import __version__
 
 _LAZY = {
-    "PostTrainingModule": "tealightning.module",
-    "PolicyGradientLoss": "tealightning.loss",
-    "LoRA": "tealightning.lora",
+    "PostTrainingModule": "tealightning.training.module",
+    "PolicyGradientLoss": "tealightning.training.loss",
+    "LoRA": "tealightning.training.lora",
     "PromptDataModule": "tealightning.data",
     "RolloutCallback": "tealightning.callbacks",
     "ResumableCheckpoint": "tealightning.callbacks",
@@ -23,7 +23,7 @@ _LAZY = {
     "Budget": "tealightning.callbacks",
     "HealthChecks": "tealightning.callbacks",
     "Deadlines": "tealightning.callbacks",
-    "UnhealthyRun": "tealightning.nonfinite",
+    "UnhealthyRun": "tealightning.training.nonfinite",
     "BestOfN": "tealightning.metrics",
     "SamplingConfig": "tealightning.types",
 }

@@ -9,9 +9,9 @@ import socket
 import pytest
 from full_disk import largest_file
 
-import tealightning.files
-from tealightning.files import append_lines, cut_half_line, going_on_without, whole_folder, write_whole
-from tealightning.locks import locked
+import tealightning.reliability.files
+from tealightning.reliability.files import append_lines, cut_half_line, going_on_without, whole_folder, write_whole
+from tealightning.reliability.locks import locked
 
 
 def test_appended_lines_follow_the_others(tmp_path):
@@ -52,7 +52,7 @@ def fill(folder, text):
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_new_folder_replaces_the_old_one(tmp_path, monkeypatch, can_exchange):
     if not can_exchange:
-        monkeypatch.setattr(tealightning.files, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(tealightning.reliability.files, "_exchange", lambda first, second: False)
     for text in ("old", "new"):
         with whole_folder(tmp_path / "policy") as folder:
             fill(folder, text)
@@ -72,7 +72,7 @@ def test_folder_that_cannot_be_completed_leaves_the_old_one(tmp_path, monkeypatc
                 raise OSError(errno.EIO, "Input/output error")
             replace(source, target)
 
-        monkeypatch.setattr(tealightning.files, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(tealightning.reliability.files, "_exchange", lambda first, second: False)
         monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OSError), whole_folder(tmp_path / "policy") as folder:
         fill(folder, "new")

@@ -15,10 +15,13 @@ PACKAGE = ROOT / "tealightning"
 
 # A unit (a module or folder of the package) may import its own line and the lines above it.
 LAYERS = [
-    {"version", "types", "registry", "strict_yaml", "functional", "files", "locks", "phases", "leftovers"},
-    {"estimators", "metrics", "rewards", "pretrained", "sharding", "lora", "output_head", "micro_batches", "loss"},
-    {"rollouts", "data"},
-    {"evaluation", "module_settings", "nonfinite", "module", "callbacks"},
+    {"version", "types", "registry", "checks", "strict_yaml", "functional", "reliability", "text", "pretrained"},
+    {"estimators", "metrics"},
+    {"training"},
+    {"rewards", "data"},
+    {"rollouts"},
+    {"callbacks"},
+    {"reporting"},
     {"worlds", "ablation", "diagnostics", "deployment"},
     {"cli", "__main__"},
 ]
@@ -28,7 +31,7 @@ WINDOW = {"register", "__version__"}  # ... except what its layer-0 modules defi
 
 
 def unit_of(file: Path) -> str:
-    """`tealightning/rewards/chat.py` -> `rewards`, `tealightning/types.py` -> `types`."""
+    """`tealightning/text/chat.py` -> `rewards`, `tealightning/types.py` -> `types`."""
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from tealightning.phases import RunPhase, beat, current, during, listen, phase_of, set_ground
+from tealightning.reliability.progress import RunPhase, beat, current, during, listen, phase_of, set_ground
 
 ME = threading.get_ident
 
@@ -17,7 +17,7 @@ def nothing_under_way() -> None:
 
 def test_the_innermost_phase_counts_and_the_one_around_it_starts_anew(monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr("tealightning.phases.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("tealightning.reliability.progress.time.monotonic", lambda: clock[0])
     with during(RunPhase.TRAINING):
         clock[0] += 5
         assert (current()[ME()].phase, current()[ME()].seconds) == (RunPhase.TRAINING, 5.0)

@@ -23,9 +23,9 @@ from tealightning.data import PromptDataModule
 from tealightning.data.sources import read_rows
 from tealightning.pretrained import load_policy
 from tealightning.rewards import SequenceClassifierReward
-from tealightning.rewards.chat import ChatFormatter
 from tealightning.rollouts.vllm_client import ServerError, VLLMClient
 from tealightning.rollouts.vllm_serve import check_serve_args, serve_command, serve_environment
+from tealightning.text.chat import ChatFormatter
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,7 +42,7 @@ UNSAFE_ARGUMENTS = {"shell": "True", "verify": "False", "trust_remote_code": "Tr
 
 ALLOWED = {
     # The class of the exception that torch.load raises, which is called with weights_only.
-    ("tealightning/callbacks/checkpoint_io.py", "import pickle"),
+    ("tealightning/reliability/checkpoint_files.py", "import pickle"),
     # The class of an exception: the process that it talks to runs the function of the user.
     ("tealightning/rewards/worker.py", "import pickle"),
     # _SafeLoader is a yaml.SafeLoader: the tests of YAML tags below are of it.

@@ -19,8 +19,7 @@ import torch
 from bench.timing import environment
 from torch import Tensor
 
-from tealightning.functional.linear_log_probs import linear_log_probs
-from tealightning.functional.log_probs import token_entropy, token_log_probs
+from tealightning.functional.log_probs import linear_log_probs, token_entropy, token_log_probs
 
 
 def through_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:

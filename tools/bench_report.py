@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tealightning.diagnostics.tables import markdown_table
+from tealightning.reporting.tables import markdown_table
 
 Figure = tuple[str, Any]
 """(what, a ratio with its range or a number)"""

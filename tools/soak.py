@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from tealightning.diagnostics.provenance import commit
-from tealightning.diagnostics.tables import markdown_table
+from tealightning.reporting.provenance import commit
+from tealightning.reporting.tables import markdown_table
 
 TOOLS = Path(__file__).parent
 ENGINES = {"vllm": "tealightning.rollouts.VLLMEngine", "transformers": "tealightning.rollouts.TransformersEngine"}

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tealightning.diagnostics.fidelity_tables import display_row
-from tealightning.diagnostics.tables import markdown_table
+from tealightning.reporting.tables import markdown_table
 
 WORLD, MS, TARGET_N, ALPHA = "gaussian", (16, 32), 128, 0.25
 BLOCK = re.compile(r"<!-- fidelity -->\n.*?<!-- /fidelity -->\n", re.DOTALL)

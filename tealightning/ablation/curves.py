@@ -10,8 +10,7 @@ import torch
 
 from tealightning.ablation.collect import EvaluationData, common_prompts, read_training, rows_of
 from tealightning.ablation.estimates import Estimator, numbers
-from tealightning.functional.best_of_n import best_of_n
-from tealightning.functional.selected import best_of_n_selected
+from tealightning.functional.best_of_n import best_of_n, best_of_n_selected
 
 TRAINING_METRICS = {
     "rollout/reward_mean": "reward_mean",

@@ -10,7 +10,7 @@ from typing import Any
 
 from tealightning.ablation.plan import Job, Plan
 from tealightning.ablation.runner import Target, outcome_of, run_jobs
-from tealightning.diagnostics.tables import markdown_table
+from tealightning.reporting.tables import markdown_table
 
 PILOT_STEPS = 2
 

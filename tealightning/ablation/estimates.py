@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tealightning.functional.crossed_bootstrap import Interval, crossed_interval
+from tealightning.functional.statistics import Interval, crossed_interval
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tealightning.ablation.plot_style import number, panel_grid, panel_title, styles
-from tealightning.ablation.reading import DIAGNOSTICS, START, Estimate, Results, at, evaluated, is_significant, label
+from tealightning.ablation.results_view import (
+    DIAGNOSTICS,
+    START,
+    Estimate,
+    Results,
+    at,
+    evaluated,
+    is_significant,
+    label,
+)
 
 BARS = ("completion_length", "distinct_2", "self_similarity", "reward_std")
 

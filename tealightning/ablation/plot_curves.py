@@ -16,7 +16,7 @@ from tealightning.ablation.plot_style import (
     overlay,
     panels,
 )
-from tealightning.ablation.reading import START, Results, at, budgets_of, evaluated, is_significant, label
+from tealightning.ablation.results_view import START, Results, at, budgets_of, evaluated, is_significant, label
 
 TRAINING_METRICS = {
     "reward_mean": "mean reward of the rollouts",

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no global backend is touched
 
-from tealightning.ablation.reading import START, Results, label
+from tealightning.ablation.results_view import START, Results, label
 
 OVERLAID = 6
 """Bands of more variants on one pair of axes hide each other: beyond, lines stay and bands move to panels."""

@@ -21,7 +21,7 @@ from tealightning.ablation.plot_curves import (
     plot_training_panels,
     training_metrics,
 )
-from tealightning.ablation.reading import START, Results, evaluated, interval_name, label, main_split, split_name
+from tealightning.ablation.results_view import START, Results, evaluated, interval_name, label, main_split, split_name
 
 
 @dataclass(kw_only=True, slots=True)

@@ -10,11 +10,11 @@ import yaml
 from markupsafe import Markup, escape
 
 from tealightning.ablation.plots import Plot, all_plots, image
-from tealightning.ablation.reading import Results, label, main_split, split_name, unfinished
+from tealightning.ablation.results_view import Results, label, main_split, split_name, unfinished
 from tealightning.ablation.summary import counted, equal_words, failures, summary
 from tealightning.ablation.table_formats import interval_text, number_text, to_csv, to_latex, to_markdown
 from tealightning.ablation.tables import Table, all_tables
-from tealightning.files import write_whole
+from tealightning.reliability.files import write_whole
 
 
 @dataclass(kw_only=True, slots=True)

@@ -9,9 +9,7 @@ from torch import Tensor
 from tealightning.ablation.collect import EvaluationData, Runs, common_prompts, rewards_of, rows_of
 from tealightning.ablation.estimates import Estimator, numbers
 from tealightning.ablation.plan import Plan
-from tealightning.functional.best_of_n import best_of_n
-from tealightning.functional.comparisons import holm, improvement, win_rate
-from tealightning.functional.selected import best_of_n_selected
+from tealightning.functional.best_of_n import best_of_n, best_of_n_selected, holm, improvement, win_rate
 
 DIAGNOSTICS = ("kl", "kl_per_token", "distinct_1", "distinct_2", "self_similarity")
 

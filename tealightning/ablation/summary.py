@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tealightning.ablation.reading import (
+from tealightning.ablation.results_view import (
     BUDGETS,
     START,
     Estimate,

@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tealightning.ablation.reading import BUDGETS, DIAGNOSTICS, Estimate, Results, evaluated, main_split
+from tealightning.ablation.results_view import BUDGETS, DIAGNOSTICS, Estimate, Results, evaluated, main_split
 from tealightning.ablation.tables import Cell, Table
-from tealightning.diagnostics.tables import markdown_table
+from tealightning.reporting.tables import markdown_table
 
 UNKNOWN = "–"
 

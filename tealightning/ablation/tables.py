@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tealightning.ablation.reading import (
+from tealightning.ablation.results_view import (
     BUDGETS,
     DIAGNOSTICS,
     START,

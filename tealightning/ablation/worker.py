@@ -22,12 +22,12 @@ from lightning.pytorch.callbacks import Callback
 from tealightning.ablation.plan import Job
 from tealightning.ablation.run_configs import with_folder
 from tealightning.callbacks import Budget, EvaluationRecord
-from tealightning.callbacks.checkpoint_files import newest_good, step_of
-from tealightning.callbacks.csv_logger import set_aside
 from tealightning.callbacks.evaluation_record import FOLDER
-from tealightning.diagnostics.provenance import commit
-from tealightning.files import write_whole
-from tealightning.locks import locked
+from tealightning.reliability.checkpoint_files import newest_good, step_of
+from tealightning.reliability.files import write_whole
+from tealightning.reliability.locks import locked
+from tealightning.reliability.logger import set_aside
+from tealightning.reporting.provenance import commit
 from tealightning.version import __version__
 
 Build = Callable[[Sequence[str]], Any]

@@ -1,14 +1,14 @@
 """Lightning callbacks: rollouts, checkpoints, health checks, deadlines, reports, records, budgets and export."""
 
 from tealightning.callbacks.budget import Budget
-from tealightning.callbacks.checkpoint import ResumableCheckpoint
-from tealightning.callbacks.deadlines import Deadlines
 from tealightning.callbacks.evaluation_record import EvaluationRecord
 from tealightning.callbacks.export import ExportPolicy
 from tealightning.callbacks.health import HealthChecks
 from tealightning.callbacks.report import BestOfNReport
 from tealightning.callbacks.rollout import RolloutCallback
 from tealightning.callbacks.samples import SampleTable
+from tealightning.reliability.checkpoint import ResumableCheckpoint
+from tealightning.reliability.deadlines import Deadlines
 
 __all__ = [
     "BestOfNReport",

@@ -10,13 +10,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from tealightning.callbacks.folders import run_folder
-from tealightning.files import going_on_without, write_whole
 from tealightning.functional.diversity import distinct_n, self_similarity
-from tealightning.micro_batches import score_completions, split_rows
 from tealightning.pretrained import load_policy
+from tealightning.reliability.files import going_on_without, run_folder, write_whole
 from tealightning.rewards.base import Reward
-from tealightning.sharding import is_sharded
+from tealightning.training.micro_batches import score_completions, split_rows
+from tealightning.training.sharding import is_sharded
 from tealightning.types import PromptBatch, RolloutBatch
 
 FOLDER = "evaluations"

@@ -7,8 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors import SafetensorError
 
-from tealightning.callbacks.folders import run_folder
-from tealightning.files import whole_folder
+from tealightning.reliability.files import run_folder, whole_folder
 
 
 class ExportPolicy(Callback):

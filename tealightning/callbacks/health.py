@@ -9,17 +9,48 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-from tealightning.callbacks.folders import run_folder
-from tealightning.callbacks.health_check import SEEN, HealthCheck, StepSeen
-from tealightning.callbacks.health_checks import CHECKS, LIMITS
-from tealightning.callbacks.health_of_engine import UnknownTokens
-from tealightning.callbacks.health_of_learning import RewardPrecision
+from tealightning.callbacks.health_check import (
+    KL,
+    SEEN,
+    Degenerate,
+    Entropy,
+    HealthCheck,
+    NonFinite,
+    RewardPrecision,
+    StepSeen,
+)
+from tealightning.callbacks.health_of_engine import (
+    Drift,
+    Mismatch,
+    StaleAhead,
+    StaleWeights,
+    UnknownTokens,
+    WeightsVersion,
+)
 from tealightning.callbacks.rollout import RolloutCallback
 from tealightning.callbacks.unhealthy_batch import save_unhealthy_batch
-from tealightning.functional.reward_ties import TIE_CAUSES, tie_cause, tied
-from tealightning.nonfinite import UnhealthyRun
+from tealightning.functional.tail_checks import TIE_CAUSES, tie_cause, tied
 from tealightning.registry import did_you_mean
+from tealightning.reliability.files import run_folder
+from tealightning.training.nonfinite import UnhealthyRun
 from tealightning.types import PromptBatch, RolloutBatch
+
+LIMITS: dict[str, tuple[type[HealthCheck], ...]] = {
+    "max_nonfinite_steps": (NonFinite,),
+    "max_version_lag": (WeightsVersion,),
+    "max_log_prob_diff": (Mismatch, Drift),
+    "max_log_prob_growth": (StaleWeights, StaleAhead),
+    "max_unknown_tokens": (UnknownTokens,),
+    "max_reward_ties": (RewardPrecision,),
+    "max_degenerate_steps": (Degenerate,),
+    "max_kl": (KL,),
+    "min_entropy_share": (Entropy,),
+}
+"""Setting of `HealthChecks` -> the checks whose limit it is."""
+
+CHECKS = tuple(kind.name for kinds in LIMITS.values() for kind in kinds)
+"""Names of all checks."""
+
 
 _AT_LEAST_ONE = ("max_nonfinite_steps", "max_degenerate_steps", "max_log_prob_growth", "patience")
 

@@ -13,9 +13,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from tealightning.callbacks.folders import run_folder
-from tealightning.files import going_on_without, write_whole
 from tealightning.functional.statistics import mean_over_prompts, paired_difference
+from tealightning.reliability.files import going_on_without, run_folder, write_whole
 
 
 @dataclass(kw_only=True, slots=True)

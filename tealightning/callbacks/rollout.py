@@ -9,13 +9,12 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from tealightning.callbacks.rollout_checks import check_prompts, model_length, padding_id
-from tealightning.callbacks.unscorable import UnscorableGuard
-from tealightning.phases import RunPhase, during
+from tealightning.callbacks.rollout_checks import UnscorableGuard, check_prompts, model_length, padding_id
+from tealightning.reliability.progress import RunPhase, during
 from tealightning.rewards.base import Reward
 from tealightning.rollouts import EngineContext, RolloutCollector, RolloutEngine, policy_weights, prompt_seed
-from tealightning.rollouts.ahead import Collected, OneStepAhead
 from tealightning.rollouts.collector import rollout_metrics
+from tealightning.rollouts.prefetch import Collected, OneStepAhead
 from tealightning.types import Phase, PromptBatch, SamplingConfig
 
 

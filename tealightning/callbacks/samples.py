@@ -6,8 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from tealightning.callbacks.folders import run_folder
-from tealightning.files import append_lines, going_on_without
+from tealightning.reliability.files import append_lines, going_on_without, run_folder
 from tealightning.types import PromptBatch
 
 COLUMNS = ["phase", "step", "prompt_id", "prompt", "completion", "reward", "tokens", "truncated"]

@@ -9,8 +9,8 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from tealightning.files import write_whole
-from tealightning.nonfinite import SkippedStep
+from tealightning.reliability.files import write_whole
+from tealightning.training.nonfinite import SkippedStep
 from tealightning.types import PromptBatch, RolloutBatch
 
 

@@ -1,4 +1,4 @@
-"""Command `diagnose gradients`: gradient fidelity in analytic worlds."""
+"""Commands `diagnose`: picks the instrument; `diagnose gradients`: gradient fidelity in analytic worlds."""
 
 import argparse
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def diagnose_gradients(args: Sequence[str]) -> None:
     options = parser().parse_args(args)
     from tealightning.diagnostics.decision import SETTINGS
     from tealightning.diagnostics.gradients import GradientSettings, diagnose, diagnose_decision, table_of_world
-    from tealightning.diagnostics.specs import parse_estimators
+    from tealightning.diagnostics.measurements import parse_estimators
     from tealightning.diagnostics.worlds import NAMES
 
     settings = GradientSettings(
@@ -126,3 +126,36 @@ def parser() -> argparse.ArgumentParser:
         help="folder for the report (default: runs/diagnose_gradients)",
     )
     return result
+
+
+USAGE = """\
+usage: tealightning diagnose WHAT [options]
+
+what to diagnose:
+  gradients  how faithful each estimator's gradient is to that of best-of-N
+  tail       whether the upper tail of a reward is what the tail estimators assume
+
+`tealightning diagnose WHAT --help` lists the options.
+"""
+
+
+def diagnose(args: Sequence[str]) -> None:
+    """Run one of the instruments.
+
+    Raises:
+        ValueError: for an unknown one.
+    """
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return
+    what, rest = args[0], list(args[1:])
+    if what == "gradients":
+        from tealightning.cli.diagnose_gradients import diagnose_gradients
+
+        diagnose_gradients(rest)
+    elif what == "tail":
+        from tealightning.cli.diagnose_tail import diagnose_tail
+
+        diagnose_tail(rest)
+    else:
+        raise ValueError(f"Unknown instrument {what!r}.{did_you_mean(what, ['gradients', 'tail'])}")

@@ -11,8 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tealightning.cli.policy_pool import collect_pool
-from tealightning.diagnostics.live import SPLITS, FidelityReport, FidelityStudy
-from tealightning.diagnostics.live_report import (
+from tealightning.diagnostics.measurements import EstimatorSpec, parse_estimators
+from tealightning.diagnostics.policy_fidelity import SPLITS, FidelityReport, FidelityStudy
+from tealightning.diagnostics.policy_fidelity_report import (
     LEGEND,
     ceiling_lines,
     fidelity_table,
@@ -21,10 +22,9 @@ from tealightning.diagnostics.live_report import (
 )
 from tealightning.diagnostics.pool import RolloutPool, write_rewards
 from tealightning.diagnostics.projections import LinearProjection, score_vectors
-from tealightning.diagnostics.provenance import provenance, provenance_lines
-from tealightning.diagnostics.specs import EstimatorSpec, parse_estimators
 from tealightning.estimators import ESTIMATORS
-from tealightning.module import PostTrainingModule
+from tealightning.reporting.provenance import provenance, provenance_lines
+from tealightning.training.module import PostTrainingModule
 
 BINARY_REWARDS = ("pass_at_n", "grpo_lead")
 """Estimators for rewards of 0 and 1, which say nothing about others."""

@@ -39,8 +39,8 @@ def diagnose_tail(args: Sequence[str]) -> None:
     options, overrides = parser().parse_known_args(list(args))
     _check(options, overrides)
     pool = _pool(options, overrides)
-    from tealightning.diagnostics.provenance import provenance
     from tealightning.diagnostics.tail import diagnose_pool, tables_text, verdict_text, write_diagnosis
+    from tealightning.reporting.provenance import provenance
 
     print(f"Checking the rewards of {len(pool.ids)} prompts ...", flush=True)
     diagnosis = diagnose_pool(

@@ -8,7 +8,7 @@ from pathlib import Path
 import tealightning
 from tealightning.cli.console import quiet_startup
 from tealightning.cli.plugins import import_plugin
-from tealightning.phases import own_process
+from tealightning.reliability.progress import own_process
 
 USAGE = """\
 usage: tealightning COMMAND [options]
@@ -82,7 +82,7 @@ def _run(command: str, args: list[str], given: list[str]) -> None:
 
         compare(args)
     elif command == "diagnose":
-        from tealightning.cli.diagnose import diagnose
+        from tealightning.cli.diagnose_gradients import diagnose
 
         diagnose(args)
     else:
@@ -100,7 +100,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
 def _told_to_the_user(error: BaseException) -> BaseException | None:
     """`error`, or the one it wraps, that was raised on purpose: by this package, or by Lightning's and the parser's
     checks of settings, or for a missing file; None for a defect."""
-    from tealightning.cli.located import SettingError
+    from tealightning.cli.error_location import SettingError
 
     if isinstance(error, SettingError):
         return error

@@ -6,7 +6,15 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tealightning.cli.given import SECTIONS, TOP_LEVEL, Setting, class_names, class_of, given_settings, takes_class
+from tealightning.cli.user_settings import (
+    SECTIONS,
+    TOP_LEVEL,
+    Setting,
+    class_names,
+    class_of,
+    given_settings,
+    takes_class,
+)
 
 
 def explain(message: str, args: Sequence[str]) -> str:

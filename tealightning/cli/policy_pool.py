@@ -10,7 +10,7 @@ from tealightning.callbacks import RolloutCallback
 from tealightning.cli.training import build_training
 from tealightning.data import PromptDataModule
 from tealightning.diagnostics.pool import RolloutPool, pool_of
-from tealightning.module import PostTrainingModule
+from tealightning.training.module import PostTrainingModule
 from tealightning.types import PromptBatch
 
 _COMMANDS = {"val": "validate", "test": "test"}

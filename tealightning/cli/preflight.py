@@ -15,11 +15,11 @@ import torch
 from jsonargparse import Namespace
 
 from tealightning.callbacks import EvaluationRecord, RolloutCallback
-from tealightning.cli.located import SettingError, located
+from tealightning.cli.error_location import SettingError, located
 from tealightning.data import PromptDataModule
 from tealightning.data.sources import check_source
-from tealightning.module import PostTrainingModule
 from tealightning.pretrained import check_weights, policy_config, positions_of
+from tealightning.training.module import PostTrainingModule
 from tealightning.types import Phase
 
 PHASES: dict[str, tuple[Phase, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}

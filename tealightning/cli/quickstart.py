@@ -107,7 +107,7 @@ def write(plan: "Plan", summary: dict[str, list[float]]) -> dict[str, Path]:
     """Write summary, curves and picture; what is where."""
     from tealightning.ablation.worker import write_json
     from tealightning.callbacks.report import best_of_n_plot
-    from tealightning.files import write_whole
+    from tealightning.reliability.files import write_whole
 
     folder = plan.spec.folder
     paths = {

@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from tealightning.callbacks.checkpoint_files import checkpoints, newest_good
+from tealightning.reliability.checkpoint_files import checkpoints, newest_good
 
 _COMPARED = {
     "fit": ("model", "data", "rollout.group_size", "rollout.sampling", "rollout.steps_ahead", "seed_everything"),

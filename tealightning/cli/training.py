@@ -13,23 +13,21 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger
 
 from tealightning.callbacks import BestOfNReport, Deadlines, HealthChecks, ResumableCheckpoint, RolloutCallback
-from tealightning.callbacks.checkpoint_files import warn_of_pickles
-from tealightning.callbacks.checkpoint_io import SealedCheckpointIO
-from tealightning.callbacks.csv_logger import DurableCSVLogger
-from tealightning.callbacks.folders import run_folder
-from tealightning.callbacks.run_lock import claimed_run_folder, refuse_live_run, refuse_other_runs
 from tealightning.cli.console import quiet_transformers
-from tealightning.cli.given import with_a_fresh_estimator
-from tealightning.cli.located import located
+from tealightning.cli.error_location import located
 from tealightning.cli.messages import explain
 from tealightning.cli.names import canonical_args, canonical_settings
 from tealightning.cli.preflight import check_classes, check_inputs, check_seed, check_together
 from tealightning.cli.resume import command_to_go_on, last_checkpoint
+from tealightning.cli.user_settings import with_a_fresh_estimator
 from tealightning.data import PromptDataModule
-from tealightning.files import write_whole
-from tealightning.module import PostTrainingModule
 from tealightning.registry import did_you_mean
+from tealightning.reliability.checkpoint_files import SealedCheckpointIO, warn_of_pickles
+from tealightning.reliability.files import run_folder, write_whole
+from tealightning.reliability.locks import claimed_run_folder, refuse_live_run, refuse_other_runs
+from tealightning.reliability.logger import DurableCSVLogger
 from tealightning.strict_yaml import load_yaml
+from tealightning.training.module import PostTrainingModule
 
 COMMANDS = {
     "fit": "Train a policy.",

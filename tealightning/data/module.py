@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from tealightning.data.loader import EvaluationLoader, PromptLoader
 from tealightning.data.prompts import PromptSet, build_prompt_set
 from tealightning.data.sources import parse_source, read_rows
-from tealightning.rewards.chat import ChatFormatter, ChatTemplate, check_template
+from tealightning.text.chat import ChatFormatter, ChatTemplate, check_template
 from tealightning.types import Phase
 
 _PHASES: dict[str | None, tuple[Phase, ...]] = {

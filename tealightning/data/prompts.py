@@ -12,10 +12,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tealightning.data.packed import PackedTexts
 from tealightning.data.sources import Rows, columns_of, place_of
+from tealightning.data.string_array import PackedTexts
 from tealightning.registry import did_you_mean
-from tealightning.rewards.chat import ChatFormatter
+from tealightning.text.chat import ChatFormatter
 from tealightning.types import Message, Prompt, PromptBatch
 
 _ENCODE_CHUNK = 1024

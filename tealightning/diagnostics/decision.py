@@ -1,7 +1,7 @@
 """Training in the two-arm world: which arm an estimator's gradient settles on.
 
 A softmax policy chooses between A, which has the larger mean and the larger best of 16, and B, which has the larger
-best of 128 and beyond (see `tealightning.diagnostics.two_arms`). Every step plays 64 prompts of m rollouts; the
+best of 128 and beyond (see `tealightning.diagnostics.worlds`). Every step plays 64 prompts of m rollouts; the
 advantages are divided by their root mean square over the batch, so that all estimators train at one speed.
 """
 
@@ -13,8 +13,8 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from tealightning.diagnostics.fidelity import Advantages
-from tealightning.diagnostics.specs import EstimatorSpec, try_out
-from tealightning.diagnostics.two_arms import draw_rewards
+from tealightning.diagnostics.measurements import EstimatorSpec, try_out
+from tealightning.diagnostics.worlds import draw_rewards
 from tealightning.functional.moments import ratio_or_zero
 
 PROMPTS, STEPS, LEARNING_RATE = 64, 300, 0.03

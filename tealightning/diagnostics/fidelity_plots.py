@@ -9,7 +9,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no global backend is touched
 
-from tealightning.diagnostics.cells import M_SWEEP
+from tealightning.diagnostics.measurements import M_SWEEP
 from tealightning.diagnostics.slopes import SlopeFit, fit_log_slope
 
 Row = Mapping[str, Any]

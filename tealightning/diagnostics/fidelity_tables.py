@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tealightning.diagnostics.fidelity import BATCHES
-from tealightning.diagnostics.tables import markdown_table
+from tealightning.reporting.tables import markdown_table
 
 Row = Mapping[str, Any]
 

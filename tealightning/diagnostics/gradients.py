@@ -5,15 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tealightning.diagnostics.cells import SWEEPS, Cell, main_cells, measure, sweep_cells
 from tealightning.diagnostics.decision import SETTINGS, decisions
 from tealightning.diagnostics.fidelity import MIN_GROUPS
 from tealightning.diagnostics.fidelity_plots import FIT_FROM, PLOTS, describe, slopes
 from tealightning.diagnostics.fidelity_tables import LEGEND, decision_table, measured, world_table
-from tealightning.diagnostics.provenance import provenance, provenance_lines
-from tealightning.diagnostics.specs import EstimatorSpec
-from tealightning.diagnostics.tables import markdown_table, write_csv
+from tealightning.diagnostics.measurements import SWEEPS, Cell, EstimatorSpec, main_cells, measure, sweep_cells
 from tealightning.diagnostics.worlds import NAMES, build_world
+from tealightning.reporting.provenance import provenance, provenance_lines
+from tealightning.reporting.tables import markdown_table, write_csv
 
 Row = dict[str, Any]
 

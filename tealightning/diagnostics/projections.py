@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tealightning.micro_batches import score_through_logits, split_rows
+from tealightning.training.micro_batches import score_through_logits, split_rows
 from tealightning.types import RolloutBatch
 
 

@@ -10,14 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from tealightning.diagnostics.pool import RolloutPool
-from tealightning.diagnostics.provenance import provenance_lines
-from tealightning.diagnostics.tables import markdown_table, write_csv
 from tealightning.diagnostics.tail_plots import plot_prediction, plot_qq
 from tealightning.diagnostics.tail_verdict import Verdict, interval, judge_tail
 from tealightning.functional.statistics import mean_over_prompts
 from tealightning.functional.tail import tail_size
 from tealightning.functional.tail_checks import TailChecks, check_tail, summarise
 from tealightning.functional.tail_shape import gaussian_tail_null
+from tealightning.reporting.provenance import provenance_lines
+from tealightning.reporting.tables import markdown_table, write_csv
 
 Row = dict[str, Any]
 

@@ -2,11 +2,27 @@
 
 A world draws groups of rollouts, their rewards and their scores (`S_i = grad log pi`, in a handful of directions), and
 computes the gradient of V_N by quadrature: what every estimator's `(1/m) * sum_i A_i S_i` is held against.
+
+At (0, 0) the scores are `z` and `z^2 - 1`. The best of N is `g(M)` with M the maximum of N normals (g never falls), so
+
+    grad V_N = integral of g(x) f(x) (u, x u - 1) dx,    f = N phi Phi^(N-1),   u = -f'/f = x - (N-1) phi/Phi
+
+which needs no derivative of g. For steps of height h_j at e_j it is a sum, `sum_j h_j f(e_j) (1, e_j)`.
+For `g = id` it is `(1, c_N)`.
 """
 
+import math
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import ClassVar
 
+import numpy as np
+import torch
+from scipy.interpolate import CubicHermiteSpline
+from scipy.special import log_ndtr, ndtr, stdtrit
 from torch import Generator, Tensor
 
 from tealightning.registry import did_you_mean
@@ -55,8 +71,7 @@ def build_world(name: str) -> World:
     Raises:
         ValueError: for an unknown name, with the nearest valid ones; for a shape or a probability out of range.
     """
-    from tealightning.diagnostics.latent_worlds import LATENT_WORLDS, gpd_world
-    from tealightning.diagnostics.two_arms import TwoArms
+    from tealightning.diagnostics.worlds import LATENT_WORLDS, TwoArms, gpd_world
 
     if name in LATENT_WORLDS:
         return LATENT_WORLDS[name]()
@@ -68,3 +83,234 @@ def build_world(name: str) -> World:
     if match[1] == "gpd":
         return gpd_world(name, float(match[2]))
     return TwoArms(name=name, probability=float(match[2]))
+
+
+_EDGE = 14.0  # of the quadrature, in standard deviations: phi there is 1e-43
+_PANELS, _NODES = 280, 20
+
+
+@lru_cache(maxsize=1)
+def quadrature() -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights on [-14, 14]: Gauss-Legendre in panels of width 0.1."""
+    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+    edges = np.linspace(-_EDGE, _EDGE, _PANELS + 1)
+    half = np.diff(edges)[:, None] / 2
+    return ((edges[:-1, None] + half) + half * nodes).ravel(), (half * weights).ravel()
+
+
+def log_phi(x: np.ndarray) -> np.ndarray:
+    """Logarithm of the standard normal density."""
+    return -0.5 * x * x - 0.5 * np.log(2 * np.pi)
+
+
+def max_density(x: np.ndarray, n: int) -> np.ndarray:
+    """Density of the maximum of n standard normals."""
+    return n * np.exp(log_phi(x) + (n - 1) * log_ndtr(x))
+
+
+class Latent(World):
+    """What the two kinds share: scores of the latent, rewards through `reward`."""
+
+    directions: tuple[str, ...] = ("location", "log-scale")
+    reward: Callable[[np.ndarray], np.ndarray]
+
+    def sample(self, prompts: int, m: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """See `World.sample`; `scores[..., 0]` is the latent."""
+        z = torch.randn(prompts, m, generator=generator, dtype=torch.float64)
+        return torch.from_numpy(self.reward(z.numpy())), torch.stack([z, z * z - 1], dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothWorld(Latent):
+    """`R = g(z)` for an increasing smooth g.
+
+    Args:
+        name: Its name.
+        reward: g, of float64 arrays of any shape, on [-14, 14].
+    """
+
+    name: str
+    reward: Callable[[np.ndarray], np.ndarray]
+
+    def exact_gradient(self, target_n: int) -> Tensor:
+        """See `World.exact_gradient`."""
+        x, weights = quadrature()
+        u = x - (target_n - 1) * np.exp(log_phi(x) - log_ndtr(x))
+        values = weights * self.reward(x) * max_density(x, target_n)
+        return torch.tensor([np.sum(values * u), np.sum(values * (x * u - 1))], dtype=torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteppedWorld(Latent):
+    """`R` = number of edges below z: whole numbers with many ties, as a judge's marks.
+
+    Args:
+        name: Its name.
+        edges: Where the reward steps up by 1, rising.
+    """
+
+    name: str
+    edges: tuple[float, ...]
+
+    def reward(self, z: np.ndarray) -> np.ndarray:  # type: ignore[override]
+        """0 .. len(edges)."""
+        return np.searchsorted(np.asarray(self.edges), z, side="right").astype(np.float64)
+
+    def exact_gradient(self, target_n: int) -> Tensor:
+        """See `World.exact_gradient`."""
+        edges = np.asarray(self.edges)
+        density = max_density(edges, target_n)
+        return torch.tensor([np.sum(density), np.sum(density * edges)], dtype=torch.float64)
+
+
+def gpd_quantile(z: np.ndarray, shape: float) -> np.ndarray:
+    """Generalised Pareto quantile (scale 1) of `Phi(z)`: `((1 - Phi(z))^-shape - 1)/shape`; exponential for shape 0."""
+    log_survival = log_ndtr(-z)  # log(1 - Phi(z)), without cancellation
+    return -log_survival if shape == 0 else np.expm1(-shape * log_survival) / shape
+
+
+def gpd_world(name: str, shape: float) -> SmoothWorld:
+    """The reward is generalised Pareto with this tail index: bounded below 0, exponential at 0, heavy above.
+
+    Raises:
+        ValueError: for a shape of 0.5 or more (no variance) or below -2.
+    """
+    if not -2 <= shape < 0.5:
+        raise ValueError(f"{name}: the shape must be in [-2, 0.5) (from 0.5 on a reward has no variance), got {shape}.")
+    return SmoothWorld(name=name, reward=partial(gpd_quantile, shape=shape))
+
+
+class QuantileSpline:
+    """The quantile function at `Phi(z)`, interpolated in z with its exact slope `phi(z)/density`."""
+
+    _GRID: ClassVar[np.ndarray] = np.linspace(-14.25, 14.25, 8193)
+
+    def __init__(self, quantiles: np.ndarray, density: Callable[[np.ndarray], np.ndarray]) -> None:
+        self._spline = CubicHermiteSpline(self._GRID, quantiles, np.exp(log_phi(self._GRID)) / density(quantiles))
+
+    def __call__(self, z: np.ndarray) -> np.ndarray:
+        """Rewards of latents of any shape."""
+        return self._spline(z)
+
+    @classmethod
+    def grid(cls) -> np.ndarray:
+        """Where the constructor wants the quantiles."""
+        return cls._GRID
+
+
+def student_world(name: str, degrees: int) -> SmoothWorld:
+    """The reward is Student's t: symmetric, with tail index 1/degrees."""
+    z = QuantileSpline.grid()
+    quantiles = np.sign(z) * -stdtrit(degrees, ndtr(-np.abs(z)))  # both tails from their small probability
+    normaliser = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
+    density = partial(_student_density, degrees=degrees, normaliser=normaliser)
+    return SmoothWorld(name=name, reward=QuantileSpline(quantiles, density))
+
+
+def _student_density(r: np.ndarray, degrees: int, normaliser: float) -> np.ndarray:
+    return normaliser * (1 + r * r / degrees) ** (-(degrees + 1) / 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalMixture:
+    """`sum_j weights_j N(means_j, sds_j^2)`."""
+
+    weights: tuple[float, ...]
+    means: tuple[float, ...]
+    sds: tuple[float, ...]
+
+    def _parts(self, r: np.ndarray) -> list[tuple[float, np.ndarray, float]]:
+        return [(w, (r - mu) / sd, sd) for w, mu, sd in zip(self.weights, self.means, self.sds, strict=True)]
+
+    def density(self, r: np.ndarray) -> np.ndarray:
+        """Its density."""
+        return sum((w / sd * np.exp(log_phi(x)) for w, x, sd in self._parts(r)), np.zeros_like(r))
+
+    def below(self, r: np.ndarray) -> np.ndarray:
+        """P(R <= r), accurate in the lower tail."""
+        return sum((w * ndtr(x) for w, x, _ in self._parts(r)), np.zeros_like(r))
+
+    def above(self, r: np.ndarray) -> np.ndarray:
+        """P(R > r), accurate in the upper tail."""
+        return sum((w * ndtr(-x) for w, x, _ in self._parts(r)), np.zeros_like(r))
+
+    def quantile(self, z: np.ndarray) -> np.ndarray:
+        """The r with P(R <= r) = Phi(z), by bisection on whichever tail is the smaller."""
+        low, high = np.full_like(z, -100.0), np.full_like(z, 100.0)
+        for _ in range(80):
+            r = (low + high) / 2
+            too_low = np.where(z > 0, self.above(r) > ndtr(-z), self.below(r) < ndtr(z))
+            low, high = np.where(too_low, r, low), np.where(too_low, high, r)
+        return (low + high) / 2
+
+
+MIXTURE = NormalMixture(weights=(0.85, 0.15), means=(0.0, 2.0), sds=(1.0, 0.5))
+"""A bulk and a narrow group of better answers: the upper tail is no Gaussian's until far out."""
+
+
+def _mixture_world() -> SmoothWorld:
+    return SmoothWorld(name="mixture", reward=QuantileSpline(MIXTURE.quantile(QuantileSpline.grid()), MIXTURE.density))
+
+
+LATENT_WORLDS: dict[str, Callable[[], World]] = {
+    "gaussian": lambda: SmoothWorld(name="gaussian", reward=np.copy),
+    "student_t5": lambda: student_world("student_t5", 5),
+    "mixture": _mixture_world,
+    "bounded": lambda: SmoothWorld(name="bounded", reward=np.tanh),
+    "discrete": lambda: SteppedWorld(name="discrete", edges=(-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5)),
+}
+"""The named ones; `gpd_world` makes the others."""
+
+
+MEAN_B, SD_B = -1.406, 1.6
+"""Arm A is N(0, 1), arm B N(-1.406, 1.6^2): A has the larger mean and best-of-16, B the larger best-of-128."""
+
+
+def draw_rewards(arms: Tensor, generator: Generator) -> Tensor:
+    """A reward for each rollout.
+
+    Args:
+        arms: [...] float64, 1 where the rollout plays B and 0 where it plays A.
+    """
+    z = torch.randn(arms.shape, generator=generator, dtype=torch.float64)
+    return z + arms * (MEAN_B + (SD_B - 1) * z)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoArms(World):
+    """A softmax policy over the two arms with one parameter, the logit of B.
+
+    `S = 1{B} - p`. With `F = (1-p) F_A + p F_B` the gradient is `p (1-p) * integral of N F^(N-1) (F_A - F_B)`.
+
+    Args:
+        name: Its name.
+        probability: p, of B, in (0, 1).
+    """
+
+    name: str
+    probability: float
+    directions: tuple[str, ...] = ("logit of B",)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.probability < 1:
+            raise ValueError(f"{self.name}: the probability of B must be in (0, 1), got {self.probability}.")
+
+    def sample(self, prompts: int, m: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """See `World.sample`."""
+        uniform = torch.rand(prompts, m, generator=generator, dtype=torch.float64)
+        arms = (uniform < self.probability).double()
+        return draw_rewards(arms, generator), (arms - self.probability)[..., None]
+
+    def exact_gradient(self, target_n: int) -> Tensor:
+        """See `World.exact_gradient`."""
+        p = self.probability
+        nodes, weights = np.polynomial.legendre.leggauss(20)
+        edges = np.linspace(MEAN_B - 14 * SD_B, MEAN_B + 14 * SD_B, 601)  # wider than 14 sd of A as well
+        half = np.diff(edges)[:, None] / 2
+        x, weights = ((edges[:-1, None] + half) + half * nodes).ravel(), (half * weights).ravel()
+        log_below = np.logaddexp(np.log1p(-p) + log_ndtr(x), np.log(p) + log_ndtr((x - MEAN_B) / SD_B))
+        # F_A - F_B from whichever tails are small
+        z = (x - MEAN_B) / SD_B
+        difference = np.where(x > 0, ndtr(-z) - ndtr(-x), ndtr(x) - ndtr(z))
+        integral = np.sum(weights * target_n * np.exp((target_n - 1) * log_below) * difference)
+        return torch.tensor([p * (1 - p) * integral], dtype=torch.float64)

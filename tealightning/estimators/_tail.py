@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tealightning.estimators._checks import check_alpha, check_choice, check_integer
+from tealightning.checks import check_alpha, check_choice, check_integer
 from tealightning.estimators.base import AdvantageEstimator
 from tealightning.functional.tail import smallest_group, tail_size
 from tealightning.functional.tail_models import TAIL_MODELS, TailModel, tail_weights

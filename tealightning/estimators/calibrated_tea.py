@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from tealightning.estimators._tail import TailEstimator
-from tealightning.functional.tail_calibration import calibrated_weights
+from tealightning.functional.tail import calibrated_weights
 from tealightning.registry import register
 
 
@@ -14,7 +14,7 @@ class CalibratedTEA(TailEstimator):
 
     The weights of `Direct` with `(a, b) = E(m, alpha)^-1 (1, c_N)` in place of the plug-in's `(1, ct_N)`, where `E` is
     the expected gradient of the two basis functions in (location, log-scale) for normal rewards (this project's own;
-    see `tealightning.functional.tail_calibration`). Unbiased for `E[max of N]` at every m if the rewards are Gaussian,
+    see `tealightning.functional.tail`). Unbiased for `E[max of N]` at every m if the rewards are Gaussian,
     which
     costs variance: at m = 16 its noise is 2.5 times that of `Direct`; `OptimalTEA` is unbiased too, with less noise.
 

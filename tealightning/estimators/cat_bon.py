@@ -4,10 +4,15 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tealightning.estimators._checks import check_integer
+from tealightning.checks import check_integer
 from tealightning.estimators.base import AdvantageEstimator
-from tealightning.functional.moments import centred, ratio_or_zero, sample_std
-from tealightning.functional.ranks import best_of_n_rank_weights, mid_rank_quantiles
+from tealightning.functional.moments import (
+    best_of_n_rank_weights,
+    centred,
+    mid_rank_quantiles,
+    ratio_or_zero,
+    sample_std,
+)
 from tealightning.registry import register
 
 

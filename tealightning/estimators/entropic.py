@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tealightning.estimators._checks import check_positive
+from tealightning.checks import check_positive
 from tealightning.estimators.base import AdvantageEstimator
 from tealightning.functional.entropic import entropic_weights, leave_one_out_tilt
 from tealightning.registry import register

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tealightning.estimators._checks import check_finite, check_positive
+from tealightning.checks import check_finite, check_positive
 from tealightning.estimators.base import AdvantageEstimator
 from tealightning.functional.binary import difficulty_weight, successes
 from tealightning.functional.moments import centred, sample_std

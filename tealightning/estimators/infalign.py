@@ -4,10 +4,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tealightning.estimators._checks import check_positive
+from tealightning.checks import check_positive
 from tealightning.estimators.base import AdvantageEstimator
-from tealightning.functional.moments import centred
-from tealightning.functional.ranks import exponential_tilt, win_rates
+from tealightning.functional.moments import centred, exponential_tilt, win_rates
 from tealightning.registry import register
 
 

@@ -5,11 +5,16 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from tealightning.estimators._checks import check_choice, check_integer
+from tealightning.checks import check_choice, check_integer
 from tealightning.estimators.base import AdvantageEstimator
-from tealightning.functional.max_at_k import max_at_k_gains, max_at_k_loo_weights, max_at_k_weights
+from tealightning.functional.max_at_k import (
+    max_at_k_gains,
+    max_at_k_loo_weights,
+    max_at_k_weights,
+    off_policy_max_at_k_loo_weights,
+    off_policy_max_at_k_weights,
+)
 from tealightning.functional.moments import centred, ratio_or_zero, sample_std
-from tealightning.functional.off_policy_max_at_k import off_policy_max_at_k_loo_weights, off_policy_max_at_k_weights
 from tealightning.registry import register
 
 
@@ -81,7 +86,7 @@ class MaxAtK(AdvantageEstimator):
         return (max_at_k_weights if self.baseline == "none" else max_at_k_loo_weights)(rewards, k)
 
     def compute_off_policy(self, rewards: Tensor, ratios: Tensor) -> Tensor:
-        """[P, m], [P, m] -> [P, m]; exact (see `tealightning.functional.off_policy_max_at_k`).
+        """[P, m], [P, m] -> [P, m]; exact (see `tealightning.functional.max_at_k`).
 
         Ratios are capped at e^(600/k), so that products of k of them stay finite.
 

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tealightning.estimators._checks import check_positive
+from tealightning.checks import check_positive
 from tealightning.estimators.base import AdvantageEstimator
 from tealightning.functional.moments import centred
 from tealightning.registry import register

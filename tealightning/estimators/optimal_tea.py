@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tealightning.estimators._checks import check_choice, check_not_negative
+from tealightning.checks import check_choice, check_not_negative
 from tealightning.estimators._constants import constants
 from tealightning.estimators._tail import TailEstimator
 from tealightning.functional.normal_tail import TailScale

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from tealightning.estimators._checks import check_choice, check_finite, check_integer, check_positive
+from tealightning.checks import check_choice, check_finite, check_integer, check_positive
 from tealightning.estimators.base import AdvantageEstimator
 from tealightning.functional.binary import pass_at_n_loo_weights, pass_at_n_weights, successes
 from tealightning.registry import register

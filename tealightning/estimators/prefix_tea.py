@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from tealightning.estimators._checks import check_integer
+from tealightning.checks import check_integer
 from tealightning.estimators._tail import PlugInEstimator
-from tealightning.functional.jackknife import prefix_weights
+from tealightning.functional.tail import prefix_weights
 from tealightning.functional.tail_models import TailModel
 from tealightning.registry import register
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from tealightning.estimators.base import AdvantageEstimator
-from tealightning.functional.log_survival import log_survival_weights
+from tealightning.functional.max_at_k import log_survival_weights
 from tealightning.registry import register
 
 
@@ -15,7 +15,7 @@ class TailRL(AdvantageEstimator):
 
     Ascends the integral of `log P(R > t)` over t, whose gradient is `sum_k (1/k) grad E[max of k]`, k = 1, 2, ...; with
     m rollouts, centred, it is unbiased for `sum_{k=1}^{m-1} (1/k) E[max of k]`
-    (`tealightning.functional.log_survival`). No deployment budget enters. On 0/1 rewards it is MaxRL without its eps.
+    (`tealightning.functional.max_at_k`). No deployment budget enters. On 0/1 rewards it is MaxRL without its eps.
 
     Equal rewards get equal advantages. A constant group gets zeros.
     """

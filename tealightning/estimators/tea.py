@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from tealightning.estimators._checks import check_choice
+from tealightning.checks import check_choice
 from tealightning.estimators._tail import PlugInEstimator
 from tealightning.functional.moments import centred, ratio_or_zero, root_mean_square, sample_std
 from tealightning.functional.tail_models import TailModel

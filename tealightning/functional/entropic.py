@@ -5,8 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from tealightning.functional.leave_one_out import sum_of_others
-from tealightning.functional.moments import ratio_or_zero
+from tealightning.functional.moments import ratio_or_zero, sum_of_others
 
 LARGEST_TILT = math.exp(80.0)
 """Cap of `exp(beta R_i) / mean of the others` at a fixed beta, so that the weights still fit float32."""

@@ -1,4 +1,11 @@
-"""Log-probs of sampled tokens under the distribution that they were sampled from."""
+"""Log-probs of sampled tokens: from logits, from hidden states in chunks, or by liger-kernel's fused kernel."""
+
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,3 +65,244 @@ def token_entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """
     log_probs = (logits.float() / temperature).log_softmax(dim=-1)
     return -(log_probs.exp() * log_probs).sum(dim=-1)
+
+
+MAX_LOGITS_BYTES = 2**28
+"""Up to this size the probabilities are kept for the backward pass, beyond it they are computed again: 256 MiB."""
+
+CHUNK_BYTES = 2**24
+"""Logits of one chunk that stays in a processor's cache while several operations read it: 16 MiB."""
+
+
+def linear_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    with_entropy: bool = False,
+    max_logits_bytes: int = MAX_LOGITS_BYTES,
+) -> tuple[Tensor, Tensor | None]:
+    """`token_log_probs` and `token_entropy` of `hidden @ weight.T + bias`, in memory that tokens x V do not decide.
+
+    The gradient of a log-prob with respect to its logits is `(onehot - softmax) / temperature`. Chunks of tokens go
+    through the output layer one after the other; their probabilities are kept for the backward pass where all of them
+    fit into `max_logits_bytes`, and computed again otherwise. Where liger-kernel's fused kernel can be used, it is
+    (`functional/log_probs.py`).
+
+    Args:
+        hidden: [n, D], inputs of the output layer at n positions.
+        weight: [V, D] of the output layer; under autocast the product is computed in autocast's dtype.
+        token_ids: [n] int64, the tokens that were sampled there.
+        bias: [V].
+        with_entropy: Compute entropies too.
+        max_logits_bytes: Memory for logits or probabilities.
+
+    Returns:
+        (log-probs [n] float32 with gradient, entropies [n] float32 in nats without, or None)
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+    def chunked(
+        hidden: Tensor, weight: Tensor, token_ids: Tensor, *, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        chunking = _Chunking(len(hidden), len(weight), max_logits_bytes)
+        settings = (temperature, top_k, top_p, with_entropy)
+        log_probs, entropy = _LinearLogProbs.apply(hidden, weight, bias, token_ids, settings, chunking, dtype)
+        return log_probs, entropy if with_entropy else None
+
+    way = chunked
+    if bias is None and top_k == 0 and top_p == 1 and can_fuse(hidden, dtype):
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        if is_right(chunked, hidden, weight, token_ids, temperature):
+            way = fused_log_probs
+    return way(hidden, weight, token_ids, temperature=temperature, with_entropy=with_entropy)
+
+
+class _Chunking:
+    """How n tokens are cut: `keep` tells if all probabilities together are small enough to be kept."""
+
+    def __init__(self, tokens: int, vocabulary: int, max_bytes: int) -> None:
+        row_bytes = 4 * vocabulary
+        self.keep = tokens * row_bytes <= max_bytes
+        # Half of the limit, because a chunk and its gradient exist together.
+        size = max(1, min(CHUNK_BYTES if self.keep else max_bytes // 4, max_bytes) // row_bytes)
+        self.slices = [slice(first, min(first + size, tokens)) for first in range(0, tokens, size)]
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        token_ids: Tensor,
+        settings: tuple[float, int, float, bool],
+        chunking: _Chunking,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        with_entropy = settings[3]
+        log_probs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        entropy = torch.empty_like(log_probs if with_entropy else log_probs[:0])
+        kept = None
+        if chunking.keep and any(ctx.needs_input_grad):
+            kept = torch.empty(len(hidden), len(weight), dtype=torch.float32, device=hidden.device)
+        cast_weight, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        for part in chunking.slices:
+            logits = _logits(hidden[part].to(dtype), cast_weight, cast_bias, settings[0])
+            if with_entropy:
+                entropy[part] = _entropy(logits)
+            logits = filter_logits(logits, token_ids[part], top_k=settings[1], top_p=settings[2])
+            normaliser = logits.logsumexp(dim=-1, keepdim=True)
+            log_probs[part] = (logits.gather(-1, token_ids[part, None]) - normaliser).squeeze(-1)
+            if kept is not None:
+                torch.exp(logits.sub_(normaliser), out=kept[part])
+        ctx.save_for_backward(hidden, weight, bias, token_ids, kept)
+        ctx.settings, ctx.chunking, ctx.dtype = settings, chunking, dtype
+        ctx.mark_non_differentiable(entropy)
+        return log_probs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias, token_ids, kept = ctx.saved_tensors
+        temperature, top_k, top_p, _entropy = ctx.settings
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
+        grad_bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device) if needs_bias else None
+        cast_weight, cast_bias = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
+        for part in ctx.chunking.slices:
+            inputs = hidden[part].to(ctx.dtype)
+            if kept is None:
+                logits = _logits(inputs, cast_weight, cast_bias, temperature)
+                logits = filter_logits(logits, token_ids[part], top_k=top_k, top_p=top_p)
+                probs = torch.softmax(logits, dim=-1)
+            else:
+                probs = kept[part]
+            scale = grad[part, None] / temperature
+            grad_logits = probs * -scale
+            grad_logits.scatter_add_(-1, token_ids[part, None], scale)
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(dim=0)
+            grad_logits = grad_logits.to(ctx.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = (grad_logits @ cast_weight).to(hidden.dtype)
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ inputs
+        grads = (grad_hidden, grad_weight, grad_bias)
+        parameters = (hidden, weight, bias)
+        cast = (None if g is None else g.to(p.dtype) for g, p in zip(grads, parameters, strict=True))
+        return (*cast, None, None, None, None)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    """[chunk, V] float32 at `temperature`, a new tensor."""
+    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """[chunk] float32, of the softmax of `logits`."""
+    log_probs = logits.log_softmax(dim=-1)
+    return -(log_probs.exp() * log_probs).sum(dim=-1)
+
+
+HOPPER = (9, 0)
+"""Its compute capability. For other GPUs liger-kernel itself falls back to chunks of logits, as we do."""
+
+CHECKED_TOKENS = 64
+RELATIVE_ERROR = 0.05
+"""Of bfloat16, which has eight bits, after two matrix products."""
+
+LogProbs = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def fused_log_probs(
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, *, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`linear_log_probs` in one kernel: neither logits nor probabilities are written to memory.
+
+    Args:
+        hidden: [n, D] bfloat16.
+        weight: [V, D] bfloat16.
+        token_ids: [n] int64.
+
+    Returns:
+        (log-probs [n] float32 with gradient, entropies [n] float32 in nats without, or None)
+    """
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Kernel
+
+    ignored, tiles = -100, 1
+    result = Kernel.apply(hidden.contiguous(), weight, token_ids, float(temperature), ignored, tiles, with_entropy)
+    loss, entropy = result if with_entropy else (result, None)
+    return -loss.float(), None if entropy is None else entropy.detach().float()
+
+
+def can_fuse(hidden: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernel is there for `hidden` [n, D] and products in `dtype`."""
+    return (
+        hidden.is_cuda
+        and dtype == torch.bfloat16
+        and len(hidden) > 0
+        and torch.cuda.get_device_capability(hidden.device) == HOPPER
+        and _is_installed()
+    )
+
+
+@cache
+def _is_installed() -> bool:
+    """liger-kernel of a version that has the kernel, and what compiles it: the extra `fused`."""
+    if importlib.util.find_spec("liger_kernel") is None or importlib.util.find_spec("cutlass") is None:
+        return False
+    return hasattr(importlib.import_module("liger_kernel.ops"), "LigerFusedLinearScaledCrossEntropyFunction")
+
+
+def is_right(chunked: LogProbs, hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> bool:
+    """Whether the kernel gives what `chunked` gives, for some tokens of these: found out once for each shape.
+
+    A kernel that is compiled for a card and shape it was never tried on can be wrong without an error.
+
+    Args:
+        chunked: `linear_log_probs` without the kernel.
+    """
+    shape = (hidden.device, weight.shape, temperature)
+    if shape not in _right:
+        _right[shape] = _agree(
+            *(_trial(how, hidden, weight, token_ids, temperature) for how in (chunked, fused_log_probs))
+        )
+        if not _right[shape]:
+            warnings.warn(
+                f"liger-kernel's log-probs or gradients are not ours for an output layer of {tuple(weight.shape)} on "
+                f"{torch.cuda.get_device_name(hidden.device)}: its kernel is not used.",
+                stacklevel=2,
+            )
+    return _right[shape]
+
+
+_right: dict[tuple[Any, ...], bool] = {}
+
+
+def _trial(how: LogProbs, hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> list[Tensor]:
+    """Log-probs, entropies and gradients of tokens that count differently."""
+    # Copies, made outside inference mode: the first use can be in an evaluation, whose tensors autograd does not take.
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs = hidden[:CHECKED_TOKENS].detach().clone().requires_grad_()
+        layer = weight.detach().clone().requires_grad_()
+        ids = token_ids[:CHECKED_TOKENS].clone()
+        log_probs, entropy = how(inputs, layer, ids, temperature=temperature, with_entropy=True)
+        worth = torch.linspace(-1, 2, len(inputs), device=hidden.device)
+        gradients = torch.autograd.grad(log_probs, [inputs, layer], worth)
+    assert entropy is not None
+    return [log_probs.detach(), entropy, *gradients]
+
+
+def _agree(ours: list[Tensor], fused: list[Tensor]) -> bool:
+    """Whether results of the same products are equal up to the rounding of bfloat16."""
+    return all(
+        (a.float() - b.float()).norm() <= RELATIVE_ERROR * a.float().norm() for a, b in zip(ours, fused, strict=True)
+    )

@@ -1,9 +1,23 @@
-"""Unbiased policy-gradient weights of `E[max of k rewards]` from m >= k rollouts."""
+"""Unbiased policy-gradient weights of `E[max of k rewards]`: on policy, off policy, and summed over every k.
+
+Rollouts come from mu, `rho_i = pi(y_i)/mu(y_i)` is the ratio of whole sequences. Over the subsets I of size k,
+
+    C(m,k)^-1 sum_I prod_{i in I} rho_i * max R_I
+
+is unbiased for E_pi[max of k]. Its gradient in pi has the two forms of weights below; at rho = 1 they are those of
+`tealightning.functional.max_at_k`. Bagirov et al. 2025 (arXiv 2510.23393) expand the products to first order around
+rho = 1; here they are exact, by elementary symmetric polynomials, in O(m k) after sorting. No subset is enumerated and
+nothing is divided by a ratio: polynomials are built up item by item, as means over subsets, so that binomial
+coefficients never appear on their own. The products themselves have the variance of importance sampling: their size is
+that of the k largest ratios, and sequences that differ much make them useless before they make them wrong.
+"""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from tealightning.functional.moments import centred
+from tealightning.functional.moments import centred, sum_of_others
 
 
 def subset_shares(m: int, k: int) -> Tensor:
@@ -93,3 +107,166 @@ def max_at_k_gains(rewards: Tensor, k: int) -> Tensor:
         [P, m] float64.
     """
     return sum_of_gaps_below(rewards, subset_shares(rewards.shape[-1], k)[:-1])
+
+
+def _check(rewards: Tensor, ratios: Tensor, k: int, smallest_group: int) -> None:
+    m = rewards.shape[-1]
+    if rewards.ndim != 2 or ratios.shape != rewards.shape:
+        raise ValueError(
+            f"ratios must have the shape [P, m] of rewards, got {tuple(ratios.shape)} and {tuple(rewards.shape)}."
+        )
+    if not 1 <= k <= m or m < smallest_group:
+        raise ValueError(f"k must be from 1 to the group size, at least {smallest_group} rollouts; got k={k}, m={m}.")
+    if not ((ratios >= 0) & torch.isfinite(ratios)).all():
+        raise ValueError("ratios must be finite and not negative: exp(policy log-prob - behaviour log-prob).")
+
+
+def _with_item(means: Tensor, item: Tensor, first: Tensor, count: int) -> Tensor:
+    """Means over the subsets of sizes 0..k-1 of `count + 1` items, from those of `count` items and the new item.
+
+    A subset of size s has the new item with probability `s/(count+1)`; without it, it is one of the old items.
+
+    Args:
+        means: [P, k], column s for subsets of size s.
+        item: [P, 1], factor of the new item.
+        first: [P, 1], what the empty set is worth when the new item joins it.
+    """
+    size = torch.arange(means.shape[1], dtype=means.dtype, device=means.device)
+    joined = torch.cat([means[:, :1], first, means[:, 1:-1]], dim=1)[:, : means.shape[1]]
+    return ((count + 1 - size).clamp(min=0) * means + size * item * joined) / (count + 1)
+
+
+def _prefix_means(ratios: Tensor, k: int) -> Iterator[Tensor]:
+    """For i = 0..m-1, the mean of `prod rho` over the subsets of size s = 0..k-1 of the first i items: [P, k]."""
+    means = torch.zeros_like(ratios[:, :1]).repeat(1, k)
+    means[:, 0] = 1.0
+    yield means
+    for i in range(ratios.shape[1] - 1):
+        means = _with_item(means, ratios[:, i : i + 1], torch.ones_like(ratios[:, :1]), i)
+        yield means
+
+
+def _suffix_means(rewards: Tensor, ratios: Tensor, k: int) -> Tensor:
+    """Mean of `prod rho * max R` over subsets of size s = 1..k-1 of the items after i: [P, m, k]; column 0 holds R_i.
+
+    Items ascend, so an item that joins from below leaves the maximum as it is unless the set was empty.
+    """
+    means = torch.zeros_like(ratios[:, :1]).repeat(1, k)
+    rows: list[Tensor] = []
+    for i in range(ratios.shape[1] - 1, -1, -1):
+        own = rewards[:, i : i + 1]
+        rows.append(torch.cat([own, means[:, 1:]], dim=1))
+        means = _with_item(means, ratios[:, i : i + 1], own, ratios.shape[1] - 1 - i)
+    return torch.stack(rows[::-1], dim=1)
+
+
+def _below_shares(m: int, k: int) -> Tensor:
+    """Probability that a of k-1 items drawn from the m-1 others lie below the i-th: [m, k], rows i, columns a."""
+    below = torch.arange(m, dtype=torch.float64)[:, None]
+    drawn = torch.arange(k, dtype=torch.float64)
+    above, rest = m - 1 - below, k - 1 - drawn
+
+    def log_binomial(n: Tensor, size: Tensor) -> Tensor:
+        return (n + 1).lgamma() - (size + 1).lgamma() - (n - size + 1).clamp(min=1).lgamma()
+
+    possible = (drawn <= below) & (rest <= above)
+    whole = log_binomial(torch.tensor(m - 1.0, dtype=torch.float64), torch.tensor(k - 1.0, dtype=torch.float64))
+    return (log_binomial(below, drawn) + log_binomial(above, rest) - whole).exp().masked_fill(~possible, 0.0)
+
+
+def off_policy_max_at_k_weights(rewards: Tensor, ratios: Tensor, k: int) -> Tensor:
+    """`A_i = m C(m,k)^-1 * sum over subsets I of size k with i in I of prod_{j in I} rho_j * max R_I`.
+
+    With the rewards ascending, a subset with i is split into its a members below i and those above, which hold the
+    maximum; the two sides factorise:
+
+        A_(i) = k rho_i sum_a P(a) * mean_{a of the lower} prod rho * mean_{k-1-a of the upper} (prod rho * max R)
+
+    with P(a) the share of subsets that have a below i, and R_i for the mean over the empty upper side. `k = 1` gives
+    `rho_i R_i`.
+
+    Args:
+        rewards: [P, m] float64, finite.
+        ratios: [P, m] float64, `pi/mu` of each rollout, >= 0.
+        k: Subset size, 1 <= k <= m.
+
+    Returns:
+        [P, m] float64; `(1/m) sum_i A_i grad log pi(y_i)` is unbiased for the gradient of E_pi[max of k].
+
+    Raises:
+        ValueError: if shapes, k or ratios do not fit.
+    """
+    _check(rewards, ratios, k, 1)
+    ascending, order = rewards.sort(dim=-1)
+    sorted_ratios = ratios.gather(-1, order)
+    lower = torch.stack(list(_prefix_means(sorted_ratios, k)), dim=1)
+    upper = _suffix_means(ascending, sorted_ratios, k).flip(-1)
+    shares = _below_shares(rewards.shape[-1], k).to(rewards.device)
+    weights = k * sorted_ratios * (shares * lower * upper).sum(dim=-1)
+    return torch.empty_like(weights).scatter(-1, order, weights)
+
+
+def _importance_weighted_loo(rewards: Tensor, ratios: Tensor) -> Tensor:
+    """`rho_i (R_i - b_i)`, b_i the ratio-weighted mean of the others, or their plain mean if their ratios are all 0."""
+    from_max = rewards - rewards.amax(dim=-1, keepdim=True)
+    no_weight = sum_of_others(ratios) == 0
+    total = torch.where(no_weight, rewards.shape[-1] - 1.0, sum_of_others(ratios))
+    weighted = torch.where(no_weight, sum_of_others(from_max), sum_of_others(ratios * from_max))
+    return ratios * (from_max - weighted / total)
+
+
+def off_policy_max_at_k_loo_weights(rewards: Tensor, ratios: Tensor, k: int) -> Tensor:
+    """`A_i = m C(m,k)^-1 * sum over I of size k with i in I of prod_{j in I} rho_j * (max R_I - max R_{I without i})`.
+
+    The baseline carries the ratio of i too: `E_mu[rho_i grad log pi(y_i)] = 0` given the others, so it changes nothing
+    in expectation. Without that ratio, as if I had lost i altogether, it would be biased. With a_l of `subset_shares`,
+
+        A_(i) = rho_i sum_{l < i} (R_(l+1) - R_(l)) * a_l * (mean of prod rho over k-1 of the l lowest)
+
+    so it is never negative, shift-invariant, and exactly 0 in a constant group. `k = 1` has no "without i"; it is
+    `rho_i * (R_i - b_i)` with `b_i = sum_{j != i} rho_j R_j / sum_{j != i} rho_j`: RLOO at rho = 1, unbiased since
+    b_i knows the others only (if all their ratios are 0, b_i is their plain mean).
+
+    Args:
+        rewards: [P, m] float64, finite, m >= 2.
+        ratios: [P, m] float64, `pi/mu` of each rollout, >= 0.
+        k: Subset size, 1 <= k <= m.
+
+    Returns:
+        [P, m] float64.
+
+    Raises:
+        ValueError: if shapes, k or ratios do not fit.
+    """
+    _check(rewards, ratios, k, 2)
+    m = rewards.shape[-1]
+    if k == 1:
+        return _importance_weighted_loo(rewards, ratios)
+    ascending, order = rewards.sort(dim=-1)
+    sorted_ratios = ratios.gather(-1, order)
+    means = torch.stack([row[:, -1] for row in _prefix_means(sorted_ratios, k)], dim=1)[:, 1:]
+    gains = (ascending.diff(dim=-1) * subset_shares(m, k)[1:].to(rewards.device) * means).cumsum(dim=-1)
+    weights = sorted_ratios * torch.cat([torch.zeros_like(gains[:, :1]), gains], dim=-1)
+    return torch.empty_like(weights).scatter(-1, order, weights)
+
+
+def log_survival_weights(rewards: Tensor) -> Tensor:
+    """`A = w - mean(w)` with `w_(i) = m sum_{j <= i} (R_(j) - R_(j-1))/(m - j + 1)`, `R_(0) = 0`, in O(m log m).
+
+    The step of height `R_(j) - R_(j-1)` is shared by the `m - j + 1` rollouts that reach it, as `grad log P = grad P/P`
+    wants. The first step is a constant and `mean(w) = R_(m)`, so that only the gaps count: shift-invariant, equal for
+    tied rewards, exactly 0 in a constant group. With the max@k weights of `tealightning.functional.max_at_k`
+
+        w_i = R_i + sum_{k=2}^{m} (1/k) max_at_k_loo_weights(R, k)_i
+
+    which follows `sum_{k=1}^{m} (1/k) E[max of k]` without bias. Subtracting `mean(w)`, the largest reward, takes
+    `E[R_(m) (1/m) sum_i S_i] = (1/m) grad E[max of m]` away: A is unbiased for the sum up to m - 1.
+
+    Args:
+        rewards: [P, m] float64, finite.
+
+    Returns:
+        [P, m] float64.
+    """
+    m = rewards.shape[-1]
+    return centred(sum_of_gaps_below(rewards, m / torch.arange(m - 1, 0, -1, dtype=torch.float64)))

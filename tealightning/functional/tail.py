@@ -1,4 +1,4 @@
-"""The Gaussian-tail surrogate of best-of-N: its constants, statistics and plug-in weights.
+"""The Gaussian-tail surrogate of best-of-N: constants, plug-in weights, and the two ways to remove their bias.
 
 Source: Li, Qian, Mou, "What should post-training optimize? A test-time scaling law perspective" (arXiv 2605.10716).
 If the upper tail of the reward is Gaussian, the mean `mu_a` and the standard deviation `sigma_a` of its upper `alpha`
@@ -6,7 +6,7 @@ part identify it, and `E[max of N] ~ mu_a + ct_N * sigma_a`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from scipy.special import log_ndtr, ndtri
 from torch import Tensor
 
 from tealightning.functional.moments import ratio_or_zero, root_mean_square
+from tealightning.functional.normal_tail import DEFAULT, Resolution, std_nodes, threshold_nodes, tilted_excess
 
 _ROUNDING = 1e-9  # alpha * m this far above an integer is that integer (0.1 * 30 = 3.0000000000000004)
 
@@ -168,3 +169,128 @@ def extrapolated_best_of_n(
     tail = tail_statistics(rewards, alpha, valid)
     ct = torch.tensor([tail_constants(n, alpha).ct_n for n in ns], dtype=torch.float64, device=rewards.device)
     return (tail.threshold + tail.mean_excess + ct * tail.std).masked_fill(tail.k < 2, float("nan"))
+
+
+@lru_cache(maxsize=1024)
+def calibration_matrix(m: int, k: int, resolution: Resolution = DEFAULT) -> tuple[tuple[float, float], ...]:
+    """`[[E B1 R, E B2 R], [E B1 (R^2-1), E B2 (R^2-1)]]` for standard normal R, each the mean over the group, where
+
+        B1 = 1{top k} (R - r^),    B2 = 1{top k} ((R - mu^)^2 - (r^ - mu^)^2) / (2 sigma^)
+
+    with `r^` the k-th largest of the m rewards, `mu^` and `sigma^` mean and population standard deviation of the k.
+    Deterministic; accurate to better than 1e-6 (see `functional.normal_tail`).
+
+    Args:
+        m: Group size.
+        k: Size of the tail, 3 <= k <= m.
+    """
+    matrix = np.zeros((2, 2))
+    for r, weight in zip(*threshold_nodes(m, k, resolution.threshold), strict=True):
+        matrix[:, 0] += weight * _linear_terms(r, k, resolution)
+        matrix[:, 1] += weight * _quadratic_terms(r, k, resolution)
+    return tuple(map(tuple, (matrix / m).tolist()))  # type: ignore[arg-type]
+
+
+def _linear_terms(r: float, k: int, resolution: Resolution) -> np.ndarray:
+    """`E[sum_j e_j x_j | r]` and `E[sum_j e_j (x_j^2 - 1) | r]` over the k - 1 excesses e_j = x_j - r: [2]."""
+    one = tilted_excess(r, np.zeros(1), np.zeros(1), resolution.excess)
+    e, p = one.excess[0], one.probability[0]
+    x = r + e
+    return (k - 1) * np.array([(p * e * x).sum(), (p * e * (x * x - 1)).sum()])
+
+
+def _quadratic_terms(r: float, k: int, resolution: Resolution) -> np.ndarray:
+    """`E[sum_j e_j (e_j - 2 e_mean)/(2 sigma) * (x_j, x_j^2 - 1) | r]`, where e_mean is over all k: [2].
+
+    With g one of the scores, the sum over j of `e_j (e_j - 2 e_mean) g_j` is `sum e_j^2 g_j - (2/k) sum_l e_l sum_j
+    e_j g_j`, and under a product of independent excesses its mean follows from one-excess moments.
+    """
+    n = k - 1
+    nodes = std_nodes(r, n, resolution, members=k, below=0, with_threshold=True)
+    one = tilted_excess(r, nodes.a, nodes.b, resolution.excess)
+    e, p = one.excess, one.probability
+    x = r + e
+    mass = nodes.weight * np.exp(n * one.log_mass)
+    mean_e = (p * e).sum(-1)
+    terms = []
+    for score in (x, x * x - 1):
+        same = (p * e * e * score).sum(-1) * (1 - 2 / k)
+        cross = mean_e * (p * e * score).sum(-1) * (2 * (n - 1) / k)
+        terms.append(0.5 * n * (mass * (same - cross)).sum())
+    return np.array(terms)
+
+
+@lru_cache(maxsize=1024)
+def calibrated_coefficients(m: int, target_n: int, alpha: float) -> tuple[float, float]:
+    """`(a, b) = E(m, alpha)^-1 (1, c_N)`, with `E` the calibration matrix over alpha."""
+    k = tail_size(alpha, m)
+    matrix = np.array(calibration_matrix(m, k)) / alpha
+    a, b = np.linalg.solve(matrix, [1.0, expected_max_normal(target_n)])
+    return float(a), float(b)
+
+
+def calibrated_weights(rewards: Tensor, *, target_n: int, alpha: float) -> Tensor:
+    """`(1/alpha) [a e + b e (e - 2 e_mean)/(2 sigma)]` for the top k, 0 for the others.
+
+    The weights of `functional.tail.direct_weights` with `(a, b)` of `calibrated_coefficients` in place of `(1, ct_N)`.
+
+    Args:
+        rewards: [P, m] float64, finite, with a tail of at least 3.
+
+    Returns:
+        [P, m] float64.
+    """
+    a, b = calibrated_coefficients(rewards.shape[1], target_n, alpha)
+    tail = tail_statistics(rewards, alpha)
+    excess = (rewards - tail.threshold).clamp(min=0)
+    curvature = ratio_or_zero(excess - 2 * tail.mean_excess, tail.std)
+    return excess * (a + 0.5 * b * curvature) / alpha
+
+
+def prefix_sizes(m: int, num_prefixes: int) -> tuple[int, ...]:
+    """`round(j * m / num_prefixes)` for j = 1..num_prefixes: strictly growing, ends at m (needs m >= num_prefixes)."""
+    return tuple(round(j * m / num_prefixes) for j in range(1, num_prefixes + 1))
+
+
+@lru_cache(maxsize=1024)
+def jackknife_weights(sizes: tuple[int, ...], order: int) -> tuple[float, ...]:
+    """Minimum-norm weights v with `sum_j v_j = 1` and `sum_j v_j P_j^-s = 0` for s = 1..order-1.
+
+    They cancel the first `order - 1` powers of 1/P in the bias (Schucany, Gray and Owen 1971).
+
+    Args:
+        sizes: Prefix sizes P_1 < ... < P_J.
+        order: 1 (no cancellation) to J.
+    """
+    inverse = sizes[-1] / np.array(sizes, dtype=np.float64)
+    conditions = inverse ** np.arange(order)[:, None]
+    target = np.zeros(order)
+    target[0] = 1.0
+    return tuple(np.linalg.lstsq(conditions, target, rcond=None)[0].tolist())
+
+
+def prefix_weights(
+    rewards: Tensor, plug_in: Callable[[Tensor], Tensor], *, num_prefixes: int, order: int, rotations: int
+) -> Tensor:
+    """`A_i = sum_j v_j (m/P_j) 1{i < P_j} plug_in_i(first P_j rollouts)`, averaged over rotations of the group.
+
+    Rotation r of R starts the order at rollout `r*m // R`: the same expectation with less variance. A prefix whose
+    tail has one rollout contributes zeros.
+
+    Args:
+        rewards: [P, m] float64, finite, m >= num_prefixes.
+        plug_in: Weights [P, size] of groups [P, size]; biased in powers of 1/size.
+
+    Returns:
+        [P, m] float64.
+    """
+    m = rewards.shape[1]
+    sizes = prefix_sizes(m, num_prefixes)
+    total = torch.zeros_like(rewards)
+    for start in (r * m // rotations for r in range(rotations)):
+        rolled = rewards.roll(-start, dims=1)
+        advantages = torch.zeros_like(rewards)
+        for size, weight in zip(sizes, jackknife_weights(sizes, order), strict=True):
+            advantages[:, :size] += plug_in(rolled[:, :size]) * (weight * m / size)
+        total += advantages.roll(start, dims=1)
+    return total / rotations

@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tealightning.micro_batches import tokens_of_a_pass
 from tealightning.pretrained import check_weights, refuse_pickled_weights
 from tealightning.registry import register
 from tealightning.rewards.base import Reward
-from tealightning.rewards.chat import ChatFormatter, ChatTemplate, check_template
+from tealightning.text.chat import ChatFormatter, ChatTemplate, check_template
+from tealightning.training.micro_batches import tokens_of_a_pass
 from tealightning.types import Prompt
 
 

@@ -10,7 +10,7 @@ import torch
 
 from tealightning.registry import register
 from tealightning.rewards.base import Reward, RewardScores, as_scores
-from tealightning.rewards.halves import scores_by_halves
+from tealightning.rewards.http_call import scores_by_halves
 from tealightning.rewards.importing import call_function, function_path, import_function
 from tealightning.rewards.worker import (
     FunctionRaisedError,

@@ -1,11 +1,17 @@
-"""HTTP client of a reward server: one request, and what became of it."""
+"""HTTP client of a reward server: one request, what its answer says, and how long to wait for the next."""
 
 import ipaddress
+import json
+import math
 import os
+import random
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from http.cookiejar import DefaultCookiePolicy
+from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 import requests
@@ -13,7 +19,91 @@ from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
-from tealightning.rewards.backoff import retry_after_seconds
+
+def full_jitter(attempt: int, *, first_seconds: float, most_seconds: float, rng: random.Random) -> float:
+    """Uniform on `[0, min(most_seconds, first_seconds * 2**attempt)]`, so that many clients spread out.
+
+    Args:
+        attempt: Failures so far, minus 1.
+        first_seconds: Longest wait after the first failure.
+        most_seconds: Longest wait of all.
+        rng: Its own stream: the global ones belong to the training.
+    """
+    return rng.uniform(0.0, min(most_seconds, first_seconds * 2.0 ** min(attempt, 60)))
+
+
+def retry_after_seconds(header: str | None, now: datetime | None = None) -> float:
+    """What a `Retry-After` header asks for, in seconds or as a date; 0 for none and for what is neither."""
+    if header is None:
+        return 0.0
+    if header.strip().isdecimal():
+        return min(float(header), 1e9)
+    try:
+        until = parsedate_to_datetime(header)
+    except ValueError:
+        return 0.0
+    until = until if until.tzinfo is not None else until.replace(tzinfo=UTC)
+    return max(0.0, (until - (now or datetime.now(UTC))).total_seconds())
+
+
+class BadAnswerError(ValueError):
+    """The answer is not what was asked for, and nothing of it is used."""
+
+
+def scores_by_id(body: bytes, asked: Collection[str]) -> dict[str, float]:
+    """The scores in `{"scores": [{"id": ..., "score": ...}, ...]}`, whatever their order.
+
+    `null`, NaN and infinities are NaN: the server says that it cannot score this completion. A score that is no number
+    is left out, as if its id were missing.
+
+    Args:
+        body: Of the answer.
+        asked: The ids that the answer may name.
+
+    Raises:
+        BadAnswerError: for something else than such JSON, an id that was not asked for, or one that comes twice: then
+            the server mixes requests up, and its other scores cannot be trusted either.
+    """
+    scores: dict[str, float] = {}
+    seen: set[str] = set()
+    for entry in _entries(body):
+        if not isinstance(entry, dict) or not isinstance(entry.get("id"), str) or "score" not in entry:
+            raise BadAnswerError('an entry of "scores" is not {"id": string, "score": number or null}')
+        key = entry["id"]
+        if key not in asked:
+            raise BadAnswerError("it scored an id that was not asked for")
+        if key in seen:
+            raise BadAnswerError("it scored an id twice")
+        seen.add(key)
+        score = _number(entry["score"])
+        if score is not None:
+            scores[key] = score
+    return scores
+
+
+def _entries(body: bytes) -> list[Any]:
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError) as error:  # a ValueError is also text that is not UTF-8
+        raise BadAnswerError(f"it is no JSON ({type(error).__name__})") from error
+    entries = answer.get("scores") if isinstance(answer, dict) else None
+    if not isinstance(entries, list):
+        raise BadAnswerError('it has no list "scores"')
+    return entries
+
+
+def _number(value: Any) -> float | None:
+    """NaN for "cannot be scored"; None for what is no number."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return None
+    return number if math.isfinite(number) else math.nan
+
 
 _CONNECT_SECONDS = 10.0
 _LONGEST_BODY = 64 << 20  # bytes; an answer without an end must not fill the memory

@@ -5,11 +5,11 @@ from typing import Any
 from tealightning.registry import register
 from tealightning.rollouts.base import ENGINES, EngineContext, RolloutEngine
 from tealightning.rollouts.collector import RolloutCollector, rollout_metrics
-from tealightning.rollouts.seeds import prompt_seed
+from tealightning.rollouts.generation_request import prompt_seed
 from tealightning.rollouts.transformers import TransformersEngine
 from tealightning.rollouts.vllm import VLLMEngine
 from tealightning.rollouts.vllm_server import VLLMServerEngine
-from tealightning.rollouts.weights import policy_weights
+from tealightning.training.policy_weights import policy_weights
 
 __all__ = [
     "EngineContext",

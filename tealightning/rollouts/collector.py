@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from tealightning.functional.reward_ties import tied
-from tealightning.phases import RunPhase, beat, during
+from tealightning.functional.tail_checks import tied
+from tealightning.reliability.progress import RunPhase, beat, during
 from tealightning.rewards.base import Reward, RewardScores, summed_counts
 from tealightning.rollouts.base import RolloutEngine
 from tealightning.types import Completion, PromptBatch, RolloutBatch, SamplingConfig

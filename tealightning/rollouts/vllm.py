@@ -17,9 +17,9 @@ from torch import Tensor
 from tealightning.registry import register
 from tealightning.rollouts.base import EngineContext, RolloutEngine
 from tealightning.rollouts.engine_errors import broken_down
-from tealightning.rollouts.host import contained, placement
-from tealightning.rollouts.requests import EndRule, check_requests, completion_texts, end_rule, vllm_sampling
-from tealightning.rollouts.weights import checked_off, policy_weights, refuse_partial_push, weight_names
+from tealightning.rollouts.generation_request import EndRule, check_requests, completion_texts, end_rule, vllm_sampling
+from tealightning.rollouts.vllm_isolation import contained, placement
+from tealightning.training.policy_weights import checked_off, policy_weights, refuse_partial_push, weight_names
 from tealightning.types import Completion, SamplingConfig
 
 _OWN_ARGS = frozenset({"model", "seed", "max_model_len", "generation_config", "logprobs_mode", "tensor_parallel_size"})

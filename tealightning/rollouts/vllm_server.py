@@ -11,15 +11,24 @@ import torch
 from torch import Tensor
 
 from tealightning.registry import register
+from tealightning.reliability.processes import LocalServer, free_port
+from tealightning.reliability.rank_zero import is_rank_zero, on_rank_zero
 from tealightning.rollouts.base import EngineContext, RolloutEngine
-from tealightning.rollouts.local_server import LocalServer, free_port
-from tealightning.rollouts.ranks import is_rank_zero, on_rank_zero
-from tealightning.rollouts.requests import EndRule, check_requests, completion_texts, end_rule, vllm_sampling
-from tealightning.rollouts.server_checks import check_length, check_log_probs_mode, check_policy, check_versions
+from tealightning.rollouts.generation_request import EndRule, check_requests, completion_texts, end_rule, vllm_sampling
 from tealightning.rollouts.vllm_client import VLLMClient, api_key_from, is_local
-from tealightning.rollouts.vllm_serve import check_positive, check_serve_args, explain, launch, wait_until_ready
+from tealightning.rollouts.vllm_serve import (
+    check_length,
+    check_log_probs_mode,
+    check_policy,
+    check_positive,
+    check_serve_args,
+    check_versions,
+    explain,
+    launch,
+    wait_until_ready,
+)
 from tealightning.rollouts.weight_push import WeightPush, new_push
-from tealightning.rollouts.weights import checked_off, policy_weights, refuse_partial_push, weight_names
+from tealightning.training.policy_weights import checked_off, policy_weights, refuse_partial_push, weight_names
 from tealightning.types import Completion, SamplingConfig
 
 _SAMPLES_PER_REQUEST = 16

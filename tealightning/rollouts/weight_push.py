@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tealightning import leftovers
-from tealightning.rollouts.local_server import free_port
+from tealightning.reliability import temp_dirs
+from tealightning.reliability.processes import free_port
 from tealightning.rollouts.vllm import nccl_sender
 from tealightning.rollouts.vllm_client import VLLMClient, is_local
 
@@ -46,7 +46,7 @@ class FilePush:
             prefix=f"tealightning-weights-{os.getpid()}-", dir=os.path.abspath(parent)
         )
         self.folder = Path(self._temporary.name)
-        leftovers.add(self.folder)
+        temp_dirs.add(self.folder)
 
     def push(self, client: VLLMClient, weights: Weights) -> None:
         needed, free = sum(tensor.nbytes for _, tensor in weights), shutil.disk_usage(self.folder).free
@@ -66,7 +66,7 @@ class FilePush:
 
     def close(self) -> None:
         self._temporary.cleanup()
-        leftovers.discard(self.folder)
+        temp_dirs.discard(self.folder)
 
 
 class NCCLPush:

@@ -14,7 +14,7 @@ import tokenizers
 import torch
 import transformers
 
-from tealightning.files import whole_folder
+from tealightning.reliability.files import whole_folder
 
 MANIFEST = "playground.json"
 PROMPT_SPLITS = ("train", "val", "test")

@@ -10,8 +10,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from playground_fits import fit, module_of
 
 from tealightning import ResumableCheckpoint
-from tealightning.callbacks.checkpoint_files import checkpoints
-from tealightning.callbacks.checkpoint_io import SealedCheckpointIO, verify
+from tealightning.reliability.checkpoint_files import SealedCheckpointIO, checkpoints, verify
 
 STEPS = 9
 EPOCH = 4  # steps

@@ -8,9 +8,18 @@ import pytest
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from tealightning.callbacks import checkpoint_io
-from tealightning.callbacks.checkpoint_files import checkpoint_file, checkpoints, move_folder, newest_good, remove_older
-from tealightning.callbacks.checkpoint_io import DamagedCheckpointError, SealedCheckpointIO, read_seal, verify
+from tealightning.reliability import checkpoint_files as checkpoint_io
+from tealightning.reliability.checkpoint_files import (
+    DamagedCheckpointError,
+    SealedCheckpointIO,
+    checkpoint_file,
+    checkpoints,
+    move_folder,
+    newest_good,
+    read_seal,
+    remove_older,
+    verify,
+)
 
 CHECKPOINT = {"state_dict": {"w": torch.arange(5000.0)}, "optimizer_states": [], "global_step": 40}
 
@@ -120,7 +129,7 @@ def test_what_a_live_run_removes_meanwhile_is_not_told_to_be_damaged(path, monke
         removed.unlink(missing_ok=True)
         return verify(one)
 
-    monkeypatch.setattr("tealightning.callbacks.checkpoint_files.verify", verify_late)
+    monkeypatch.setattr("tealightning.reliability.checkpoint_files.verify", verify_late)
     assert newest_good(folder, pytest.fail) == checkpoint_file(folder, 60)
 
     listed = list(folder.glob("*.ckpt"))

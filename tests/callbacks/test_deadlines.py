@@ -8,13 +8,13 @@ import time
 import pytest
 from playground_fits import fit
 
-from tealightning import leftovers
 from tealightning.callbacks import Deadlines
-from tealightning.callbacks.guard import Guard
-from tealightning.callbacks.other_ranks import OtherRanks
-from tealightning.callbacks.peers import Heard
-from tealightning.callbacks.watch import RunEnded, Surroundings, Watch
-from tealightning.phases import RunPhase, current, during
+from tealightning.reliability import temp_dirs
+from tealightning.reliability.guard import Guard
+from tealightning.reliability.progress import RunPhase, current, during
+from tealightning.reliability.rank_failures import OtherRanks
+from tealightning.reliability.rank_heartbeat import Heard
+from tealightning.reliability.watchdog import RunEnded, Surroundings, Watch
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("nan")])
@@ -93,7 +93,7 @@ def test_guard_removes_what_a_killed_process_has_left(tmp_path):
     folder.mkdir()
     child = os.fork()
     if child == 0:
-        leftovers.add(folder)
+        temp_dirs.add(folder)
         guard = Guard()
         guard.expect(None, "")
         time.sleep(1)
@@ -108,10 +108,10 @@ def test_guard_removes_what_a_killed_process_has_left(tmp_path):
 def test_guard_that_is_stopped_removes_nothing(tmp_path):
     folder = tmp_path / "weights"
     folder.mkdir()
-    leftovers.add(folder)
+    temp_dirs.add(folder)
     guard = Guard()
     guard.expect(None, "")
     guard.stop()
     assert folder.exists()
-    leftovers.discard(folder)
-    assert str(folder) not in leftovers.folders()
+    temp_dirs.discard(folder)
+    assert str(folder) not in temp_dirs.folders()

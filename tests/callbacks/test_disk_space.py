@@ -1,7 +1,7 @@
 import shutil
 import warnings
 
-from tealightning.callbacks.checkpoint_files import warn_if_the_next_may_not_fit
+from tealightning.reliability.checkpoint_files import warn_if_the_next_may_not_fit
 
 
 def test_disk_that_would_not_take_another_checkpoint_is_announced(tmp_path, monkeypatch):

@@ -6,8 +6,7 @@ import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from tealightning.callbacks.folders import run_folder
-from tealightning.files import write_whole
+from tealightning.reliability.files import run_folder, write_whole
 
 
 def folder_of(**kwargs):

@@ -4,8 +4,16 @@ import pytest
 import torch
 
 from tealightning import HealthChecks
-from tealightning.callbacks.health_check import GOOD_STEPS_THAT_END_AN_EPISODE, StepSeen
-from tealightning.callbacks.health_checks import CHECKS, LIMITS
+from tealightning.callbacks.health import CHECKS, LIMITS
+from tealightning.callbacks.health_check import (
+    GOOD_STEPS_THAT_END_AN_EPISODE,
+    KL,
+    Degenerate,
+    Entropy,
+    NonFinite,
+    RewardPrecision,
+    StepSeen,
+)
 from tealightning.callbacks.health_of_engine import (
     Drift,
     Mismatch,
@@ -14,8 +22,7 @@ from tealightning.callbacks.health_of_engine import (
     UnknownTokens,
     WeightsVersion,
 )
-from tealightning.callbacks.health_of_learning import KL, Degenerate, Entropy, NonFinite, RewardPrecision
-from tealightning.nonfinite import SkippedStep
+from tealightning.training.nonfinite import SkippedStep
 
 GOOD = {
     "train/trained_tokens": 100.0,

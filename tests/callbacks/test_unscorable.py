@@ -7,7 +7,7 @@ import pytest
 import torch
 from playground_fits import data_of, fit, module_of, rollout_of, trainer_of
 
-from tealightning.callbacks.unscorable import UnscorableError, UnscorableGuard
+from tealightning.callbacks.rollout_checks import UnscorableError, UnscorableGuard
 
 ALONE = SimpleNamespace(world_size=1)
 

@@ -6,8 +6,8 @@ import pytest
 import yaml
 from lightning.pytorch.loggers import CSVLogger
 
-from tealightning.callbacks.checkpoint_io import SealedCheckpointIO
 from tealightning.cli.resume import command_to_go_on, last_checkpoint
+from tealightning.reliability.checkpoint_files import SealedCheckpointIO
 
 SETTINGS = {
     "seed_everything": 0,

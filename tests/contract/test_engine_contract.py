@@ -22,8 +22,8 @@ from tiny_policies import (
     token_ids,
 )
 
-from tealightning.lora import LoRA, add_adapter
 from tealightning.rollouts import build_engine, engine_names, policy_weights
+from tealightning.training.lora import LoRA, add_adapter
 from tealightning.types import SamplingConfig
 
 PLAIN = SamplingConfig(max_new_tokens=24)

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tealightning.data.prompts import PromptSet, build_prompt_set
-from tealightning.rewards.chat import ChatFormatter
+from tealightning.text.chat import ChatFormatter
 
 
 @pytest.fixture

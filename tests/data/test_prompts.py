@@ -1,7 +1,7 @@
 import pytest
 
 from tealightning.data.prompts import build_prompt_set
-from tealightning.rewards.chat import ChatFormatter
+from tealightning.text.chat import ChatFormatter
 
 CHAT = [{"role": "user", "content": "hi", "name": None}]
 

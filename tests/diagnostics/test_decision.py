@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tealightning.diagnostics.decision import decisions, train_two_arms
-from tealightning.diagnostics.specs import parse_estimators
+from tealightning.diagnostics.measurements import parse_estimators
 from tealightning.estimators import build_estimator
 
 SEEDS = range(4)

@@ -7,7 +7,6 @@ import torch
 from scipy import stats
 from scipy.integrate import quad
 
-from tealightning.diagnostics.cells import Cell, measure, sweep_cells, takes_part
 from tealightning.diagnostics.fidelity import (
     GroupGradients,
     fidelity,
@@ -17,8 +16,17 @@ from tealightning.diagnostics.fidelity import (
 )
 from tealightning.diagnostics.fidelity_plots import PLOTS
 from tealightning.diagnostics.fidelity_tables import measured
+from tealightning.diagnostics.measurements import (
+    Cell,
+    default_estimators,
+    measure,
+    parse_estimator,
+    parse_estimators,
+    sweep_cells,
+    takes_part,
+    try_out,
+)
 from tealightning.diagnostics.slopes import controlled_mean, fit_log_slope, group_controls, truncated_moments
-from tealightning.diagnostics.specs import default_estimators, parse_estimator, parse_estimators, try_out
 from tealightning.diagnostics.worlds import build_world
 from tealightning.estimators import build_estimator, estimator_names
 

@@ -12,12 +12,19 @@ import math
 import pytest
 import torch
 
-from tealightning.diagnostics import live
-from tealightning.diagnostics.live import FidelityStudy
-from tealightning.diagnostics.live_groups import Cut, Half, group_gradients, group_weights, half_size, split_halves
-from tealightning.diagnostics.live_report import ceiling_lines, fidelity_table, plot_fidelity, write_csv_rows
-from tealightning.diagnostics.live_statistics import Estimate, Gradients, estimates, oracle_estimates
-from tealightning.diagnostics.specs import parse_estimators
+from tealightning.diagnostics import policy_fidelity as live
+from tealightning.diagnostics.measurements import parse_estimators
+from tealightning.diagnostics.policy_fidelity import FidelityStudy
+from tealightning.diagnostics.policy_fidelity_groups import (
+    Cut,
+    Half,
+    group_gradients,
+    group_weights,
+    half_size,
+    split_halves,
+)
+from tealightning.diagnostics.policy_fidelity_report import ceiling_lines, fidelity_table, plot_fidelity, write_csv_rows
+from tealightning.diagnostics.policy_fidelity_statistics import Estimate, Gradients, estimates, oracle_estimates
 from tealightning.estimators import AdvantageEstimator, build_estimator
 from tealightning.functional.max_at_k import max_at_k_loo_weights
 

@@ -10,7 +10,7 @@ from run_records import quickstart_args
 
 from tealightning.cli.policy_pool import collect_pool
 from tealightning.diagnostics.pool import RolloutPool, pool_of, write_rewards
-from tealightning.micro_batches import score_completions
+from tealightning.training.micro_batches import score_completions
 
 ENGINE = "--rollout.engine=transformers_engine"
 

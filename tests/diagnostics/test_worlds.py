@@ -10,9 +10,7 @@ from scipy import stats
 from scipy.integrate import quad
 from scipy.optimize import brentq
 
-from tealightning.diagnostics.latent_worlds import MIXTURE, gpd_quantile
-from tealightning.diagnostics.two_arms import MEAN_B, SD_B
-from tealightning.diagnostics.worlds import NAMES, build_world
+from tealightning.diagnostics.worlds import MEAN_B, MIXTURE, NAMES, SD_B, build_world, gpd_quantile
 from tealightning.functional.max_at_k import max_at_k_loo_weights
 from tealightning.functional.tail import expected_max_normal
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from tealightning.data import PromptDataModule, PromptLoader
 from tealightning.data.prompts import build_prompt_set
 from tealightning.data.sources import read_rows
-from tealightning.rewards.chat import ChatFormatter
+from tealightning.text.chat import ChatFormatter
 
 GOOD = ['{"prompt": "one", "id": "a"}', '{"prompt": "two", "id": "b"}', '{"prompt": "three", "id": "c"}']
 LONE = '{"prompt": "half of \\ud83d", "id": "x"}'  # JSON may, and UTF-8 cannot

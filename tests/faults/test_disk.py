@@ -22,13 +22,12 @@ from transformers import AutoModelForCausalLM
 from tealightning import BestOfNReport, ExportPolicy, SampleTable
 from tealightning.ablation import worker
 from tealightning.callbacks import EvaluationRecord
-from tealightning.callbacks.checkpoint import ResumableCheckpoint
-from tealightning.callbacks.checkpoint_files import checkpoints, newest_good, step_of
-from tealightning.callbacks.checkpoint_io import SealedCheckpointIO, verify
-from tealightning.callbacks.csv_logger import DurableCSVLogger, MetricsWriter
 from tealightning.callbacks.report import Evaluation
 from tealightning.estimators import _constants
-from tealightning.files import append_lines
+from tealightning.reliability.checkpoint import ResumableCheckpoint
+from tealightning.reliability.checkpoint_files import SealedCheckpointIO, checkpoints, newest_good, step_of, verify
+from tealightning.reliability.files import append_lines
+from tealightning.reliability.logger import DurableCSVLogger, MetricsWriter
 from tealightning.worlds.folder import build_folder, load_playground
 
 VALIDATION = {"log_every_n_steps": 1, "limit_val_batches": 1, "num_sanity_val_steps": -1, "val_check_interval": 2}

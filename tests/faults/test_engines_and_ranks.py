@@ -14,7 +14,7 @@ from fault_runs import (
     injected_at,
 )
 
-from tealightning.callbacks.watch import EXIT_CODE
+from tealightning.reliability.watchdog import EXIT_CODE
 
 pytestmark = pytest.mark.timeout(900)  # seconds where nothing else runs
 

@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from playground_fits import data_of, fit, module_of, record_of, rollout_of, trainer_of
 from reward_server import reward_server, score_of
 
-from tealightning.callbacks.checkpoint import ResumableCheckpoint
-from tealightning.callbacks.unscorable import UnscorableError
+from tealightning.callbacks.rollout_checks import UnscorableError
+from tealightning.reliability.checkpoint import ResumableCheckpoint
 from tealightning.rewards import HTTPReward
 
 SERVER_FAULTS = {

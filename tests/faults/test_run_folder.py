@@ -16,7 +16,7 @@ from full_disk import fill_disk, small_disk
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from run_records import quickstart_args
 
-from tealightning.callbacks.run_lock import claimed_run_folder
+from tealightning.reliability.locks import claimed_run_folder
 
 START_SECONDS = 180.0
 
@@ -28,7 +28,7 @@ def refuse_loading(patch):
         pytest.fail("something was loaded before the run was refused")
 
     for loader in ("load_policy", "load_tokenizer"):
-        patch.setattr(f"tealightning.module.{loader}", load)
+        patch.setattr(f"tealightning.training.module.{loader}", load)
 
 
 @pytest.fixture

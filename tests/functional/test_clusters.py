@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tealightning.functional.clusters import largest_atom, two_cluster_share
+from tealightning.functional.tail_shape import largest_atom, two_cluster_share
 
 
 def normal(*shape):

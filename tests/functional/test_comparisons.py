@@ -3,7 +3,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from tealightning.functional.comparisons import holm, improvement, win_rate
+from tealightning.functional.best_of_n import holm, improvement, win_rate
 
 NAN = float("nan")
 

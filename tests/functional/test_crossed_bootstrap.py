@@ -4,8 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
-from tealightning.functional.crossed_bootstrap import crossed_interval
-from tealightning.functional.crossed_components import crossed_components, drop_and_fill
+from tealightning.functional.statistics import crossed_components, crossed_interval, drop_and_fill
 
 NAN = float("nan")
 COLUMNS = 100  # datasets that share resamples: few, so that the resamples' own error averages out

@@ -7,8 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from tealightning.functional import fused_log_probs as fused
-from tealightning.functional.linear_log_probs import linear_log_probs
+from tealightning.functional import log_probs as fused
+from tealightning.functional.log_probs import linear_log_probs
 
 NAME = "LigerFusedLinearScaledCrossEntropyFunction"
 
@@ -58,7 +58,7 @@ def kernel(monkeypatch):
     def can_fuse(hidden, dtype):
         return dtype == torch.bfloat16 and len(hidden) > 0
 
-    monkeypatch.setattr("tealightning.functional.linear_log_probs.can_fuse", can_fuse)
+    monkeypatch.setattr("tealightning.functional.log_probs.can_fuse", can_fuse)
     return Kernel
 
 
@@ -107,7 +107,7 @@ def test_wrong_kernel_is_told_and_not_used(kernel, monkeypatch, fault):
         warnings.simplefilter("error")
         second = linear_log_probs(*layer()[:3])[0]
     assert kernel.calls == 1 and torch.equal(first, second)
-    monkeypatch.setattr("tealightning.functional.linear_log_probs.can_fuse", lambda *_: False)
+    monkeypatch.setattr("tealightning.functional.log_probs.can_fuse", lambda *_: False)
     assert torch.equal(first, linear_log_probs(*layer()[:3])[0])
 
 

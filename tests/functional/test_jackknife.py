@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tealightning.functional.jackknife import jackknife_weights, prefix_sizes
+from tealightning.functional.tail import jackknife_weights, prefix_sizes
 
 
 def test_prefix_sizes_grow_strictly_and_end_at_the_group():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tealightning.functional.kl import kl_estimate, kl_penalty
+from tealightning.functional.losses import kl_estimate, kl_penalty
 
 POLICY = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 REFERENCE = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)

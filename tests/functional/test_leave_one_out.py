@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tealightning.functional.leave_one_out import sum_of_others
+from tealightning.functional.moments import sum_of_others
 
 
 def test_sum_of_others_by_hand():

@@ -5,8 +5,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tealightning.functional.linear_log_probs import linear_log_probs
-from tealightning.functional.log_probs import token_entropy, token_log_probs
+from tealightning.functional.log_probs import linear_log_probs, token_entropy, token_log_probs
 
 
 def layer(tokens, width, vocabulary, *, seed=0, with_bias=False):

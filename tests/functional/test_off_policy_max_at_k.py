@@ -6,8 +6,12 @@ import math
 import pytest
 import torch
 
-from tealightning.functional.max_at_k import max_at_k_loo_weights, max_at_k_weights
-from tealightning.functional.off_policy_max_at_k import off_policy_max_at_k_loo_weights, off_policy_max_at_k_weights
+from tealightning.functional.max_at_k import (
+    max_at_k_loo_weights,
+    max_at_k_weights,
+    off_policy_max_at_k_loo_weights,
+    off_policy_max_at_k_weights,
+)
 
 BOTH = pytest.mark.parametrize("weights", [off_policy_max_at_k_weights, off_policy_max_at_k_loo_weights])
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tealightning.functional.ranks import best_of_n_rank_weights, exponential_tilt, mid_rank_quantiles, win_rates
+from tealightning.functional.moments import best_of_n_rank_weights, exponential_tilt, mid_rank_quantiles, win_rates
 
 TIED = torch.tensor([[2.0, 0.0, 2.0, 5.0]], dtype=torch.float64)
 

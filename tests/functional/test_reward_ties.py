@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from tealightning.functional.reward_ties import tie_cause, tied
+from tealightning.functional.tail_checks import tie_cause, tied
 
 
 def scores(seed=0, *, mean=0.0, std=1.0, shape=(8, 16)):

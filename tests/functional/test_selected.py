@@ -3,8 +3,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from tealightning.functional.best_of_n import best_of_n
-from tealightning.functional.selected import best_of_n_selected
+from tealightning.functional.best_of_n import best_of_n, best_of_n_selected
 
 NAN = float("nan")
 

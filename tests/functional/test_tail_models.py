@@ -13,17 +13,19 @@ import torch
 from scipy.special import log_ndtr, ndtr
 
 from tealightning.functional.best_of_n import best_of_n
-from tealightning.functional.gpd_tail import (
+from tealightning.functional.max_at_k import max_at_k_loo_weights
+from tealightning.functional.tail import expected_max_normal, gaussian_influence, tail_constants
+from tealightning.functional.tail_models import (
     HIGHEST_SHAPE,
     LOWEST_SHAPE,
+    TAIL_MODELS,
+    empirical_weights,
     expected_max_gpd,
     gpd_best_of_n,
     gpd_influence,
     gpd_weights,
+    tail_weights,
 )
-from tealightning.functional.max_at_k import max_at_k_loo_weights
-from tealightning.functional.tail import expected_max_normal, gaussian_influence, tail_constants
-from tealightning.functional.tail_models import TAIL_MODELS, empirical_weights, tail_weights
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(2000)
 

@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from tealightning import RolloutCallback, register
-from tealightning.callbacks import checkpoint_io
+from tealightning.reliability import checkpoint_files as checkpoint_io
 from tealightning.rollouts import RolloutEngine, TransformersEngine
 
 

@@ -15,8 +15,8 @@ from tiny_policies import largest_difference
 from transformers import AutoModelForCausalLM
 
 from tealightning import EvaluationRecord, ExportPolicy, LoRA, PolicyGradientLoss
-from tealightning.lora import adapter_off
 from tealightning.rollouts import EngineContext, TransformersEngine, VLLMEngine
+from tealightning.training.lora import adapter_off
 from tealightning.types import SamplingConfig
 
 pytestmark = pytest.mark.slow

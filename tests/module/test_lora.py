@@ -7,11 +7,11 @@ from module_fixtures import make_batch, make_rollouts, run_steps, save_tiny_poli
 from transformers import AutoModelForCausalLM
 
 from tealightning import LoRA, PolicyGradientLoss, PostTrainingModule
-from tealightning import module as module_file
 from tealightning.diagnostics.projections import LinearProjection, score_vectors
 from tealightning.estimators import build_estimator
-from tealightning.lora import adapter_off, add_adapter, merged_names, merged_parameters
-from tealightning.micro_batches import score_completions
+from tealightning.training import module as module_file
+from tealightning.training.lora import adapter_off, add_adapter, merged_names, merged_parameters
+from tealightning.training.micro_batches import score_completions
 
 REWARDS = [[2.0, 1.0, 0.5, -1.0], [0.0, 3.0, 0.5, 0.25]]
 ROWS = torch.arange(8)

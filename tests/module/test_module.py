@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from tealightning import PolicyGradientLoss, PostTrainingModule
 from tealightning.estimators import build_estimator
 from tealightning.functional.tail_checks import check_tail, summarise
-from tealightning.micro_batches import score_completions
+from tealightning.training.micro_batches import score_completions
 
 REWARDS = [[2.0, 1.0, 0.5, -1.0], [0.0, 3.0, 0.5, 0.25]]
 
@@ -203,7 +203,7 @@ def test_no_epoch_needs_a_second_forward_pass(policy, monkeypatch, inner_epochs,
         calls.append(1)
         return score_completions(*args, **kwargs)
 
-    monkeypatch.setattr("tealightning.module.score_completions", counted)
+    monkeypatch.setattr("tealightning.training.module.score_completions", counted)
     run_steps(module_of(policy, "grpo", lr=0.02, inner_epochs=inner_epochs), [make_batch(make_rollouts(REWARDS))])
     assert len(calls) == passes
 

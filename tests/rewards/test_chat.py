@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tealightning.rewards.chat import ChatFormatter
+from tealightning.text.chat import ChatFormatter
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"

@@ -12,7 +12,7 @@ import torch
 from reward_functions import score_of
 
 from tealightning.rewards import FunctionReward, WeightedReward
-from tealightning.rewards.halves import scores_by_halves
+from tealightning.rewards.http_call import scores_by_halves
 from tealightning.rewards.worker import FunctionRaisedError, WorkerStartError
 
 FUNCTION = f"{reward_functions.__file__}:misbehaving"

@@ -12,7 +12,7 @@ import yaml
 
 from tealightning.rewards import FunctionReward, HTTPReward
 from tealightning.rewards.base import REWARDS
-from tealightning.rewards.http_answers import scores_by_id
+from tealightning.rewards.http_client import scores_by_id
 
 DOCS = Path(__file__).parents[2] / "docs"
 

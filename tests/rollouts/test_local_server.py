@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tealightning.rollouts import local_server
-from tealightning.rollouts.local_server import LocalServer
+from tealightning.reliability import processes as local_server
+from tealightning.reliability.processes import LocalServer
 
 # Prints its process id and that of a child. The child ignores SIGTERM, as an engine does that is busy.
 FAMILY = """

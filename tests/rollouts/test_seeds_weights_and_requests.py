@@ -8,7 +8,7 @@ import torch
 from tiny_policies import END_OF_TURN, EOS, TOKENS, engine_context, save_policy
 
 from tealightning.rollouts import policy_weights, prompt_seed
-from tealightning.rollouts.requests import EndRule, completion_texts, end_rule, first_match
+from tealightning.rollouts.generation_request import EndRule, completion_texts, end_rule, first_match
 from tealightning.types import SamplingConfig
 
 

@@ -9,9 +9,15 @@ from stub_server import choice, stub_server
 from tiny_policies import engine_context, save_policy
 
 from tealightning.rollouts import VLLMServerEngine
-from tealightning.rollouts.server_checks import check_length, check_log_probs_mode, check_policy, check_versions
 from tealightning.rollouts.vllm_client import ServerError, VLLMClient, is_local
-from tealightning.rollouts.vllm_serve import serve_command, serve_environment
+from tealightning.rollouts.vllm_serve import (
+    check_length,
+    check_log_probs_mode,
+    check_policy,
+    check_versions,
+    serve_command,
+    serve_environment,
+)
 from tealightning.rollouts.weight_push import FilePush, NCCLPush
 from tealightning.types import Completion
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tiny_policies import PROMPTS, SEEDS, engine_context, largest_difference, perturb_, save_policy, token_ids
 
 from tealightning.rollouts import VLLMEngine, policy_weights
-from tealightning.rollouts.host import placement
+from tealightning.rollouts.vllm_isolation import placement
 from tealightning.types import SamplingConfig
 
 SAMPLING = SamplingConfig(max_new_tokens=24)

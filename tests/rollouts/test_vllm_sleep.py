@@ -6,7 +6,7 @@ from playground_fits import fit
 from tiny_policies import engine_context, save_policy
 
 from tealightning.rollouts import VLLMEngine
-from tealightning.rollouts.weights import policy_weights
+from tealightning.training.policy_weights import policy_weights
 from tealightning.types import SamplingConfig
 
 

@@ -15,10 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tealightning.worlds import MazeConfig, MazeReward, Playground, build_maze, load_playground
 from tealightning.worlds.maze import MOVES, UNREACHABLE, MazeMap, draw_mazes, grid_texts, path_lengths, read_grid
-from tealightning.worlds.maze_build import character_tokenizer
+from tealightning.worlds.maze_build import END, character_tokenizer, noisy_walks
 from tealightning.worlds.maze_config import MAZE_WORLDS, maze_config
 from tealightning.worlds.maze_picture import best_paths, maze_picture
-from tealightning.worlds.maze_walks import END, noisy_walks
 
 GRID = "S.#\n..#\n#.G"  # the shortest path has 4 moves, two of which are RDDR
 

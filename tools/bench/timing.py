@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tealightning.diagnostics.provenance import commit
+from tealightning.reporting.provenance import commit
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _chosen = "wall"

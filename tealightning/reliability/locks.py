@@ -1,0 +1,173 @@
+"""Lock a folder, or a run's folder, for one process."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import lightning.pytorch as pl
+
+from tealightning.reliability.files import run_folder
+
+LOCK_FILE = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, message: str, *, wait_seconds: float = 0.0, name: str = LOCK_FILE) -> Iterator[None]:
+    """Hold a folder, made if it is missing, alone while the context lasts and this process lives.
+
+    The kernel gives the lock back when the process ends, however it ends, so a lock is never left over; the file stays.
+    On a file system without locks (some network mounts) there is a warning instead.
+
+    Args:
+        folder: The folder; the lock is a file in it, which says who holds it.
+        message: Of the error.
+        wait_seconds: How long another process is waited for, one that is just ending for instance.
+        name: Of the file.
+
+    Raises:
+        ValueError: with `message` and who it is, if another process holds it.
+        OSError: if the folder cannot be made or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + wait_seconds
+    # Not truncated: it is the other one's until the lock is this process's.
+    with open(os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8") as file:
+        while not _try(file, folder):
+            if time.monotonic() >= deadline:
+                raise ValueError(f"{message}{_holder(file)}") from None
+            time.sleep(0.2)
+        _sign(file)
+        yield
+
+
+def _try(file: IO[str], folder: Path) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        warnings.warn(
+            f"The file system of {folder} has no locks ({error.strerror}): see to it yourself that no two runs write "
+            "into this folder.",
+            stacklevel=2,
+        )
+    return True
+
+
+def _sign(file: IO[str]) -> None:
+    """Say who holds the lock; the first write to the folder, so that a full disk is noticed here."""
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    file.seek(0)
+    file.truncate()
+    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "started": started}, file)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _holder(file: IO[str]) -> str:
+    """` It is process 123 on host, since ...`; empty where the file does not say."""
+    try:
+        holder: Any = json.loads(file.read())
+        pid, host, started = holder["pid"], holder["host"], holder["started"]
+    except (ValueError, KeyError, TypeError):
+        return ""
+    told = f" It is process {pid} on {host}, since {started}."
+    if host == socket.gethostname() and not Path("/proc", str(pid)).exists() and Path("/proc/self").exists():
+        told += " That process has ended, and one that it started still holds the folder."
+    return told
+
+
+CHOOSING_SECONDS = 60.0
+"""How long runs that start at once may take to choose their folders, all together."""
+
+
+@contextmanager
+def claimed_run_folder(trainer: pl.Trainer, *, is_resumed: bool) -> Iterator[None]:
+    """Hold the folder that the trainer's run writes into, while the context lasts.
+
+    Runs that start at once and number their folders themselves get different ones. Ranks but the first hold nothing:
+    under `torchrun` they are processes of the same run. A trial run (`fast_dev_run`), or one that keeps nothing, has no
+    folder to hold.
+
+    Args:
+        trainer: Built, and not running yet.
+        is_resumed: Whether the run goes on from a checkpoint and may write where the other run wrote.
+
+    Raises:
+        ValueError: if the folder is another run's, one that lives or one that has ended, or cannot be written.
+    """
+    keeps = trainer.loggers or trainer.checkpoint_callbacks
+    if not trainer.is_global_zero or trainer.fast_dev_run or not keeps:  # type: ignore[attr-defined] # as in folders.py
+        yield
+        return
+    with ExitStack() as held:
+        with _writable(), _choosing(trainer):
+            folder = run_folder(trainer)
+            in_use = f"{folder} is in use by a run. Wait until it ends, or let trainer.logger write elsewhere."
+            held.enter_context(locked(folder, in_use))
+        if trainer.loggers and not is_resumed:
+            refuse_other_runs(folder / "config.yaml")
+        yield
+
+
+def refuse_other_runs(config: Path) -> None:
+    """
+    Raises:
+        ValueError: if there is a run's config already.
+    """
+    if config.exists():
+        raise ValueError(f"{config} is another run's. Let trainer.logger write elsewhere, or delete that folder.")
+
+
+def refuse_live_run(folder: Path, own: Path) -> None:
+    """A run that still lives is not to be gone on with.
+
+    Args:
+        folder: The run's.
+        own: The folder that this process holds already.
+
+    Raises:
+        ValueError: if another process writes into `folder`.
+    """
+    if folder.resolve() == own.resolve() or not (folder / LOCK_FILE).exists():
+        return
+    told = f"{folder} is of a run that still goes on. Wait until it ends, or name a checkpoint to branch off from it."
+    with locked(folder, f"--ckpt_path last: {told}"):
+        pass
+
+
+def _choosing(trainer: pl.Trainer) -> AbstractContextManager[None]:
+    """Be the only one that looks for the next free number and makes its folder."""
+    root = getattr(trainer.logger, "root_dir", None)
+    if root is None:
+        return nullcontext()
+    return locked(
+        Path(root),
+        f"Other runs have been choosing their folders in {root} for {CHOOSING_SECONDS:.0f} s.",
+        wait_seconds=CHOOSING_SECONDS,
+        name=".versions.lock",
+    )
+
+
+@contextmanager
+def _writable() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"The run's folder cannot be written: {error}. Let trainer.logger.save_dir (without a logger: "
+            "trainer.default_root_dir) name a folder on a disk with space that you may write to."
+        ) from error

@@ -1,0 +1,179 @@
+"""Snapshot of a run between two steps: what a checkpoint holds beside weights and optimizer."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+
+def random_state() -> dict[str, Any]:
+    """States of the streams of Python, numpy, torch and, where there are any, of CUDA devices."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, np.asarray(keys).tolist(), *rest],  # a list: loading with weights_only refuses arrays
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Continue the streams from what `random_state` gave; of CUDA, those of the devices that there are."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        for device, stream in list(enumerate(state["cuda"]))[: torch.cuda.device_count()]:
+            torch.cuda.set_rng_state(stream, device)
+
+
+T = TypeVar("T")
+RANKS = "tealightning_ranks"
+"""Key in a checkpoint: the state of each rank, a list."""
+
+
+@runtime_checkable
+class HasRankState(Protocol):
+    """A callback with a state that differs between ranks; of `state_dict` a checkpoint holds rank 0's alone."""
+
+    state_key: str
+
+    def rank_state_dict(self, *, of_step_under_way: bool = False, wait: bool = True) -> dict[str, Any]: ...
+
+    def load_rank_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+@dataclass(kw_only=True, slots=True)
+class Boundary:
+    """Positions and counters as they are after a step. Weights and optimizer are not copied: they stay what they are
+    until the next optimizer step begins."""
+
+    global_step: int  # optimizer steps
+    batches: int  # training batches whose step was completed
+    loops: dict[str, Any]  # of Lightning's fit loop, with the position in the order of prompts
+    callbacks: dict[str, dict[str, Any]]  # by state key
+    datamodule: dict[str, Any]
+    ranks: list[dict[str, Any]] = field(default_factory=list)  # random streams of every rank
+
+    def put_into(self, checkpoint: dict[str, Any], datamodule: Any) -> None:
+        """Replace what the checkpoint says of a later moment, such as one in the middle of a step."""
+        checkpoint["loops"]["fit_loop"] = self.loops
+        checkpoint["callbacks"] = self.callbacks
+        if self.datamodule:
+            checkpoint[type(datamodule).__qualname__] = self.datamodule
+
+
+def boundary_of(trainer: pl.Trainer, ranks: list[dict[str, Any]]) -> Boundary:
+    """The boundary at which the trainer is now."""
+    states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}  # type: ignore[attr-defined]
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    loops = detached(trainer.fit_loop.state_dict())
+    validation = loops["epoch_loop.val_loop.batch_progress"]["total"]
+    validation |= dict.fromkeys(("ready", "started", "processed"), validation["completed"])  # none is under way
+    return Boundary(
+        global_step=trainer.global_step,
+        batches=completed_batches(trainer),
+        loops=loops,
+        callbacks=detached({key: state for key, state in states.items() if state}),
+        datamodule=detached(datamodule.state_dict()) if datamodule is not None else {},
+        ranks=ranks,
+    )
+
+
+def before_validation(boundary: Boundary) -> Boundary:
+    """The boundary as Lightning knows one in the middle of a validation, none of whose batches is done: a resumed run
+    then starts with that validation, which it would otherwise skip."""
+    progress = boundary.loops["epoch_loop.val_loop.batch_progress"]
+    progress["total"] |= {"ready": progress["total"]["ready"] + 1, "started": progress["total"]["started"] + 1}
+    return boundary
+
+
+def after_epoch(boundary: Boundary, trainer: pl.Trainer) -> Boundary:
+    """The boundary, which is at the end of an epoch, as the beginning of the next one. From the end Lightning would go
+    on with another batch of the epoch that has ended, and all later epochs would be shifted by that."""
+    loops = boundary.loops
+    epoch, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+    for counts in epoch.values():
+        counts["completed"] = counts["processed"]
+    batches |= {"current": dict.fromkeys(batches["current"], 0), "is_last_batch": False}
+    validation = loops["epoch_loop.val_loop.batch_progress"]
+    validation["total"] = dict.fromkeys(validation["total"], 0)
+    if _takes_the_start_for_a_validation(trainer, epoch["current"]["processed"], boundary.batches):
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # it will be counted up once without a batch
+    return boundary
+
+
+def _takes_the_start_for_a_validation(trainer: pl.Trainer, epoch: int, batches: int) -> bool:
+    """Whether a resumed run, before its first batch, finds that a validation is due, which it then skips."""
+    every = trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or trainer.val_check_batch is None:
+        return False
+    return batches % trainer.val_check_batch == 0 if every is None else (epoch + 1) % every == 0
+
+
+def completed_batches(trainer: pl.Trainer) -> int:
+    """Training batches, over all epochs, whose `training_step` has returned."""
+    return _batches(trainer)["processed"]
+
+
+def has_finite_weights(module: torch.nn.Module) -> bool:
+    """Whether all weights are numbers; of sharded ones those of this rank."""
+    shares = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
+    return all(bool(torch.isfinite(share).all()) for share in shares)
+
+
+def is_in_a_step(trainer: pl.Trainer) -> bool:
+    """Whether a training batch was taken whose `training_step` has not returned."""
+    return _batches(trainer)["ready"] != _batches(trainer)["processed"]
+
+
+def _batches(trainer: pl.Trainer) -> dict[str, int]:
+    return trainer.fit_loop.epoch_loop.batch_progress.total.state_dict()
+
+
+def is_ending(trainer: pl.Trainer) -> bool:
+    """Whether training ends with this step (and its epoch)."""
+    is_last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs  # type: ignore[operator]
+    is_last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    return trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step or (is_last_epoch and is_last_batch)
+
+
+def will_validate(trainer: pl.Trainer) -> bool:
+    """Whether Lightning validates after this step: as it decides that itself."""
+    loop = trainer.fit_loop
+    batches = trainer.num_val_batches
+    number = sum(batches) if isinstance(batches, list) else batches
+    return number > 0 and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
+
+
+def rank_state(trainer: pl.Trainer, **which: bool) -> dict[str, Any]:
+    """This rank's: random streams, and what callbacks keep of their own."""
+    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, HasRankState)]  # type: ignore[attr-defined]
+    kept = {callback.state_key: callback.rank_state_dict(**which) for callback in callbacks}
+    return {"random": random_state(), "callbacks": {key: state for key, state in kept.items() if state}}
+
+
+def over_ranks(mine: T) -> list[T]:
+    """What every rank has; a call of all ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [mine]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def detached(value: Any) -> Any:
+    """A copy of nested dictionaries and lists; what is in them is the same."""
+    copied: dict[type, Callable[[Any], Any]] = {
+        dict: lambda mapping: {key: detached(inner) for key, inner in mapping.items()},
+        list: lambda items: [detached(inner) for inner in items],
+    }
+    return copied.get(type(value), lambda other: other)(value)

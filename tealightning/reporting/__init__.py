@@ -1,0 +1,1 @@
+"""What reports share: tables and the provenance of a figure."""

@@ -1,0 +1,1 @@
+"""Text and token ids: the chat template, shared by prompts and rewards."""

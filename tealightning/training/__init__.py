@@ -1,0 +1,1 @@
+"""The training step: advantages, loss, micro-batches, weights of the policy."""

@@ -1,0 +1,220 @@
+"""Low-rank adapters (LoRA) through peft: only small matrices beside the frozen linear layers are trained."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tealightning.training.sharding import whole
+
+_ADAPTER = "default"
+_CHECKPOINT_KEY = "lora"
+
+
+@dataclass(kw_only=True, slots=True)
+class LoRA:
+    """Settings of the adapter: each targeted weight W [out, in] acts as `W + scale * B @ A`, and A, B are trained.
+
+    `scale` is `alpha / rank`, or `alpha / sqrt(rank)` if rank-stabilised (Hu et al. 2021, Kalajdzievski 2023). B starts
+    at 0, so that training starts from the policy as it was loaded. There is no dropout: scores of the trainer
+    must be those of sampling.
+
+    Args:
+        rank: Rows of A [rank, in] and columns of B [out, rank].
+        alpha: Numerator of `scale`.
+        target_modules: `all-linear` = every linear layer but the head, or names of modules as in peft: a list of
+            endings (`[q_proj, v_proj]`) or a regular expression. A weight tied to another one cannot be targeted.
+        rank_stabilized: Divide by the root of the rank, with which large ranks learn as fast as small ones.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    target_modules: list[str] | str = "all-linear"
+    rank_stabilized: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora.rank must be at least 1, got {self.rank}.")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"lora.alpha must be above 0, got {self.alpha}.")
+        if not self.target_modules:
+            raise ValueError("lora.target_modules is empty: name modules, or all-linear.")
+
+
+def add_adapter(policy: Any, lora: LoRA) -> None:
+    """Freeze a transformers model and put a trainable adapter into it, in place.
+
+    The model stays what it was to everyone else (`config`, `generate`, the arguments of `forward`): peft's wrapper
+    around it, which would hide them, is not kept. The adapter of a model in bfloat16 or float16 is in float32.
+
+    Raises:
+        ImportError: if peft is not installed.
+        ValueError: if nothing matches `target_modules`, or something that no adapter can be put on.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError(
+            f'model.lora needs peft, which cannot be imported ({error}): pip install "tealightning[lora]".'
+        ) from error
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        target_modules=lora.target_modules,
+        use_rslora=lora.rank_stabilized,
+    )
+    try:
+        get_peft_model(policy, config)  # also lets checkpointed layers have a gradient behind the frozen embedding
+    except ValueError as error:
+        raise ValueError(
+            f"model.lora.target_modules={lora.target_modules!r} does not fit the policy: {error}"
+        ) from error
+    policy.train(policy.training)  # the new modules too
+    _check_untied(policy)
+
+
+def adapter_layers(policy: nn.Module) -> dict[str, Any]:
+    """peft's layers by their name; empty without an adapter."""
+    if not hasattr(policy, "peft_config"):
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: module for name, module in policy.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+class WithoutAdapter:
+    """The policy as it was loaded: the same weights, with the adapter off for the time of a forward pass."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+        # What scoring looks up before it calls the model.
+        self.forward = policy.forward
+        self.get_output_embeddings = policy.get_output_embeddings
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with adapter_off(self.policy):
+            return self.policy(*args, **kwargs)
+
+    def to(self, device: torch.device) -> "WithoutAdapter":
+        """Nothing to do: it is where the policy is."""
+        return self
+
+
+@contextmanager
+def adapter_off(policy: nn.Module) -> Iterator[None]:
+    """Inside, the policy is the one that it was before training."""
+    layers = adapter_layers(policy).values()
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+# ---------------------------------------------------------------- weights as if there were no adapter
+
+
+def merged_names(policy: nn.Module) -> list[str]:
+    """The names in `merged_parameters`, without computing anything."""
+    return [name for name, _, _ in _without_adapter(policy)]
+
+
+def merged_parameters(policy: nn.Module, device: torch.device | str | None = None) -> Iterator[tuple[str, Tensor]]:
+    """`(name, tensor)` of every parameter of the policy, with names and weights as if the adapter had been trained in.
+
+    A targeted weight is `W + scale * B @ A`, computed when its turn comes, in the dtype of W; all others are the live
+    parameters, detached, not copied. Tied parameters appear under every name.
+
+    Args:
+        device: Where the computed ones go; None = where they are.
+    """
+    for name, parameter, layer in _without_adapter(policy):
+        yield name, whole(parameter.detach()) if layer is None else _merged(layer).to(device)
+
+
+def merged_state_dict(policy: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the policy with its adapter merged, the merged weights on the CPU."""
+    parameters = {name for name, _ in policy.named_parameters(remove_duplicate=False)}
+    buffers = {_plain(name): value for name, value in policy.state_dict().items() if name not in parameters}
+    return dict(merged_parameters(policy, device="cpu")) | buffers
+
+
+def _without_adapter(policy: nn.Module) -> Iterator[tuple[str, nn.Parameter, Any]]:
+    """Name without peft's additions, parameter, and the layer that adapts it (None = nothing does)."""
+    layers = adapter_layers(policy)
+    adapter = {id(parameter) for layer in layers.values() for parameter in _adapter_of(layer)}
+    adapted = {id(layer.get_base_layer().weight): layer for layer in layers.values()}
+    for name, parameter in policy.named_parameters(remove_duplicate=False):
+        if id(parameter) not in adapter:
+            yield _plain(name), parameter, adapted.get(id(parameter))
+
+
+def _plain(name: str) -> str:
+    return name.replace(".base_layer.", ".").replace("_orig_mod.", "")  # what peft and torch.compile add
+
+
+def _adapter_of(layer: Any) -> Iterator[nn.Parameter]:
+    for name in layer.adapter_layer_names:
+        yield from getattr(layer, name).parameters()
+
+
+@torch.no_grad()
+def _merged(layer: Any) -> Tensor:
+    weight = layer.get_base_layer().weight
+    return (weight + layer.get_delta_weight(_ADAPTER)).to(weight.dtype)
+
+
+def _check_untied(policy: nn.Module) -> None:
+    """Refuse adapters on weights that have several names: merged, they would no longer be one weight."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in policy.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(_plain(name))
+    for layer in adapter_layers(policy).values():
+        tied = names[id(layer.get_base_layer().weight)]
+        if len(tied) > 1:
+            raise ValueError(
+                f"model.lora.target_modules targets a weight that this policy ties ({', '.join(tied)}), and the merged "
+                "policy could not tie it any more. Leave it out."
+            )
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def drop_frozen(module: nn.Module, checkpoint: dict[str, Any], lora: LoRA | None) -> None:
+    """Leave frozen weights out of a checkpoint that is about to be written, and note the adapter's settings."""
+    if lora is None:
+        return
+    frozen = _frozen_names(module)
+    checkpoint["state_dict"] = {n: value for n, value in checkpoint["state_dict"].items() if n not in frozen}
+    checkpoint[_CHECKPOINT_KEY] = asdict(lora)
+
+
+def add_frozen(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """`state` completed by the module's own frozen weights, so that strict loading misses and ignores nothing else."""
+    frozen = _frozen_names(module)
+    return {name: value for name, value in module.state_dict().items() if name in frozen} | dict(state)
+
+
+def check_checkpoint(checkpoint: Mapping[str, Any], lora: LoRA | None) -> None:
+    """Refuse a checkpoint of other settings, whose weights would be another policy's.
+
+    Raises:
+        ValueError: saying which settings it has.
+    """
+    saved, own = checkpoint.get(_CHECKPOINT_KEY), None if lora is None else asdict(lora)
+    if saved != own:
+        raise ValueError(
+            f"the checkpoint was written with model.lora={saved or 'null'} and this run has {own or 'null'}: resume "
+            "with the same."
+        )
+
+
+def _frozen_names(module: nn.Module) -> set[str]:
+    return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
