@@ -4,6 +4,9 @@ export TOKENIZERS_PARALLELISM := false
 # Small tensors: one thread is faster than two that wait for each other, and sums do not depend on the machine.
 quickstart test test-slow test-faults: export OMP_NUM_THREADS := 1
 
+# Every test and every run starts processes: without compiled files each of them compiles PyTorch and vLLM again.
+unexport PYTHONDONTWRITEBYTECODE
+
 bin := .venv/bin
 # Tests of one file stay together: they share what the file builds.
 pytest := $(bin)/python -m pytest -n 2 --dist loadfile

@@ -77,7 +77,9 @@ verify() {
     if [[ $device == cpu ]] && pip show --quiet torchvision 2>/dev/null; then
         die "torchvision is in $venv and breaks transformers beside a CPU build: $venv/bin/pip uninstall torchvision"
     fi
-    VLLM_LOGGING_LEVEL=ERROR "$venv/bin/python" -c 'import torch, transformers, lightning; from vllm import LLM' ||
+    # What is imported is compiled here, once, and not in each of the first processes.
+    env -u PYTHONDONTWRITEBYTECODE VLLM_LOGGING_LEVEL=ERROR "$venv/bin/python" -c \
+        'import torch, transformers, lightning, tealightning.cli.training; from vllm import LLM' ||
         die "the installed packages do not import; see the error above. 'rm -rf $venv' and running this again starts afresh."
 }
 

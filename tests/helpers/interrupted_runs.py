@@ -23,7 +23,10 @@ from ranks import free_port
 HELPERS = Path(__file__).parent
 PROSE = HELPERS.parents[1] / "configs" / "experiments" / "prose.yaml"
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["interrupted_runs_preload"])
+# Only what an interpreter finds by itself: a module that it does not find is passed over without a word.
+_CONTEXT.set_forkserver_preload(
+    ["datasets", "lightning.pytorch", "transformers.models.auto.modeling_auto", "tealightning.cli.training"]
+)
 
 
 @dataclass(kw_only=True, slots=True)
