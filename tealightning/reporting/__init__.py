@@ -1,1 +1,1 @@
-"""What reports share: tables and the provenance of a figure."""
+"""What reports share: tables in every format, the look of plots, a stand-alone HTML page, and provenance."""
