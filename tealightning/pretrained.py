@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from tealightning.errors import UserError
+
 _PICKLES = ("pytorch_model*.bin", "adapter_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -38,7 +40,7 @@ def load_policy(
         )
     except (OSError, ValueError) as error:
         refuse_pickled_weights(path, argument, error)
-        raise ValueError(f"{argument} {path!r} is no folder or hub id of a causal LM: {error}") from error
+        raise UserError(f"{argument} {path!r} is no folder or hub id of a causal LM: {error}") from error
     model.eval()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -58,7 +60,7 @@ def policy_config(path: str, *, trust_remote_code: bool = False, argument: str =
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{argument} {path!r} is no folder or hub id of a causal LM: {error}") from error
+        raise UserError(f"{argument} {path!r} is no folder or hub id of a causal LM: {error}") from error
 
 
 def positions_of(config: Any) -> int | None:
@@ -75,7 +77,7 @@ def check_weights(path: str, *, argument: str = "policy") -> None:
     refuse_pickled_weights(path, argument)
     folder = Path(path)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise ValueError(f"{argument} {path!r}: the folder has no weights (model.safetensors).")
+        raise UserError(f"{argument} {path!r}: the folder has no weights (model.safetensors).")
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
@@ -90,7 +92,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ValueError(f"policy {path!r} has no tokenizer that transformers can load: {error}") from error
+        raise UserError(f"policy {path!r} has no tokenizer that transformers can load: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -112,7 +114,7 @@ def refuse_pickled_weights(path: str, argument: str, error: Exception | None = N
     if any(folder.glob("*.safetensors")) or not (pickled or "safetensors" in str(error)):
         return
     only = f", only {pickled[0]}" if pickled else ""
-    raise ValueError(
+    raise UserError(
         f"{argument} {path!r} has no safetensors weights{only}. Pickled weights are not loaded, because a pickle can "
         "run code. If you trust their author, convert them once, with the model's class of transformers: "
         f"from_pretrained({path!r}).save_pretrained('converted')"
@@ -122,7 +124,7 @@ def refuse_pickled_weights(path: str, argument: str, error: Exception | None = N
 def _check_exists(path: str, argument: str = "policy") -> None:
     """Say at once what asking the hub about a mistyped folder would only say after retries."""
     if not Path(path).is_dir() and not _HUB_ID.fullmatch(path):
-        raise ValueError(
+        raise UserError(
             f"{argument} {path!r}: there is no such folder (looked in {Path.cwd()}), and it is no hub id (`org/name`). "
             "`tealightning playground --help` says how to build the policies of the example configs."
         )

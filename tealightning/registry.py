@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
+from tealightning.errors import UserError
+
 T = TypeVar("T", bound=type)
 
 _WORD_STARTS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -49,7 +51,7 @@ class Registry:
         known = self._classes.get(name)
         same_source = known is not None and (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
         if known is not None and not same_source:  # a re-imported module may register its class again
-            raise ValueError(f"{self.kind} {name!r} is already registered by {known.__module__}.{known.__qualname__}.")
+            raise UserError(f"{self.kind} {name!r} is already registered by {known.__module__}.{known.__qualname__}.")
         self._classes[name] = cls
         return cls
 
@@ -69,7 +71,7 @@ class Registry:
         """
         cls = self._classes.get(name) or self._classes.get(snake_case(name))
         if cls is None:
-            raise ValueError(f"Unknown {self.kind} {name!r}.{did_you_mean(name, self._classes)}")
+            raise UserError(f"Unknown {self.kind} {name!r}.{did_you_mean(name, self._classes)}")
         return cls
 
     def build(self, name: str, **kwargs: Any) -> Any:
@@ -82,7 +84,7 @@ class Registry:
         for key in kwargs:
             if key not in parameters and not takes_any:
                 valid = ", ".join(parameters) or "none"
-                raise ValueError(f"{self.kind} {name!r} has no parameter {key!r}. Its parameters: {valid}.")
+                raise UserError(f"{self.kind} {name!r} has no parameter {key!r}. Its parameters: {valid}.")
         return cls(**kwargs)
 
 

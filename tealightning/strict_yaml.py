@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from tealightning.errors import UserError
+
 
 class _SafeLoader(yaml.SafeLoader):
     """Refuses what YAML takes without a word: of two settings with the same name the last would win."""
@@ -35,6 +37,6 @@ def load_yaml(text: str, name: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f", line {mark.line + 1}" if mark is not None else ""
-        raise ValueError(f"{name}{line}: this is not YAML: {error.problem}.") from None
+        raise UserError(f"{name}{line}: this is not YAML: {error.problem}.") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: this is not YAML: {' '.join(str(error).split())}.") from None
+        raise UserError(f"{name}: this is not YAML: {' '.join(str(error).split())}.") from None

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tealightning.errors import UserError
+
 Message = dict[str, str]
 """One chat message, `{"role": ..., "content": ...}`."""
 
@@ -43,15 +45,15 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ValueError(f"sampling.max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+            raise UserError(f"sampling.max_new_tokens must be at least 1, got {self.max_new_tokens}.")
         if not 0 < self.temperature < math.inf:
-            raise ValueError(f"sampling.temperature must be above 0, got {self.temperature}.")
+            raise UserError(f"sampling.temperature must be above 0, got {self.temperature}.")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling.top_p must be in (0, 1], got {self.top_p}.")
+            raise UserError(f"sampling.top_p must be in (0, 1], got {self.top_p}.")
         if self.top_k < 0:
-            raise ValueError(f"sampling.top_k must be 0 (off) or more, got {self.top_k}.")
+            raise UserError(f"sampling.top_k must be 0 (off) or more, got {self.top_k}.")
         if "" in self.stop:
-            raise ValueError(f"sampling.stop must hold texts that are not empty, got {self.stop}.")
+            raise UserError(f"sampling.stop must hold texts that are not empty, got {self.stop}.")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -15,7 +15,18 @@ PACKAGE = ROOT / "tealightning"
 
 # A unit (a module or folder of the package) may import its own line and the lines above it.
 LAYERS = [
-    {"version", "types", "registry", "checks", "strict_yaml", "functional", "reliability", "text", "pretrained"},
+    {
+        "version",
+        "types",
+        "registry",
+        "errors",
+        "checks",
+        "strict_yaml",
+        "functional",
+        "reliability",
+        "text",
+        "pretrained",
+    },
     {"estimators", "metrics"},
     {"training"},
     {"rewards", "data"},

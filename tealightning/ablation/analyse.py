@@ -13,6 +13,7 @@ from tealightning.ablation.plan import Plan
 from tealightning.ablation.runner import Outcome
 from tealightning.ablation.spec import spec_dict
 from tealightning.ablation.splits import split_results
+from tealightning.errors import UserError
 
 SCHEMA_VERSION = 1
 BUDGETS = ("optimizer_steps", "rollouts", "generated_tokens", "trained_tokens", "wall_seconds")
@@ -33,7 +34,7 @@ def analyse(plan: Plan, outcomes: Mapping[Path, Outcome], provenance: dict[str, 
     estimator = Estimator(confidence=spec.confidence, samples=spec.bootstrap_samples)
     main = _runs(plan, outcomes, "val")
     if not main:
-        raise ValueError("no run has finished: there is nothing to report.")
+        raise UserError("no run has finished: there is nothing to report.")
     held_out = _runs(plan, outcomes, "test")
     splits = {"val": split_results(plan, main, estimator)} | (
         {"test": split_results(plan, held_out, estimator)} if held_out else {}

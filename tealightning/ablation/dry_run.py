@@ -10,6 +10,7 @@ from typing import Any
 
 from tealightning.ablation.plan import Job, Plan
 from tealightning.ablation.runner import Target, outcome_of, run_jobs
+from tealightning.errors import UserError
 from tealightning.reporting.tables import markdown_table
 
 PILOT_STEPS = 2
@@ -69,7 +70,7 @@ def measure_pilot(plan: Plan, target: Target) -> dict[str, float]:
         pilot = replace(whole, config=_short(whole.config), folder=Path(folder) / "pilot")
         outcome = run_jobs([pilot], target, workers=1, display=None)[pilot.folder]
     if outcome.status != "finished":
-        raise ValueError(f"the pilot of {name} failed: {outcome.error}")
+        raise UserError(f"the pilot of {name} failed: {outcome.error}")
     taken, config = outcome.record["seconds"], whole.config
     steps = _steps(config, outcome.record)
     batch = taken["evaluation"] / 2

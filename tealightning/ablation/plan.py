@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from tealightning.ablation.run_configs import config_hash, run_config, start_config, with_seed
 from tealightning.ablation.spec import AblationSpec, filled, placeholders
+from tealightning.errors import UserError
 
 Resolve = Callable[[Sequence[str]], dict[str, Any]]
 """Arguments of `tealightning fit` -> the configuration that they amount to; raises ValueError where there is none."""
@@ -68,14 +69,14 @@ def expand(spec: AblationSpec) -> list[Variant]:
         ValueError: if the reference is no variant, or uses an axis that another variant does not.
     """
     if spec.reference not in spec.variants:
-        raise ValueError(f"reference must be one of the variants {', '.join(spec.variants)}, got {spec.reference!r}.")
+        raise UserError(f"reference must be one of the variants {', '.join(spec.variants)}, got {spec.reference!r}.")
     merged = {name: {**spec.settings, **settings} for name, settings in spec.variants.items()}
     axes = {name: [a for a in spec.grid if a in placeholders(settings)] for name, settings in merged.items()}
     reference_axes = axes[spec.reference]
     variants = []
     for name, settings in merged.items():
         if missing := [axis for axis in reference_axes if axis not in axes[name]]:
-            raise ValueError(
+            raise UserError(
                 f"the reference {spec.reference} differs along {{{missing[0]}}} and {name} does not: there is nothing "
                 "to compare it with."
             )
@@ -114,7 +115,7 @@ def make_plan(spec: AblationSpec, resolve: Resolve, notify: Callable[[Variant], 
         try:
             config = run_config(spec, resolve(arguments(spec, variant)))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"variant {variant.name}: {error}") from error
+            raise UserError(f"variant {variant.name}: {error}") from error
         for seed in spec.seeds:
             seeded = with_seed(config, seed)
             jobs[variant.name, seed] = _job(spec, "fit", variant.name, seed, seeded, fingerprints)

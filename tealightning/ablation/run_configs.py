@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tealightning.ablation.spec import AblationSpec
+from tealightning.errors import UserError
 
 _SMALL_FILE_BYTES = 64 * 2**20
 _CHANGES_NO_RESULT = ("ckpt_path", "checkpoint", "health", "deadlines")
@@ -30,7 +31,7 @@ def run_config(spec: AblationSpec, config: dict[str, Any]) -> dict[str, Any]:
     if (per_step := spec.equal.get("rollouts_per_step")) is not None:
         group_size = config["rollout"]["group_size"]
         if per_step % group_size:
-            raise ValueError(f"equal.rollouts_per_step={per_step} is no multiple of rollout.group_size={group_size}.")
+            raise UserError(f"equal.rollouts_per_step={per_step} is no multiple of rollout.group_size={group_size}.")
         data["batch_size"] = per_step // group_size
     what = spec.equal_what
     limits = {} if what == "optimizer_steps" else {what: spec.equal[what]}

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from tealightning.errors import UserError
 from tealightning.registry import did_you_mean
 from tealightning.strict_yaml import load_yaml
 
@@ -36,7 +37,7 @@ def _check(key: str, value: Any, hint: Any) -> None:
         for name, inner in value.items():
             _check(f"{key}.{name}", inner, typing.get_args(hint)[1])
     if not fits(value, hint):
-        raise ValueError(f"{key} must be {in_words(hint)}, got {value!r}.")
+        raise UserError(f"{key} must be {in_words(hint)}, got {value!r}.")
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -111,27 +112,27 @@ class Evaluation:
     def __post_init__(self) -> None:
         wrong = [n for n in self.ns if not _is_count(n, 1)]
         if wrong or len(set(self.ns)) != len(self.ns) or not self.ns:
-            raise ValueError(f"evaluation.ns must hold different integers of at least 1, got {self.ns}.")
+            raise UserError(f"evaluation.ns must hold different integers of at least 1, got {self.ns}.")
         self.ns = sorted(self.ns)
         self.headline_n = self.ns[-1] if self.headline_n is None else self.headline_n
         if self.headline_n not in self.ns:
-            raise ValueError(f"evaluation.headline_n must be one of ns {self.ns}, got {self.headline_n}.")
+            raise UserError(f"evaluation.headline_n must be one of ns {self.ns}, got {self.headline_n}.")
         if not _is_count(self.batch_size, 1):
-            raise ValueError(f"evaluation.batch_size must be an integer of at least 1, got {self.batch_size!r}.")
+            raise UserError(f"evaluation.batch_size must be an integer of at least 1, got {self.batch_size!r}.")
         self._settle_samples()
         for name in ("prompts", "held_out_prompts"):
             value = getattr(self, name)
             if value is not None and (not _is_count(value, 0) or value % self.batch_size):
-                raise ValueError(
+                raise UserError(
                     f"evaluation.{name} must be null (all) or a multiple of evaluation.batch_size "
                     f"({self.batch_size}), got {value!r}."
                 )
         if self.prompts == 0:
-            raise ValueError("evaluation.prompts must not be 0: there would be nothing to compare.")
+            raise UserError("evaluation.prompts must not be 0: there would be nothing to compare.")
         if self.equal_kls is not None and not all(isinstance(kl, int | float) and kl > 0 for kl in self.equal_kls):
-            raise ValueError(f"evaluation.equal_kls must hold numbers above 0, got {self.equal_kls}.")
+            raise UserError(f"evaluation.equal_kls must hold numbers above 0, got {self.equal_kls}.")
         if self.every is not None and not _is_count(self.every, 1):
-            raise ValueError(f"evaluation.every must be at least 1 or null, got {self.every!r}.")
+            raise UserError(f"evaluation.every must be at least 1 or null, got {self.every!r}.")
 
     def _settle_samples(self) -> None:
         """No measure takes more samples of a prompt than there are."""
@@ -139,7 +140,7 @@ class Evaluation:
             most = max(least, self.ns[-1])
             value = min(16, most) if getattr(self, name) is None else getattr(self, name)
             if not _is_count(value, least) or value > most:
-                raise ValueError(
+                raise UserError(
                     f"evaluation.{name} must be an integer from {least} to max(evaluation.ns)={most}, got {value!r}."
                 )
             setattr(self, name, value)
@@ -192,18 +193,18 @@ class AblationSpec:
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise ValueError(f"name must be made of letters, digits and _ . + -, got {self.name!r}.")
+            raise UserError(f"name must be made of letters, digits and _ . + -, got {self.name!r}.")
         if not self.base:
-            raise ValueError("base must name at least one config file.")
+            raise UserError("base must name at least one config file.")
         self._check_variants()
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or not all(_is_count(s, 0) for s in self.seeds):
-            raise ValueError(f"seeds must be different integers of at least 0, got {self.seeds}.")
+            raise UserError(f"seeds must be different integers of at least 0, got {self.seeds}.")
         self._check_equal()
         if not 0.5 < self.confidence < 1:
-            raise ValueError(f"confidence must be between 0.5 and 1, got {self.confidence!r}.")
+            raise UserError(f"confidence must be between 0.5 and 1, got {self.confidence!r}.")
         for name, least in (("retries", 0), ("bootstrap_samples", 100)):
             if not _is_count(getattr(self, name), least):
-                raise ValueError(f"{name} must be an integer of at least {least}, got {getattr(self, name)!r}.")
+                raise UserError(f"{name} must be an integer of at least {least}, got {getattr(self, name)!r}.")
 
     @property
     def folder(self) -> Path:
@@ -217,32 +218,32 @@ class AblationSpec:
 
     def _check_variants(self) -> None:
         if not self.variants:
-            raise ValueError("variants must name at least one variant.")
+            raise UserError("variants must name at least one variant.")
         for name, values in self.grid.items():
             if not isinstance(values, list) or not values:
-                raise ValueError(f"grid.{name} must be a list of values, got {values!r}.")
+                raise UserError(f"grid.{name} must be a list of values, got {values!r}.")
         for name, settings in self.variants.items():
             if not _NAME.fullmatch(name):
-                raise ValueError(f"a variant's name must be made of letters, digits and _ . + -, got {name!r}.")
+                raise UserError(f"a variant's name must be made of letters, digits and _ . + -, got {name!r}.")
             if not isinstance(settings, Mapping):
-                raise ValueError(f"variants.{name} must map dotted settings to values, got {settings!r}.")
+                raise UserError(f"variants.{name} must map dotted settings to values, got {settings!r}.")
         used = {axis for settings in [self.settings, *self.variants.values()] for axis in placeholders(settings)}
         if unknown := sorted(used - self.grid.keys()):
-            raise ValueError(f"{{{unknown[0]}}} is used in settings, and grid has no {unknown[0]!r}.")
+            raise UserError(f"{{{unknown[0]}}} is used in settings, and grid has no {unknown[0]!r}.")
         if unused := sorted(self.grid.keys() - used):
-            raise ValueError(f"grid.{unused[0]} has no effect: no setting contains {{{unused[0]}}}.")
+            raise UserError(f"grid.{unused[0]} has no effect: no setting contains {{{unused[0]}}}.")
 
     def _check_equal(self) -> None:
         chosen = [name for name in EQUAL if name in self.equal]
         extra = self.equal.keys() - {*EQUAL, "rollouts_per_step"}
         if len(chosen) != 1 or extra:
-            raise ValueError(
+            raise UserError(
                 f"equal must hold exactly one of {', '.join(EQUAL)} (and, if wanted, rollouts_per_step), got "
                 f"{self.equal}."
             )
         for name, value in self.equal.items():
             if not _is_count(value, 1):
-                raise ValueError(f"equal.{name} must be an integer of at least 1, got {value!r}.")
+                raise UserError(f"equal.{name} must be an integer of at least 1, got {value!r}.")
 
 
 def load_spec(path: Path | str) -> AblationSpec:
@@ -254,15 +255,15 @@ def load_spec(path: Path | str) -> AblationSpec:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"there is no ablation at {path}; configs/ablations/ has examples.")
+        raise UserError(f"there is no ablation at {path}; configs/ablations/ has examples.")
     try:
         settings = load_yaml(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}.") from error
+        raise UserError(f"{path} is not UTF-8 text: {error}.") from error
     try:
         return parse_spec(settings)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def parse_spec(settings: Any) -> AblationSpec:
@@ -314,14 +315,14 @@ def filled(value: Any, point: Mapping[str, Any]) -> Any:
 def _known(settings: Any, cls: type, what: str) -> dict[str, Any]:
     """`settings` if it is a mapping with fields of the dataclass, all required ones among them."""
     if not isinstance(settings, Mapping):
-        raise ValueError(f"{what} must be a mapping of settings, got {str(settings)[:60]!r}.")
+        raise UserError(f"{what} must be a mapping of settings, got {str(settings)[:60]!r}.")
     names = [f.name for f in fields(cls)]
     for name in settings:
         if name not in names:
-            raise ValueError(f"unknown setting {name!r} of {what}.{did_you_mean(str(name), names)}")
+            raise UserError(f"unknown setting {name!r} of {what}.{did_you_mean(str(name), names)}")
     needed = [name for name in ("name", "base", "variants", "reference", "seeds", "equal") if name in names]
     if missing := [name for name in needed if settings.get(name) is None]:
-        raise ValueError(f"{what} needs {', '.join(missing)}.")
+        raise UserError(f"{what} needs {', '.join(missing)}.")
     return dict(settings)
 
 

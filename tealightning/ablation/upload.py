@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from tealightning.errors import UserError
+
 
 def upload(results: dict[str, Any], folder: Path, *, project: str) -> str:
     """Log tables, plots and report of an ablation to wandb, as one run named after it; each fit can log for itself with
@@ -22,7 +24,7 @@ def upload(results: dict[str, Any], folder: Path, *, project: str) -> str:
     try:
         import wandb
     except ImportError as error:
-        raise ValueError("--wandb needs wandb: pip install 'tealightning[wandb]'.") from error
+        raise UserError("--wandb needs wandb: pip install 'tealightning[wandb]'.") from error
     with wandb.init(project=project, name=results["name"], config=results["spec"], job_type="compare") as run:
         for split, content in results["splits"].items():
             columns: list[Any] = ["variant", *(f"best_of_{n}" for n in results["ns"])]

@@ -23,6 +23,7 @@ from tealightning.ablation.plan import Job
 from tealightning.ablation.run_configs import with_folder
 from tealightning.callbacks import Budget, EvaluationRecord
 from tealightning.callbacks.evaluation_record import FOLDER
+from tealightning.errors import UserError
 from tealightning.reliability.checkpoint_files import newest_good, step_of
 from tealightning.reliability.files import write_whole
 from tealightning.reliability.locks import locked
@@ -136,7 +137,7 @@ class _Watch(Callback):
     ) -> None:
         for name in ("train/policy_loss", "train/grad_norm"):
             if not math.isfinite(value := float(trainer.callback_metrics[name])):
-                raise ValueError(f"{name} is {value} at optimizer step {trainer.global_step}.")
+                raise UserError(f"{name} is {value} at optimizer step {trainer.global_step}.")
         reward = float(trainer.callback_metrics.get("rollout/reward_mean", math.nan))
         steps = trainer.max_steps if trainer.max_steps > 0 else None
         self.send({"phase": "training", "done": trainer.global_step, "total": steps, "reward": reward})
@@ -179,7 +180,7 @@ def _check_scored(folder: Path) -> None:
         with np.load(file) as arrays:
             unscored = np.isnan(arrays["rewards"]).all(axis=1).sum()
         if unscored:
-            raise ValueError(f"{file.name}: {unscored} prompts have no sample that could be scored.")
+            raise UserError(f"{file.name}: {unscored} prompts have no sample that could be scored.")
 
 
 def _identity(job: Job) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from tealightning.errors import UserError
 from tealightning.types import PromptBatch
 
 COUNTED = ("rollouts", "generated_tokens", "trained_tokens")
@@ -33,7 +34,7 @@ class Budget(Callback):
         self.limits = dict(zip(COUNTED, (rollouts, generated_tokens, trained_tokens), strict=True))
         for name, limit in self.limits.items():
             if limit is not None and limit < 1:
-                raise ValueError(f"{name} must be at least 1 or null, got {limit}.")
+                raise UserError(f"{name} must be at least 1 or null, got {limit}.")
         self.spent = dict.fromkeys(COUNTED, 0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

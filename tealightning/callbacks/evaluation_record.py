@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from tealightning.errors import UserError
 from tealightning.functional.diversity import distinct_n, self_similarity
 from tealightning.pretrained import load_policy
 from tealightning.reliability.files import going_on_without, run_folder, write_whole
@@ -46,7 +47,7 @@ class EvaluationRecord(Callback):
 
     def __init__(self, *, gold: Reward | None = None, kl_samples: int = 16, diversity_samples: int = 16) -> None:
         if kl_samples < 0 or diversity_samples < 2:
-            raise ValueError(
+            raise UserError(
                 f"kl_samples must be at least 0 and diversity_samples at least 2, got {kl_samples} and "
                 f"{diversity_samples}."
             )
@@ -72,7 +73,7 @@ class EvaluationRecord(Callback):
             self._save()
         except OSError as error:
             names = ", ".join(path.name for path in self._unwritten)
-            raise ValueError(
+            raise UserError(
                 f"Evaluations could not be written: {names} ({error}). Free space on that disk and go on from the last "
                 "checkpoint."
             ) from error
@@ -98,7 +99,7 @@ class EvaluationRecord(Callback):
             ValueError: if it is sharded.
         """
         if is_sharded(pl_module.policy):
-            raise ValueError("EvaluationRecord cannot score with a sharded policy: use trainer.strategy=ddp or auto.")
+            raise UserError("EvaluationRecord cannot score with a sharded policy: use trainer.strategy=ddp or auto.")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._rows = []

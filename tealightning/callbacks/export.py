@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors import SafetensorError
 
+from tealightning.errors import UserError
 from tealightning.reliability.files import run_folder, whole_folder
 
 
@@ -35,7 +36,7 @@ class ExportPolicy(Callback):
             with whole_folder(target) as new:
                 pl_module.export(str(new))
         except (OSError, SafetensorError) as error:
-            raise ValueError(
+            raise UserError(
                 f"The trained policy could not be written to {target}: {error}. Nothing of it is there, and an older "
                 "one is as it was. Free space on that disk and go on from the last checkpoint: without steps left to "
                 "train, that writes the policy."

@@ -29,6 +29,7 @@ from tealightning.callbacks.health_of_engine import (
 )
 from tealightning.callbacks.rollout import RolloutCallback
 from tealightning.callbacks.unhealthy_batch import save_unhealthy_batch
+from tealightning.errors import UserError
 from tealightning.functional.tail_checks import TIE_CAUSES, tie_cause, tied
 from tealightning.registry import did_you_mean
 from tealightning.reliability.files import run_folder
@@ -100,7 +101,7 @@ class HealthChecks(Callback):
     ) -> None:
         for check in stop_on:
             if check not in CHECKS:
-                raise ValueError(f"health.stop_on: there is no check {check!r}.{did_you_mean(check, CHECKS)}")
+                raise UserError(f"health.stop_on: there is no check {check!r}.{did_you_mean(check, CHECKS)}")
         limits: dict[str, float | None] = {
             "max_nonfinite_steps": max_nonfinite_steps,
             "max_version_lag": max_version_lag,
@@ -115,7 +116,7 @@ class HealthChecks(Callback):
         for name, limit in (limits | {"patience": patience, "max_saved_batches": max_saved_batches}).items():
             lowest = 1 if name in _AT_LEAST_ONE else 0
             if limit is not None and not limit >= lowest:
-                raise ValueError(f"health.{name} must be at least {lowest}, or null for no check, got {limit}.")
+                raise UserError(f"health.{name} must be at least {lowest}, or null for no check, got {limit}.")
         self.stop_on = tuple(stop_on)
         self.max_saved_batches = max_saved_batches
         self.saved_batches = 0

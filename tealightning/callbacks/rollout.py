@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from tealightning.callbacks.rollout_checks import UnscorableGuard, check_prompts, model_length, padding_id
+from tealightning.errors import UserError
 from tealightning.reliability.progress import RunPhase, during
 from tealightning.rewards.base import Reward
 from tealightning.rollouts import EngineContext, RolloutCollector, RolloutEngine, policy_weights, prompt_seed
@@ -58,9 +59,9 @@ class RolloutCallback(Callback):
         max_model_len: int | None = None,
     ) -> None:
         if group_size < 1:
-            raise ValueError(f"rollout.group_size must be at least 1, got {group_size}.")
+            raise UserError(f"rollout.group_size must be at least 1, got {group_size}.")
         if max_model_len is not None and max_model_len < 2:
-            raise ValueError(
+            raise UserError(
                 f"rollout.max_model_len must be at least 2 (a prompt and a token) or null, got {max_model_len}."
             )
         self.engine = engine
@@ -68,9 +69,9 @@ class RolloutCallback(Callback):
         self.group_size = group_size
         self.sampling = sampling or SamplingConfig()
         if steps_ahead not in (0, 1):
-            raise ValueError(f"rollout.steps_ahead must be 0 or 1, got {steps_ahead}.")
+            raise UserError(f"rollout.steps_ahead must be 0 or 1, got {steps_ahead}.")
         if steps_ahead and not engine.is_concurrent:
-            raise ValueError(
+            raise UserError(
                 f"rollout.steps_ahead=1 needs an engine that works elsewhere while the trainer computes "
                 f"(VLLMServerEngine), got {type(engine).__name__}."
             )
@@ -108,7 +109,7 @@ class RolloutCallback(Callback):
             return
         pl_module.estimator.check_group_size(self.group_size)
         if self.steps_ahead and pl_module.loss.importance_cap is None:
-            raise ValueError(
+            raise UserError(
                 "rollout.steps_ahead=1 trains on rollouts of older weights: set model.loss.importance_cap (2.0 is "
                 "usual), which corrects for them."
             )
@@ -300,7 +301,7 @@ def _loader_of(trainer: pl.Trainer) -> Any:
     """
     loader = trainer.train_dataloader
     if not hasattr(loader, "peek"):
-        raise ValueError(
+        raise UserError(
             f"rollout.steps_ahead=1 needs a training loader with `peek`, such as PromptDataModule's, got "
             f"{type(loader).__name__}."
         )

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch
 
 from tealightning.data.prompts import PromptSet
+from tealightning.errors import UserError
 from tealightning.pretrained import positions_of
 from tealightning.types import Phase, RolloutBatch, SamplingConfig
 
@@ -45,7 +46,7 @@ def check_prompts(
     """
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
     if sampling.max_new_tokens >= length:
-        raise ValueError(
+        raise UserError(
             f"rollout.sampling.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt in the {length} "
             "tokens that the policy takes, prompt and completion together."
         )
@@ -55,7 +56,7 @@ def check_prompts(
         longest = int(prompts.lengths.argmax())
         tokens, room = int(prompts.lengths[longest]), length - sampling.max_new_tokens
         if tokens > room:
-            raise ValueError(
+            raise UserError(
                 f"data.{phase}: {prompts.name_of(longest)} has {tokens} tokens, more than the {room} that are left of "
                 f"{length} beside rollout.sampling.max_new_tokens={sampling.max_new_tokens}. Drop such prompts with "
                 f"data.max_prompt_tokens={max(room, 1)}, lower max_new_tokens, or raise rollout.max_model_len if the "
@@ -67,7 +68,7 @@ def _check_vocabulary(phase: Any, prompts: PromptSet, tokenizer: Any, vocabulary
     position = int(prompts.tokens.argmax())
     token = int(prompts.tokens[position])
     if token >= vocabulary:
-        raise ValueError(
+        raise UserError(
             f"data.{phase}: {prompts.name_of(prompts.prompt_of_token(position))} holds token {token} "
             f"({tokenizer.convert_ids_to_tokens(token)!r}), and the policy has {vocabulary} embeddings: tokenizer and "
             "policy do not belong together, or its embedding has to be resized (resize_token_embeddings)."
@@ -91,7 +92,7 @@ class UnscorableGuard:
 
     def __init__(self, max_share: float) -> None:
         if not 0 <= max_share <= 1:
-            raise ValueError(f"rollout.max_unscorable must be a share in [0, 1], got {max_share}.")
+            raise UserError(f"rollout.max_unscorable must be a share in [0, 1], got {max_share}.")
         self.max_share = max_share
         self._so_far = torch.zeros(2, dtype=torch.float64)  # unscorable and all completions of an evaluation
 

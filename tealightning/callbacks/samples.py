@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from tealightning.errors import UserError
 from tealightning.reliability.files import append_lines, going_on_without, run_folder
 from tealightning.types import PromptBatch
 
@@ -24,9 +25,7 @@ class SampleTable(Callback):
 
     def __init__(self, every_n_steps: int = 10, num_prompts: int = 2) -> None:
         if every_n_steps < 1 or num_prompts < 1:
-            raise ValueError(
-                f"every_n_steps and num_prompts must be at least 1, got {every_n_steps} and {num_prompts}."
-            )
+            raise UserError(f"every_n_steps and num_prompts must be at least 1, got {every_n_steps} and {num_prompts}.")
         self.every_n_steps = every_n_steps
         self.num_prompts = num_prompts
 

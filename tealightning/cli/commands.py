@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
+from tealightning.errors import UserError
+
 
 def playground(args: Sequence[str]) -> None:
     """`tealightning playground --out DIR`.
@@ -45,7 +47,7 @@ def playground(args: Sequence[str]) -> None:
         config = maze_config(world, settings.pop("size"), **chosen)
         build_maze(out, world=config, **settings)
     elif options:
-        raise ValueError(f"--{next(iter(options)).replace('_', '-')} is a setting of mazes, and --world is {world}.")
+        raise UserError(f"--{next(iter(options)).replace('_', '-')} is a setting of mazes, and --world is {world}.")
     elif world == "prose":
         build_prose(out, **settings)
     else:

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tealightning.errors import UserError
+
 if TYPE_CHECKING:
     from tealightning.ablation.spec import AblationSpec
 import json
@@ -67,7 +69,7 @@ def restricted(spec: "AblationSpec", options: argparse.Namespace) -> "AblationSp
     changes: dict[str, Any] = {}
     if options.variants is not None:
         if unknown := [name for name in options.variants if name not in spec.variants]:
-            raise ValueError(f"--variants: the spec has no {unknown[0]!r}; it has {', '.join(spec.variants)}.")
+            raise UserError(f"--variants: the spec has no {unknown[0]!r}; it has {', '.join(spec.variants)}.")
         kept = {*options.variants, spec.reference}
         changes["variants"] = {name: settings for name, settings in spec.variants.items() if name in kept}
         used = placeholders([spec.settings, *changes["variants"].values()])
@@ -77,7 +79,7 @@ def restricted(spec: "AblationSpec", options: argparse.Namespace) -> "AblationSp
     if options.out is not None:
         changes["out"] = options.out
     if options.workers is not None and options.workers < 1:
-        raise ValueError(f"--workers must be at least 1, got {options.workers}.")
+        raise UserError(f"--workers must be at least 1, got {options.workers}.")
     return replace(spec, **changes)
 
 
@@ -127,7 +129,7 @@ def check_gold(spec: Any, resolve: "Resolve") -> None:
     try:
         resolve([*configs, engine, f"--rollout.reward={gold if isinstance(gold, str) else json.dumps(gold)}"])
     except ValueError as error:
-        raise ValueError(str(error).replace("rollout.reward", "evaluation.gold")) from error
+        raise UserError(str(error).replace("rollout.reward", "evaluation.gold")) from error
 
 
 def plan_of(spec: Any, resolve: "Resolve") -> "Plan":
@@ -180,7 +182,7 @@ def _built(args: Sequence[str]) -> "TrainingCLI":
         with contextlib.redirect_stderr(said), without_announcements():
             cli = build_training("fit", args)
     except SystemExit:
-        raise ValueError(said.getvalue().strip().removeprefix("tealightning: error: ")) from None
+        raise UserError(said.getvalue().strip().removeprefix("tealightning: error: ")) from None
     cli.check_together()
     return cli
 

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from tealightning.errors import UserError
 from tealightning.registry import did_you_mean
 
 DESCRIPTION = """\
@@ -77,7 +78,7 @@ def sweeps_of(names: Sequence[str]) -> tuple[str, ...]:
     """
     for name in names:
         if name not in SWEEP_CHOICES:
-            raise ValueError(f"--sweeps: unknown sweep {name!r}.{did_you_mean(name, SWEEP_CHOICES)}")
+            raise UserError(f"--sweeps: unknown sweep {name!r}.{did_you_mean(name, SWEEP_CHOICES)}")
     return ("m", "alpha", "tail") if "all" in names else tuple(name for name in names if name != "none")
 
 
@@ -158,4 +159,4 @@ def diagnose(args: Sequence[str]) -> None:
 
         diagnose_tail(rest)
     else:
-        raise ValueError(f"Unknown instrument {what!r}.{did_you_mean(what, ['gradients', 'tail'])}")
+        raise UserError(f"Unknown instrument {what!r}.{did_you_mean(what, ['gradients', 'tail'])}")

@@ -22,6 +22,7 @@ from tealightning.diagnostics.policy_fidelity_report import (
 )
 from tealightning.diagnostics.pool import RolloutPool, write_rewards
 from tealightning.diagnostics.projections import LinearProjection, score_vectors
+from tealightning.errors import UserError
 from tealightning.estimators import ESTIMATORS
 from tealightning.reporting.provenance import provenance, provenance_lines
 from tealightning.training.module import PostTrainingModule
@@ -108,17 +109,17 @@ def _parser() -> argparse.ArgumentParser:
 def _check(options: argparse.Namespace, config_args: Sequence[str]) -> None:
     """Refuse before anything is sampled."""
     if not any(arg.partition("=")[0] in ("-c", "--config") for arg in config_args):
-        raise ValueError("diagnose gradients measures the policy of a config: add -c configs/quickstart.yaml.")
+        raise UserError("diagnose gradients measures the policy of a config: add -c configs/quickstart.yaml.")
     smallest = min(options.group_sizes)
     if smallest < 2 or options.target_n < 2:
-        raise ValueError(f"-m and -N must be at least 2, got {smallest} and {options.target_n}.")
+        raise UserError(f"-m and -N must be at least 2, got {smallest} and {options.target_n}.")
     if options.prompts < 2:
-        raise ValueError(f"--prompts must be at least 2 for an interval over prompts, got {options.prompts}.")
+        raise UserError(f"--prompts must be at least 2 for an interval over prompts, got {options.prompts}.")
     if options.projection < 1:
-        raise ValueError(f"--projection must be at least 1, got {options.projection}.")
+        raise UserError(f"--projection must be at least 1, got {options.projection}.")
     needed = max(2 * options.target_n, 4 * max(options.group_sizes))
     if options.pool < needed:
-        raise ValueError(
+        raise UserError(
             f"--pool must be at least {needed}: each half needs N rollouts, and two groups of m; got {options.pool}."
         )
 

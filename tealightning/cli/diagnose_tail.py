@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tealightning.errors import UserError
+
 if TYPE_CHECKING:
     from tealightning.diagnostics.pool import RolloutPool
 
@@ -76,17 +78,17 @@ def _pool(options: argparse.Namespace, overrides: Sequence[str]) -> "RolloutPool
 def _check(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Refuse what does not go together before anything is read or sampled."""
     if overrides and not options.config:
-        raise ValueError(f"Unknown options: {' '.join(overrides)}. Settings of a config need -c CONFIG.")
+        raise UserError(f"Unknown options: {' '.join(overrides)}. Settings of a config need -c CONFIG.")
     if not 0 < options.alpha <= 1:
-        raise ValueError(f"--alpha must be in (0, 1], got {options.alpha}.")
+        raise UserError(f"--alpha must be in (0, 1], got {options.alpha}.")
     if options.tested_share is not None and not 0 < options.tested_share <= 1:
-        raise ValueError(f"--tested-share must be in (0, 1], got {options.tested_share}.")
+        raise UserError(f"--tested-share must be in (0, 1], got {options.tested_share}.")
     counts = {"--group-size": options.group_size, "--prompts": options.prompts, "--samples": options.samples}
     for name, value in counts.items():
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+            raise UserError(f"{name} must be at least 1, got {value}.")
     if options.seed < 0:
-        raise ValueError(f"--seed must be at least 0, got {options.seed}.")
+        raise UserError(f"--seed must be at least 0, got {options.seed}.")
 
 
 def parser() -> argparse.ArgumentParser:

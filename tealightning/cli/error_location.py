@@ -11,12 +11,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from tealightning.cli.messages import explain
 from tealightning.cli.user_settings import SECTIONS, Setting, class_of, flat_settings, given_settings, takes_class
+from tealightning.errors import UserError
 
 CHECKS = (ValueError, TypeError, OverflowError, ImportError, OSError, MisconfigurationException)
 """What constructors and checks raise about a setting, here, in Lightning and in torch."""
 
 
-class SettingError(ValueError):
+class SettingError(UserError):
     """A setting that cannot be used; the message names it. The traceback is that of the check that found it."""
 
 

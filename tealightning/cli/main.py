@@ -8,6 +8,7 @@ from pathlib import Path
 import tealightning
 from tealightning.cli.console import quiet_startup
 from tealightning.cli.plugins import import_plugin
+from tealightning.errors import UserError
 from tealightning.reliability.progress import own_process
 
 USAGE = """\
@@ -132,7 +133,7 @@ def _pop_values(args: list[str], option: str) -> tuple[list[str], list[str]]:
         if arg == option:
             value = next(remaining, None)
             if value is None:
-                raise ValueError(f"{option} needs a value: a Python file or a module name.")
+                raise UserError(f"{option} needs a value: a Python file or a module name.")
             values.append(value)
         elif arg.startswith(f"{option}="):
             values.append(arg.removeprefix(f"{option}="))

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from tealightning.errors import UserError
 from tealightning.estimators.base import ESTIMATORS
 from tealightning.registry import Registry
 from tealightning.rewards.base import REWARDS
@@ -37,7 +38,7 @@ def _class_path(registry: Registry, name: str, key: str) -> str:
     try:
         return class_path(registry, name)
     except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
+        raise UserError(f"{key}: {error}") from None
 
 
 def canonical_args(args: Sequence[str]) -> list[str]:
@@ -74,7 +75,7 @@ def canonical_settings(settings: Any, key: str = "") -> Any:
     """
     registry = registry_of(key)
     if registry is not None and settings is None:
-        raise ValueError(f"{key} must be set, got null. Valid: {', '.join(registry.names())}.")
+        raise UserError(f"{key} must be set, got null. Valid: {', '.join(registry.names())}.")
     if registry is not None and isinstance(settings, str):
         return _class_path(registry, settings, key)
     if not isinstance(settings, dict):

@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from tealightning.errors import UserError
+
 
 def import_plugin(name: str) -> None:
     """Import a Python file (`my_estimator.py`) or a module (`my_package.estimators`).
@@ -18,7 +20,7 @@ def import_plugin(name: str) -> None:
     path = Path(name)
     if path.suffix == ".py":
         if not path.is_file():
-            raise ValueError(f"--import {name}: no such file (looked in {Path.cwd()}).")
+            raise UserError(f"--import {name}: no such file (looked in {Path.cwd()}).")
         folder = str(path.resolve().parent)
         _put_first(folder)
         importlib.import_module(path.stem)
@@ -29,7 +31,7 @@ def import_plugin(name: str) -> None:
     except ModuleNotFoundError as error:
         if error.name is not None and not name.startswith(error.name):
             raise  # the module exists, something that it imports does not
-        raise ValueError(f"--import {name}: no module of that name. A file ends in .py.") from error
+        raise UserError(f"--import {name}: no module of that name. A file ends in .py.") from error
 
 
 def _put_first(folder: str) -> None:

@@ -10,6 +10,7 @@ from tealightning.callbacks import RolloutCallback
 from tealightning.cli.training import build_training
 from tealightning.data import PromptDataModule
 from tealightning.diagnostics.pool import RolloutPool, pool_of
+from tealightning.errors import UserError
 from tealightning.training.module import PostTrainingModule
 from tealightning.types import PromptBatch
 
@@ -37,7 +38,7 @@ def collect_pool(
     command = _COMMANDS[split]
     cli = build_training(command, [*args, *_overrides(num_prompts, num_samples)])
     if cli.trainer.world_size > 1:  # before any process is launched
-        raise ValueError(
+        raise UserError(
             f"a pool is collected on one device, got {cli.trainer.world_size}: set --trainer.devices=1 "
             "(and --trainer.num_nodes=1)."
         )
@@ -66,7 +67,7 @@ class _Keeper(Callback):
         data: PromptDataModule = trainer.datamodule  # type: ignore[attr-defined]
         there = len(data.prompt_sets[self.split])
         if there < self.num_prompts:
-            raise ValueError(f"data.{self.split} has {there} prompts, and {self.num_prompts} were asked for.")
+            raise UserError(f"data.{self.split} has {there} prompts, and {self.num_prompts} were asked for.")
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: PromptBatch, batch_idx: int, *args: Any

@@ -18,6 +18,7 @@ from tealightning.callbacks import EvaluationRecord, RolloutCallback
 from tealightning.cli.error_location import SettingError, located
 from tealightning.data import PromptDataModule
 from tealightning.data.sources import check_source
+from tealightning.errors import UserError
 from tealightning.pretrained import check_weights, policy_config, positions_of
 from tealightning.training.module import PostTrainingModule
 from tealightning.types import Phase
@@ -169,7 +170,7 @@ def _check_training(trainer: pl.Trainer, model: Any, config: Any, args: Sequence
         optimizer: Any = model.optimizer([torch.nn.Parameter(torch.zeros(2, 2))])
         for name, value in optimizer.defaults.items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value}.")
+                raise UserError(f"{name} must be a finite number, got {value}.")
     if model.lr_scheduler is not None:
         with located(config, args, "model.lr_scheduler"):
             model.lr_scheduler(optimizer)

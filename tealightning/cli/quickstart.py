@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tealightning.cli.compare import build_playgrounds, plan_of, resolve_on_disk, run_missing
+from tealightning.errors import UserError
 
 if TYPE_CHECKING:
     from tealightning.ablation.plan import Job, Plan
@@ -45,7 +46,7 @@ def quickstart(args: Sequence[str]) -> None:
 
     spec = load_spec(options.config)
     if [*spec.variants] != [GRPO, TEA] or len(spec.seeds) != 1:
-        raise ValueError(f"{options.config}: a quickstart compares the variants {GRPO} and {TEA} with one seed.")
+        raise UserError(f"{options.config}: a quickstart compares the variants {GRPO} and {TEA} with one seed.")
     build_playgrounds(spec.playgrounds)
     plan = plan_of(spec, resolve_on_disk)
     with alone(spec.folder):

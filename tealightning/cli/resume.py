@@ -11,6 +11,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from tealightning.errors import UserError
 from tealightning.reliability.checkpoint_files import checkpoints, newest_good
 
 _COMPARED = {
@@ -70,7 +71,7 @@ def last_checkpoint(
         if path is not None:
             return str(path)
     if damaged or others or command != "fit":
-        raise ValueError(
+        raise UserError(
             f"--ckpt_path last: there is no checkpoint to use. {' '.join(damaged)} {'; '.join(others)}".strip()
             + (". Give one's path to use it all the same, or leave --ckpt_path out to start anew." if others else "")
         )

@@ -21,6 +21,7 @@ from tealightning.cli.preflight import check_classes, check_inputs, check_seed, 
 from tealightning.cli.resume import command_to_go_on, last_checkpoint
 from tealightning.cli.user_settings import with_a_fresh_estimator
 from tealightning.data import PromptDataModule
+from tealightning.errors import UserError
 from tealightning.registry import did_you_mean
 from tealightning.reliability.checkpoint_files import SealedCheckpointIO, warn_of_pickles
 from tealightning.reliability.files import run_folder, write_whole
@@ -200,7 +201,7 @@ def run_training(command: str, args: Sequence[str], given: Sequence[str] = ()) -
     """
     if command not in COMMANDS:
         others = ["quickstart", "playground", "compare", "estimators", "diagnose"]
-        raise ValueError(f"Unknown command {command!r}.{did_you_mean(command, [*COMMANDS, *others])}")
+        raise UserError(f"Unknown command {command!r}.{did_you_mean(command, [*COMMANDS, *others])}")
     _parse(TrainingCLI, command, args, given or [command, *args])
 
 
@@ -253,9 +254,9 @@ def _load_settings(content: str, name: str) -> dict[str, Any]:
     """
     settings = load_yaml(content, name)
     if settings is not None and not isinstance(settings, dict):
-        raise ValueError(f"{name}: expected settings, `name: value`, got {str(settings)[:60]!r}.")
+        raise UserError(f"{name}: expected settings, `name: value`, got {str(settings)[:60]!r}.")
     settings = settings or {}
     for section in ("trainer", "rollout", "checkpoint", "health", "deadlines"):
         if not isinstance(value := settings.get(section, {}), dict):
-            raise ValueError(f"{name}: {section}: expected settings, `name: value`, got {str(value)[:60]!r}.")
+            raise UserError(f"{name}: {section}: expected settings, `name: value`, got {str(value)[:60]!r}.")
     return settings

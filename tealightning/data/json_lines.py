@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, overload
 
+from tealightning.errors import UserError
+
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -65,7 +67,7 @@ class JsonLines(Sequence[dict[str, Any]]):
         content = os.pread(self._file.fileno(), end - start, start)
         line = content[: content.find(b"\n") + 1] or content  # without the empty lines before the next row
         if zlib.crc32(line) != self._checksums[row]:
-            raise ValueError(f"{self.path}, {self.place(row)} was changed while the file was in use.")
+            raise UserError(f"{self.path}, {self.place(row)} was changed while the file was in use.")
         return json.loads(line)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -92,13 +94,13 @@ def _decoded(line: bytes, place: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{place} is not UTF-8 text: byte {error.object[error.start]:#04x} at {error.start}: {error.reason}."
         ) from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON: {error.msg}.") from None
+        raise UserError(f"{place} is not JSON: {error.msg}.") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise ValueError(f"{place} cannot be read: {error}.") from None
+        raise UserError(f"{place} cannot be read: {error}.") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: expected an object, {{...}}, got {type(row).__name__}.")
+        raise UserError(f"{place}: expected an object, {{...}}, got {type(row).__name__}.")
     return row

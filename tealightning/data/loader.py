@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tealightning.data.prompts import PromptSet
+from tealightning.errors import UserError
 from tealightning.types import PromptBatch
 
 
@@ -47,7 +48,7 @@ class PromptLoader:
         self.steps_served = 0
         """Steps taken from the stream since its start."""
         if len(prompts) < self.prompts_per_step:
-            raise ValueError(
+            raise UserError(
                 f"training takes {self.prompts_per_step} prompts a step (batch_size={batch_size} on each of "
                 f"{world_size} ranks) and there are {len(prompts)}: lower batch_size or add prompts."
             )
@@ -85,7 +86,7 @@ class PromptLoader:
         was, now = state["stream"], self._stream
         changed = [f"{key} (was {was.get(key)}, now {now[key]})" for key in now if now[key] != was.get(key)]
         if changed:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint cannot be resumed with other training prompts: {', '.join(changed)} changed. Restore "
                 "the data settings, or start a new run from the checkpoint's weights."
             )
@@ -130,7 +131,7 @@ class EvaluationLoader:
 
     def __init__(self, prompts: PromptSet, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         if len(prompts) < world_size:
-            raise ValueError(f"evaluation needs a prompt for each of {world_size} ranks, and there are {len(prompts)}.")
+            raise UserError(f"evaluation needs a prompt for each of {world_size} ranks, and there are {len(prompts)}.")
         rows = np.arange(len(prompts))[rank::world_size]
         batches = -(-len(prompts) // (batch_size * world_size))
         self.prompts = prompts

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from tealightning.data.loader import EvaluationLoader, PromptLoader
 from tealightning.data.prompts import PromptSet, build_prompt_set
 from tealightning.data.sources import parse_source, read_rows
+from tealightning.errors import UserError
 from tealightning.text.chat import ChatFormatter, ChatTemplate, check_template
 from tealightning.types import Phase
 
@@ -74,9 +75,9 @@ class PromptDataModule(pl.LightningDataModule):
         limits = {"batch_size": batch_size, "val_batch_size": val_batch_size, "max_prompt_tokens": max_prompt_tokens}
         for name, value in limits.items():
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+                raise UserError(f"{name} must be at least 1, got {value}.")
         if seed < 0:
-            raise ValueError(f"seed must be at least 0, got {seed}.")
+            raise UserError(f"seed must be at least 0, got {seed}.")
         check_template(chat_template)
         self.sources: dict[Phase, str | None] = {"train": train, "val": val, "test": test}
         self.prompt_column = prompt_column
@@ -106,7 +107,7 @@ class PromptDataModule(pl.LightningDataModule):
         """
         phases = _PHASES[stage]
         if stage is not None and self.sources[phases[0]] is None:
-            raise ValueError(f"data.{phases[0]} is not set: give it a file or a data set of the hub.")
+            raise UserError(f"data.{phases[0]} is not set: give it a file or a data set of the hub.")
         formatter = self._formatter()
         for phase in phases:
             source = self.sources[phase]
@@ -166,7 +167,7 @@ class PromptDataModule(pl.LightningDataModule):
         with _named("data"):
             formatter = ChatFormatter(tokenizer, self.chat_template)
         if self.system_prompt is not None and not formatter.uses_template:
-            raise ValueError(
+            raise UserError(
                 "data.system_prompt needs a chat template, and prompts are used as plain text here: put it into the "
                 "prompts, or set data.chat_template."
             )
@@ -181,7 +182,7 @@ class PromptDataModule(pl.LightningDataModule):
         limit, interval = self.trainer.limit_train_batches, self.trainer.val_check_interval
         steps = min(steps, limit) if isinstance(limit, int) else int(steps * limit)
         if isinstance(interval, int) and interval > steps and self.trainer.limit_val_batches:
-            raise ValueError(
+            raise UserError(
                 f"trainer.val_check_interval must be at most {steps}, the steps of an epoch, got {interval}; or set "
                 "trainer.check_val_every_n_epoch=null, and it counts steps over epochs."
             )
@@ -193,12 +194,12 @@ class PromptDataModule(pl.LightningDataModule):
             try:
                 return AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=False)
             except (OSError, ValueError) as error:
-                raise ValueError(f"data.tokenizer {self.tokenizer!r} is no folder or hub id of one: {error}") from error
+                raise UserError(f"data.tokenizer {self.tokenizer!r} is no folder or hub id of one: {error}") from error
         if self.tokenizer is not None:
             return self.tokenizer
         tokenizer = getattr(self.trainer and self.trainer.lightning_module, "tokenizer", None)
         if tokenizer is None:
-            raise ValueError("no tokenizer: set data.tokenizer, or use a module that has the attribute `tokenizer`.")
+            raise UserError("no tokenizer: set data.tokenizer, or use a module that has the attribute `tokenizer`.")
         return tokenizer
 
     def _ranks(self) -> dict[str, int]:

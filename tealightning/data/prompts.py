@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from tealightning.data.sources import Rows, columns_of, place_of
 from tealightning.data.string_array import PackedTexts
+from tealightning.errors import UserError
 from tealightning.registry import did_you_mean
 from tealightning.text.chat import ChatFormatter
 from tealightning.types import Message, Prompt, PromptBatch
@@ -89,7 +90,7 @@ def build_prompt_set(
     columns = columns_of(rows)
     for column in filter(None, (prompt_column, id_column)):
         if column not in columns:
-            raise ValueError(f"{source}: there is no column {column!r}.{did_you_mean(column, columns)}")
+            raise UserError(f"{source}: there is no column {column!r}.{did_you_mean(column, columns)}")
     id_column = id_column or ("id" if "id" in columns else None)
     encoder = _Encoder(rows, source, formatter, system_prompt, max_prompt_tokens)
     ids = _read(rows, encoder, source=source, prompt_column=prompt_column, id_column=id_column)
@@ -113,22 +114,22 @@ def as_prompt(value: Any) -> Prompt:
     """
     if isinstance(value, str):
         if not value:
-            raise ValueError("it is empty")
+            raise UserError("it is empty")
         _check_text(value)
         return value
     if not isinstance(value, list):
-        raise ValueError(f"it is {'missing' if value is None else type(value).__name__}")
+        raise UserError(f"it is {'missing' if value is None else type(value).__name__}")
     chat = [_as_message(message) for message in value]
     if not chat:
-        raise ValueError("it is empty")
+        raise UserError("it is empty")
     if chat[-1]["role"] == "assistant":
-        raise ValueError("its last message is the assistant's, which is what the policy is to write")
+        raise UserError("its last message is the assistant's, which is what the policy is to write")
     return chat
 
 
 def _as_message(message: Any) -> Message:
     if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-        raise ValueError('its messages are not all {"role": "...", "content": "..."}')
+        raise UserError('its messages are not all {"role": "...", "content": "..."}')
     _check_text(message["content"])
     return {"role": message["role"], "content": message["content"]}
 
@@ -137,7 +138,7 @@ def _check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can write half of a character: "\\ud83d"
-        raise ValueError(f"it holds half a character (a lone surrogate) at {error.start}") from None
+        raise UserError(f"it holds half a character (a lone surrogate) at {error.start}") from None
 
 
 def _read(rows: Rows, encoder: "_Encoder", *, source: str, prompt_column: str, id_column: str | None) -> PackedTexts:
@@ -155,13 +156,13 @@ def _read(rows: Rows, encoder: "_Encoder", *, source: str, prompt_column: str, i
             encoder.add(prompt)
     if bad:
         more = f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-        raise ValueError(
+        raise UserError(
             f"{source}: column {prompt_column!r} must hold non-empty texts or chats. {'; '.join(bad[:_SHOWN])}{more}."
         )
     encoder.flush()
     if (repeated := ids.first_repeated() if id_column is not None else None) is not None:
         first, again = (place_of(rows, row) for row in repeated)
-        raise ValueError(
+        raise UserError(
             f"{source}: identifiers must be unique, and {ids[repeated[0]]!r} is that of {first} and of {again}. Name "
             "another column with id_column, or remove the duplicates."
         )
@@ -172,7 +173,7 @@ def _identifier(row: dict[str, Any], number: int, rows: Rows, *, source: str, co
     if column is None:
         return str(number)
     if row.get(column) is None:
-        raise ValueError(f"{source}: {place_of(rows, number)} has no identifier in column {column!r}.")
+        raise UserError(f"{source}: {place_of(rows, number)} has no identifier in column {column!r}.")
     return str(row[column])
 
 
@@ -208,7 +209,7 @@ class _Encoder:
         """
         for number, token_ids in enumerate(self._encode(self._chunk), start=self._encoded):
             if not token_ids:
-                raise ValueError(f"{self.source}: the prompt of {place_of(self.rows, number)} has no tokens.")
+                raise UserError(f"{self.source}: the prompt of {place_of(self.rows, number)} has no tokens.")
             self.shortest = min(self.shortest, len(token_ids))
             if self.limit is None or len(token_ids) <= self.limit:
                 self.kept.append(number)
@@ -225,7 +226,7 @@ class _Encoder:
         """
         dropped = count - len(self.kept)
         if dropped == count:
-            raise ValueError(
+            raise UserError(
                 f"{self.source}: all {dropped:,} prompts are longer than max_prompt_tokens={self.limit} (the shortest "
                 f"has {self.shortest} tokens)."
             )
@@ -243,5 +244,5 @@ class _Encoder:
                 try:
                     self.formatter.encode_prompts([prompt], system_prompt=self.system_prompt)
                 except ValueError as error:
-                    raise ValueError(f"{self.source}: {place_of(self.rows, number)}: {error}") from error
+                    raise UserError(f"{self.source}: {place_of(self.rows, number)}: {error}") from error
             raise

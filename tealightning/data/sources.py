@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tealightning.data.json_lines import JsonLines
+from tealightning.errors import MissingFileError, UserError
 
 Rows = Sequence[dict[str, Any]]
 
@@ -47,7 +48,7 @@ def parse_source(text: str) -> Source:
         return Source(text=text, name=text)
     match = _FORM.fullmatch(text)
     if match is None:
-        raise ValueError(
+        raise UserError(
             f"a data source is a file (prompts.jsonl, prompts.jsonl@[:90%]) or a data set of the hub "
             f"(org/name, org/name:config@train[:1000]), got {text!r}."
         )
@@ -55,7 +56,7 @@ def parse_source(text: str) -> Source:
         text=text, name=match["name"], config=match["config"], split=match["split"] or None, slice=match["slice"] or ""
     )
     if source.is_file and (source.config or source.split):
-        raise ValueError(f"{text!r}: a file has no configurations and splits; only a slice, {source.name}@[:1000].")
+        raise UserError(f"{text!r}: a file has no configurations and splits; only a slice, {source.name}@[:1000].")
     return source
 
 
@@ -70,7 +71,7 @@ def check_source(text: str) -> None:
     if source.is_file:
         _reader_of(source.path)
     elif (source.path.is_absolute() or text.startswith(".")) and not source.path.exists():
-        raise FileNotFoundError(f"There is no file or folder {source.path.absolute()}.")
+        raise MissingFileError(f"There is no file or folder {source.path.absolute()}.")
 
 
 def read_rows(text: str) -> Rows:
@@ -87,7 +88,7 @@ def read_rows(text: str) -> Rows:
     source = parse_source(text)
     rows = _read_file(source) if source.is_file else _read_data_set(source)
     if len(rows) == 0:
-        raise ValueError(f"{text!r} has no rows.")
+        raise UserError(f"{text!r} has no rows.")
     return rows
 
 
@@ -103,10 +104,10 @@ def _reader_of(path: Path) -> Callable[[Path], Rows]:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, n=1)
         hint = f" Did you mean {str(path.parent / near[0])!r}?" if near else ""
-        raise FileNotFoundError(f"There is no file {path.absolute()}.{hint}")
+        raise MissingFileError(f"There is no file {path.absolute()}.{hint}")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise ValueError(f"{path}: cannot tell the format from {path.suffix!r}. Known: {', '.join(READERS)}.")
+        raise UserError(f"{path}: cannot tell the format from {path.suffix!r}. Known: {', '.join(READERS)}.")
     return reader
 
 
@@ -122,9 +123,9 @@ def _read_file(source: Source) -> Rows:
         rows = reader(path)
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line} is not UTF-8 text: {error}") from error
+        raise UserError(f"{path}, line {line} is not UTF-8 text: {error}") from error
     except RecursionError as error:
-        raise ValueError(f"{path} cannot be read: it is nested too deeply.") from error
+        raise UserError(f"{path} cannot be read: it is nested too deeply.") from error
     if source.slice:
         start, stop = _slice_bounds(source, len(rows))
         rows = rows.select(range(start, stop)) if hasattr(rows, "select") else rows[start:stop]
@@ -137,7 +138,7 @@ def _slice_bounds(source: Source, count: int) -> tuple[int, int]:
     try:
         (part,) = ReadInstruction.from_spec(f"all{source.slice}").to_absolute({"all": count})
     except (ValueError, AssertionError) as error:
-        raise ValueError(
+        raise UserError(
             f"{source.text!r}: {source.slice} is no slice: {error}. Say [:1000], [90%:], [10:20]."
         ) from error
     return part.from_, max(part.from_, part.to)
@@ -148,9 +149,9 @@ def _read_json(path: Path) -> Rows:
         rows = json.loads(path.read_text(encoding="utf-8-sig") or "[]")
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{path} is not JSON: {error.msg} ({where}). Is it JSON lines (.jsonl)?") from error
+        raise UserError(f"{path} is not JSON: {error.msg} ({where}). Is it JSON lines (.jsonl)?") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: expected a list of objects, [{{...}}, ...].")
+        raise UserError(f"{path}: expected a list of objects, [{{...}}, ...].")
     return rows
 
 
@@ -161,12 +162,12 @@ def _read_csv(path: Path) -> Rows:
             rows = []
             for row in reader:
                 if None in row or None in row.values():  # more, or fewer, fields than the header
-                    raise ValueError(
+                    raise UserError(
                         f"{path}, line {reader.line_num}: expected the header's {len(reader.fieldnames or [])} fields."
                     )
                 rows.append(row)
         except csv.Error as error:
-            raise ValueError(f"{path} is not CSV, in or after line {reader.line_num}: {error}.") from error
+            raise UserError(f"{path} is not CSV, in or after line {reader.line_num}: {error}.") from error
     return rows
 
 
@@ -178,7 +179,7 @@ def _read_parquet(path: Path) -> Rows:
     try:
         return Dataset(pyarrow.parquet.read_table(path))
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a Parquet file: {error}") from error
+        raise UserError(f"{path} is not a Parquet file: {error}") from error
 
 
 def _read_data_set(source: Source) -> Rows:
@@ -188,7 +189,7 @@ def _read_data_set(source: Source) -> Rows:
     try:
         loaded = load_dataset(source.name, source.config, split=f"{source.split or 'train'}{source.slice}")
     except (DatasetsError, OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{source.text!r} is neither a file (nothing is at {source.path.absolute()}) nor a data set that can be "
             f"loaded from the hub: {error}"
         ) from error

@@ -11,6 +11,7 @@ from tealightning.diagnostics.fidelity_plots import FIT_FROM, PLOTS, describe, s
 from tealightning.diagnostics.fidelity_tables import LEGEND, decision_table, measured, world_table
 from tealightning.diagnostics.measurements import SWEEPS, Cell, EstimatorSpec, main_cells, measure, sweep_cells
 from tealightning.diagnostics.worlds import NAMES, build_world
+from tealightning.errors import UserError
 from tealightning.reporting.provenance import provenance, provenance_lines
 from tealightning.reporting.tables import markdown_table, write_csv
 
@@ -40,12 +41,12 @@ class GradientSettings:
         for option, values, low in (("-m", self.ms, 2), ("-N", self.target_ns, 1)):
             for value in values:
                 if value < low:
-                    raise ValueError(f"{option} must be {low} or more, got {value}.")
+                    raise UserError(f"{option} must be {low} or more, got {value}.")
         for alpha in self.alphas:
             if not 0 < alpha <= 1:
-                raise ValueError(f"--alpha must be in (0, 1], the upper share that counts as the tail; got {alpha}.")
+                raise UserError(f"--alpha must be in (0, 1], the upper share that counts as the tail; got {alpha}.")
         if self.groups < MIN_GROUPS:
-            raise ValueError(f"--groups must be {MIN_GROUPS} or more (two steps over 256 prompts), got {self.groups}.")
+            raise UserError(f"--groups must be {MIN_GROUPS} or more (two steps over 256 prompts), got {self.groups}.")
 
 
 def cells_of(settings: GradientSettings) -> list[Cell]:
@@ -155,7 +156,7 @@ def diagnose_decision(
         ValueError: for fewer than 1 seed.
     """
     if seeds < 1:
-        raise ValueError(f"--seeds must be 1 or more, got {seeds}.")
+        raise UserError(f"--seeds must be 1 or more, got {seeds}.")
     first = settings.seed * seeds
     rows = decisions(
         settings.estimators,

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from tealightning.diagnostics.fidelity import fidelity, group_gradients, norm_of_mean, sample_chunks
 from tealightning.diagnostics.slopes import controlled_mean, group_controls
 from tealightning.diagnostics.worlds import Latent, World, build_world
+from tealightning.errors import UserError
 from tealightning.estimators import ESTIMATORS, AdvantageEstimator, estimator_names
 from tealightning.registry import snake_case
 
@@ -66,7 +67,7 @@ def parse_estimator(text: str) -> EstimatorSpec:
     for part in filter(None, given.split(",")):
         key, equals, value = part.partition("=")
         if not (key.strip() and equals and value.strip()):
-            raise ValueError(f"--estimators: expected NAME or NAME:PARAMETER=VALUE,..., got {text!r}.")
+            raise UserError(f"--estimators: expected NAME or NAME:PARAMETER=VALUE,..., got {text!r}.")
         arguments.append((key.strip(), yaml.safe_load(value)))
     return EstimatorSpec(name=snake_case(ESTIMATORS.get(name).__name__), arguments=tuple(arguments))
 

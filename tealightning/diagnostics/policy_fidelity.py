@@ -30,6 +30,7 @@ from tealightning.diagnostics.policy_fidelity_statistics import (
     estimates,
     oracle_estimates,
 )
+from tealightning.errors import UserError
 from tealightning.estimators import AdvantageEstimator
 
 SPLITS = 4
@@ -81,7 +82,7 @@ class FidelityStudy:
         seed: int = 0,
     ) -> None:
         if len(rewards) < 2:
-            raise ValueError(f"prompts must be at least 2 for an interval, got {len(rewards)}.")
+            raise UserError(f"prompts must be at least 2 for an interval, got {len(rewards)}.")
         self.half_size = half_size(rewards, smallest=max(target_n, *group_sizes))
         self.rewards, self.scores = rewards, scores
         self.group_sizes = list(dict.fromkeys(group_sizes))

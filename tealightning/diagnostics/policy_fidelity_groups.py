@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tealightning.errors import UserError
 from tealightning.estimators import AdvantageEstimator
 from tealightning.functional.max_at_k import max_at_k_loo_weights
 
@@ -38,7 +39,7 @@ def half_size(rewards: Tensor, *, smallest: int) -> int:
     """
     size = int(torch.isfinite(rewards).sum(dim=1).min()) // 2
     if size < smallest:
-        raise ValueError(
+        raise UserError(
             f"pool: halves of {smallest} scored rollouts a prompt are needed (N, and the largest m), got {size}: "
             f"raise --pool to {2 * smallest} or more, or lower -N or -m."
         )

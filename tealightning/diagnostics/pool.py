@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tealightning.errors import UserError
 from tealightning.types import PromptBatch, RolloutBatch
 
 
@@ -37,7 +38,7 @@ def pool_of(batches: Sequence[PromptBatch]) -> RolloutPool:
     rollouts = [batch.rollouts.to("cpu") for batch in batches if batch.rollouts is not None]
     sizes = {each.group_size for each in rollouts}
     if not rollouts or len(rollouts) < len(batches) or len(sizes) != 1:
-        raise ValueError(
+        raise UserError(
             f"a pool takes batches with the same number of rollouts a prompt: got {len(batches)} batches, "
             f"{len(rollouts)} of them with rollouts, {sorted(sizes)} a prompt."
         )

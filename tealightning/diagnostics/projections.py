@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tealightning.errors import UserError
 from tealightning.training.micro_batches import score_through_logits, split_rows
 from tealightning.types import RolloutBatch
 
@@ -36,12 +37,12 @@ class LinearProjection:
 
     def __init__(self, policy: nn.Module, *, size: int = 8, seed: int = 0) -> None:
         if size < 1:
-            raise ValueError(f"projection must be at least 1, got {size}.")
+            raise UserError(f"projection must be at least 1, got {size}.")
         self.size = size
         self.layers = {name: m for name, m in policy.named_modules() if isinstance(m, nn.Linear)}
         self.layers = {name: m for name, m in self.layers.items() if m.weight.requires_grad}
         if not self.layers:
-            raise ValueError("the policy has no trainable nn.Linear, which is what gradients are projected from.")
+            raise UserError("the policy has no trainable nn.Linear, which is what gradients are projected from.")
         weights: dict[int, Tensor] = {}
         self.matrices: dict[int, tuple[Tensor, Tensor]] = {}
         for name, layer in self.layers.items():
@@ -118,7 +119,7 @@ def _adding_to(sums: Tensor, projection: LinearProjection) -> Iterator[None]:
     def forward_hook(layer: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         activation = inputs[0].detach()
         if activation.ndim < 3 or len(activation) != len(sums):
-            raise ValueError(
+            raise UserError(
                 f"a Linear of the policy got an input of shape {tuple(activation.shape)}, and [{len(sums)}, tokens, "
                 f"{activation.shape[-1]}] was expected: policies that flatten or route tokens cannot be projected."
             )

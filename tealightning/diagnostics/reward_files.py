@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from tealightning.diagnostics.pool import RolloutPool
+from tealightning.errors import UserError
 
 
 def read_rewards(path: Path) -> RolloutPool:
@@ -26,14 +27,14 @@ def read_rewards(path: Path) -> RolloutPool:
         ValueError: naming file and line, if it does not exist, or holds something else, or nothing.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file.")
+        raise UserError(f"{path}: no such file.")
     lines = _csv_lines(path) if path.suffix.lower() == ".csv" else _json_lines(path)
     by_id: dict[str, list[float]] = {}
     for prompt_id, rewards in lines:
         by_id.setdefault(prompt_id, []).extend(rewards)
     width = max(map(len, by_id.values()), default=0)
     if width == 0:
-        raise ValueError(f"{path}: there are no rewards in it.")
+        raise UserError(f"{path}: there are no rewards in it.")
     rows = [rewards + [math.nan] * (width - len(rewards)) for rewards in by_id.values()]
     return RolloutPool(ids=list(by_id), rewards=torch.tensor(rows, dtype=torch.float64))
 
@@ -46,7 +47,7 @@ def read_run(folder: Path, which: Literal["before", "after"]) -> RolloutPool:
     """
     file = folder / f"rewards_{which}.jsonl"
     if not file.is_file():
-        raise ValueError(
+        raise UserError(
             f"{file}: no such file. The callback BestOfNReport writes it once a run has two validations "
             "(trainer.num_sanity_val_steps=-1 makes the first one before training)."
         )
@@ -61,9 +62,9 @@ def _json_lines(path: Path) -> Iterator[tuple[str, list[float]]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{place}: this is not JSON: {error.msg}.") from None
+            raise UserError(f"{place}: this is not JSON: {error.msg}.") from None
         if not isinstance(row, dict) or not isinstance(row.get("rewards"), list):
-            raise ValueError(f'{place}: expected {{"rewards": [numbers]}}, got {line.strip()[:60]!r}.')
+            raise UserError(f'{place}: expected {{"rewards": [numbers]}}, got {line.strip()[:60]!r}.')
         for value in row["rewards"]:
             if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
                 raise _no_number(place, value)
@@ -74,14 +75,12 @@ def _json_lines(path: Path) -> Iterator[tuple[str, list[float]]]:
 def _csv_lines(path: Path) -> Iterator[tuple[str, list[float]]]:
     reader = csv.DictReader(io.StringIO(_text(path), newline=""))
     if {"prompt_id", "reward"} - set(reader.fieldnames or ()):
-        raise ValueError(
-            f"{path}, line 1: expected columns prompt_id and reward, got {reader.fieldnames or 'nothing'}."
-        )
+        raise UserError(f"{path}, line 1: expected columns prompt_id and reward, got {reader.fieldnames or 'nothing'}.")
     for row in reader:
         place = f"{path}, line {reader.line_num}"
         text = row["reward"]
         if text is None:
-            raise ValueError(f"{place}: expected {len(reader.fieldnames or ())} columns, as in line 1.")
+            raise UserError(f"{place}: expected {len(reader.fieldnames or ())} columns, as in line 1.")
         try:
             yield row["prompt_id"], [float(text) if text.strip() else math.nan]
         except ValueError:
@@ -92,10 +91,10 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: this is not UTF-8 text: {error.reason}.") from None
+        raise UserError(f"{path}: this is not UTF-8 text: {error.reason}.") from None
 
 
 def _no_number(place: str, value: Any) -> ValueError:
-    return ValueError(
+    return UserError(
         f"{place}: a reward is a number, or null (in CSV: empty) if it could not be scored; got {value!r}."
     )

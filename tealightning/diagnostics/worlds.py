@@ -25,6 +25,7 @@ from scipy.interpolate import CubicHermiteSpline
 from scipy.special import log_ndtr, ndtr, stdtrit
 from torch import Generator, Tensor
 
+from tealightning.errors import UserError
 from tealightning.registry import did_you_mean
 
 
@@ -79,7 +80,7 @@ def build_world(name: str) -> World:
         return TwoArms(name=name, probability=0.5)
     match = _SHAPE_OR_PROBABILITY.fullmatch(name)
     if match is None:
-        raise ValueError(f"Unknown world {name!r}.{did_you_mean(name, [*NAMES, 'gpd_SHAPE', 'two_arms_P'])}")
+        raise UserError(f"Unknown world {name!r}.{did_you_mean(name, [*NAMES, 'gpd_SHAPE', 'two_arms_P'])}")
     if match[1] == "gpd":
         return gpd_world(name, float(match[2]))
     return TwoArms(name=name, probability=float(match[2]))
@@ -176,7 +177,7 @@ def gpd_world(name: str, shape: float) -> SmoothWorld:
         ValueError: for a shape of 0.5 or more (no variance) or below -2.
     """
     if not -2 <= shape < 0.5:
-        raise ValueError(f"{name}: the shape must be in [-2, 0.5) (from 0.5 on a reward has no variance), got {shape}.")
+        raise UserError(f"{name}: the shape must be in [-2, 0.5) (from 0.5 on a reward has no variance), got {shape}.")
     return SmoothWorld(name=name, reward=partial(gpd_quantile, shape=shape))
 
 
@@ -293,7 +294,7 @@ class TwoArms(World):
 
     def __post_init__(self) -> None:
         if not 0 < self.probability < 1:
-            raise ValueError(f"{self.name}: the probability of B must be in (0, 1), got {self.probability}.")
+            raise UserError(f"{self.name}: the probability of B must be in (0, 1), got {self.probability}.")
 
     def sample(self, prompts: int, m: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """See `World.sample`."""

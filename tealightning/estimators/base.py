@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tealightning.errors import UserError
 from tealightning.registry import Registry, snake_case
 
 ESTIMATORS = Registry("estimator")
@@ -54,12 +55,12 @@ class AdvantageEstimator(ABC):
         Raises:
             ValueError: unless the estimator has such a form.
         """
-        raise ValueError(f"{self.name} has no off-policy form.")
+        raise UserError(f"{self.name} has no off-policy form.")
 
     def check_group_size(self, group_size: int) -> None:
         """Raise a ValueError that says which parameter to change if `group_size` is too small."""
         if group_size < self.min_group_size:
-            raise ValueError(
+            raise UserError(
                 f"{self.name} needs at least {self.min_group_size} rollouts a prompt, got group_size={group_size}: "
                 f"{self.group_size_advice}"
             )
@@ -138,7 +139,7 @@ class AdvantageEstimator(ABC):
     def _check_lowest(self, scored: Tensor) -> None:
         """Raise a ValueError that says what to do if any of the scored rewards is below `lowest_reward`."""
         if bool((scored < self.lowest_reward).any()):
-            raise ValueError(
+            raise UserError(
                 f"{self.name} takes rewards of at least {self.lowest_reward:g}, got {float(scored.min()):.4g}: "
                 f"{self.rewards_advice}"
             )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tealightning.checks import check_finite, check_positive
+from tealightning.errors import UserError
 from tealightning.estimators.base import AdvantageEstimator
 from tealightning.functional.binary import difficulty_weight, successes
 from tealightning.functional.moments import centred, sample_std
@@ -51,9 +52,9 @@ class GRPOLead(AdvantageEstimator):
         self.midpoint = check_finite("midpoint", midpoint)
         self.eps = check_positive("eps", eps)
         if low < 0:
-            raise ValueError(f"low must be at least 0 (a negative weight would punish successes), got {low!r}.")
+            raise UserError(f"low must be at least 0 (a negative weight would punish successes), got {low!r}.")
         if high < low:
-            raise ValueError(f"high must be at least low={low}, got {high!r}.")
+            raise UserError(f"high must be at least low={low}, got {high!r}.")
 
     @property
     def min_group_size(self) -> int:

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from tealightning.checks import check_choice, check_integer
+from tealightning.errors import UserError
 from tealightning.estimators.base import AdvantageEstimator
 from tealightning.functional.max_at_k import (
     max_at_k_gains,
@@ -54,7 +55,7 @@ class MaxAtK(AdvantageEstimator):
         self.baseline = check_choice("baseline", baseline, ("loo_minus_one", "none"))
         self.scale = check_choice("scale", scale, ("none", "group_std"))
         if scale == "group_std" and baseline == "none" and k is None:
-            raise ValueError(
+            raise UserError(
                 "k must be an integer below group_size with scale=group_std and baseline=none, got None: where the "
                 "whole group is the only subset, all rollouts have the same weight."
             )
@@ -94,7 +95,7 @@ class MaxAtK(AdvantageEstimator):
             ValueError: with scale="group_std".
         """
         if not self.has_off_policy_form:
-            raise ValueError(f"{self.name} has no off-policy form with scale={self.scale}; set scale=none.")
+            raise UserError(f"{self.name} has no off-policy form with scale={self.scale}; set scale=none.")
         k = self.k or rewards.shape[1]
         weights = off_policy_max_at_k_weights if self.baseline == "none" else off_policy_max_at_k_loo_weights
         return weights(rewards, ratios.clamp(max=math.exp(600 / k)), k)

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from tealightning.checks import check_integer
+from tealightning.errors import UserError
 from tealightning.estimators._tail import PlugInEstimator
 from tealightning.functional.tail import prefix_weights
 from tealightning.functional.tail_models import TailModel
@@ -46,7 +47,7 @@ class PrefixTEA(PlugInEstimator):
         self.order = check_integer("order", order, 1)
         self.rotations = check_integer("rotations", rotations, 1)
         if order > num_prefixes:
-            raise ValueError(f"order must be at most num_prefixes={num_prefixes}, got {order}.")
+            raise UserError(f"order must be at most num_prefixes={num_prefixes}, got {order}.")
 
     @property
     def min_group_size(self) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tealightning.errors import UserError
 from tealightning.functional.best_of_n import best_of_n
 from tealightning.functional.statistics import mean_over_prompts
 from tealightning.functional.tail import extrapolated_best_of_n
@@ -20,7 +21,7 @@ def check_budgets(name: str, ns: Sequence[int], *, may_be_empty: bool = False) -
     budgets = tuple(ns)
     wrong = [n for n in budgets if isinstance(n, bool) or not isinstance(n, int) or n < 1]
     if wrong or len(set(budgets)) != len(budgets) or not (budgets or may_be_empty):
-        raise ValueError(f"{name} must hold different integers of at least 1, for example [1, 4, 16]; got {list(ns)}.")
+        raise UserError(f"{name} must hold different integers of at least 1, for example [1, 4, 16]; got {list(ns)}.")
     return budgets
 
 
@@ -61,7 +62,7 @@ class BestOfN(PromptSamples):
         self.ns = check_budgets("ns", ns)
         self.extrapolate_ns = check_budgets("extrapolate_ns", extrapolate_ns, may_be_empty=True)
         if not 0 < alpha <= 1:
-            raise ValueError(f"alpha must be in (0, 1], got {alpha!r}.")
+            raise UserError(f"alpha must be in (0, 1], got {alpha!r}.")
         self.alpha = alpha
 
     def compute(self) -> dict[str, Tensor]:

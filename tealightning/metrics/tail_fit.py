@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tealightning.errors import UserError
 from tealightning.functional.tail import smallest_group
 from tealightning.functional.tail_checks import check_tail, summarise
 from tealightning.metrics.prompt_samples import PromptSamples
@@ -46,13 +47,11 @@ class TailFit(PromptSamples):
     def __init__(self, m: int = 16, alpha: float = 0.25, tested_share: float | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not 0 < alpha <= 1:
-            raise ValueError(f"alpha must be in (0, 1], got {alpha!r}.")
+            raise UserError(f"alpha must be in (0, 1], got {alpha!r}.")
         if tested_share is not None and not 0 < tested_share <= 1:
-            raise ValueError(f"tested_share must be in (0, 1], or None for 2 alpha, got {tested_share!r}.")
+            raise UserError(f"tested_share must be in (0, 1], or None for 2 alpha, got {tested_share!r}.")
         if isinstance(m, bool) or not isinstance(m, int) or m < smallest_group(alpha, 2):
-            raise ValueError(
-                f"m must be an integer of at least {smallest_group(alpha, 2)} at alpha={alpha}, got {m!r}."
-            )
+            raise UserError(f"m must be an integer of at least {smallest_group(alpha, 2)} at alpha={alpha}, got {m!r}.")
         self.m = m
         self.alpha = alpha
         self.tested_share = tested_share

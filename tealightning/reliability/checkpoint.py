@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from tealightning.errors import UserError
 from tealightning.reliability import rescue
 from tealightning.reliability.checkpoint_files import (
     checkpoint_file,
@@ -64,7 +65,7 @@ class ResumableCheckpoint(Checkpoint):
     def __init__(self, *, every_n_steps: int | None = None, keep: int = 2) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("keep", keep)):
             if value is not None and value < 1:
-                raise ValueError(f"checkpoint.{name} must be at least 1, got {value}.")
+                raise UserError(f"checkpoint.{name} must be at least 1, got {value}.")
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.resume_command: str | None = None
@@ -197,7 +198,7 @@ class ResumableCheckpoint(Checkpoint):
         """
         assert self.folder is not None
         if not all(over_ranks(has_finite_weights(trainer.lightning_module))):
-            raise ValueError(
+            raise UserError(
                 f"The weights are not finite after optimizer step {trainer.global_step}: nothing was saved. Go on from "
                 "the newest checkpoint with a lower learning rate or model.gradient_clip_norm."
             )

@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from tealightning.errors import UserError
 from tealightning.reliability.files import sync_folder, whole_file, write_whole
 
 MANIFEST = "checksums.json"
@@ -23,7 +24,7 @@ _END_RECORD = b"PK\x05\x06"  # of a zip file: 22 bytes, the last two the length 
 _LONGEST_COMMENT = 1024
 
 
-class DamagedCheckpointError(ValueError):
+class DamagedCheckpointError(UserError):
     """A checkpoint is not what was written; the text says how that was seen."""
 
 
@@ -73,7 +74,7 @@ class SealedCheckpointIO(TorchCheckpointIO):
         try:
             return super().load_checkpoint(path, map_location, weights_only=weights_only is not False)
         except UnpicklingError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path} holds more than tensors and plain values, and loading it could run code: "
                 f"{str(error).splitlines()[0]} If you trust whoever wrote it, say --weights_only=false."
             ) from error

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerStatus
 
+from tealightning.errors import UserError
 from tealightning.reliability.progress import SETTINGS, RunPhase, in_phase, phase_of, set_ground
 from tealightning.reliability.rank_failures import OtherRanks
 from tealightning.reliability.rank_heartbeat import Peers
@@ -61,7 +62,7 @@ class Deadlines(Callback):
         given = {name: value for name, value in locals().items() if name.endswith("_seconds")}
         for name, value in given.items():
             if value is not None and not value > 0:
-                raise ValueError(f"deadlines.{name} must be above 0, or null for no limit, got {value}.")
+                raise UserError(f"deadlines.{name} must be above 0, or null for no limit, got {value}.")
         self.limits: dict[RunPhase, float | None] = {phase: given[SETTINGS[phase]] for phase in RunPhase}
         self.silent_seconds = silent_seconds
         self._watch: Watch | None = None

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import lightning.pytorch as pl
 
+from tealightning.errors import UserError
 from tealightning.reliability.files import run_folder
 
 LOCK_FILE = ".lock"
@@ -45,7 +46,7 @@ def locked(folder: Path, message: str, *, wait_seconds: float = 0.0, name: str =
     with open(os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8") as file:
         while not _try(file, folder):
             if time.monotonic() >= deadline:
-                raise ValueError(f"{message}{_holder(file)}") from None
+                raise UserError(f"{message}{_holder(file)}") from None
             time.sleep(0.2)
         _sign(file)
         yield
@@ -129,7 +130,7 @@ def refuse_other_runs(config: Path) -> None:
         ValueError: if there is a run's config already.
     """
     if config.exists():
-        raise ValueError(f"{config} is another run's. Let trainer.logger write elsewhere, or delete that folder.")
+        raise UserError(f"{config} is another run's. Let trainer.logger write elsewhere, or delete that folder.")
 
 
 def refuse_live_run(folder: Path, own: Path) -> None:
@@ -167,7 +168,7 @@ def _writable() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"The run's folder cannot be written: {error}. Let trainer.logger.save_dir (without a logger: "
             "trainer.default_root_dir) name a folder on a disk with space that you may write to."
         ) from error

@@ -9,6 +9,10 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
+class RankZeroError(RuntimeError):
+    """Rank 0 failed, and this rank ends with it."""
+
+
 def is_rank_zero() -> bool:
     """Whether this process acts for all."""
     return not dist.is_initialized() or dist.get_rank() == 0
@@ -19,7 +23,8 @@ def on_rank_zero(action: Callable[[], T]) -> T:
     and none goes on until it has ended. If it raises on rank 0, every rank raises.
 
     Raises:
-        RuntimeError: on the other ranks if `action` failed, or if ranks were launched that have no process group yet.
+        RankZeroError: on the other ranks if `action` failed.
+        RuntimeError: if ranks were launched that have no process group yet.
     """
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -39,5 +44,5 @@ def on_rank_zero(action: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     if outcome[1] is not None:
-        raise RuntimeError(f"Rank 0 failed: {outcome[1]}")
+        raise RankZeroError(f"Rank 0 failed: {outcome[1]}")
     return outcome[0]  # type: ignore[return-value]

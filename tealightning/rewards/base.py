@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tealightning.errors import UserError
 from tealightning.registry import Registry, snake_case
 from tealightning.types import Prompt
 
@@ -79,11 +80,9 @@ def as_scores(values: Any, *, expected: int, source: str) -> Tensor:
         if not isinstance(values, Tensor):
             values = torch.tensor([float("nan") if v is None else float(v) for v in values], dtype=torch.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{source} must return one number per completion (None or NaN = unscorable): {error}"
         ) from error
     if values.shape != (expected,):
-        raise ValueError(
-            f"{source} must return {expected} values, one per completion, got shape {tuple(values.shape)}."
-        )
+        raise UserError(f"{source} must return {expected} values, one per completion, got shape {tuple(values.shape)}.")
     return values.detach().to("cpu", torch.float64)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tealightning.errors import UserError
 from tealightning.pretrained import check_weights, refuse_pickled_weights
 from tealightning.registry import register
 from tealightning.rewards.base import Reward
@@ -50,11 +51,11 @@ class SequenceClassifierReward(Reward):
         trust_remote_code: bool = False,
     ) -> None:
         if dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}.")
+            raise UserError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}.")
         check_template(chat_template)
         for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens), ("max_length", max_length)):
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+                raise UserError(f"{name} must be at least 1, got {value}.")
         self.model_path = model
         self.tokenizer_path = tokenizer or model
         self.dtype = dtype
@@ -78,7 +79,7 @@ class SequenceClassifierReward(Reward):
         try:
             _reward_config(self.model_path, self.trust_remote_code)
         except (OSError, ValueError) as error:
-            raise ValueError(f"model {self.model_path!r} cannot be used as a reward model: {error}") from error
+            raise UserError(f"model {self.model_path!r} cannot be used as a reward model: {error}") from error
         ChatFormatter(_load_tokenizer(self.tokenizer_path, self.trust_remote_code), self.chat_template)
 
     def setup(self, device: torch.device) -> None:
@@ -93,7 +94,7 @@ class SequenceClassifierReward(Reward):
             self._model = _load_model(self.model_path, self.dtype, self.trust_remote_code)
             limit = _longest_input(self._model, tokenizer)
             if limit is not None and self.max_length is not None and self.max_length > limit:
-                raise ValueError(
+                raise UserError(
                     f"max_length={self.max_length}, but reward model {self.model_path!r} takes {limit} tokens."
                 )
             self.max_length = self.max_length or limit
@@ -172,7 +173,7 @@ def _reward_config(path: str, trust_remote_code: bool) -> Any:
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     if config.num_labels != 1:
-        raise ValueError(f"it has {config.num_labels} labels, and a reward model has 1 (num_labels in config.json)")
+        raise UserError(f"it has {config.num_labels} labels, and a reward model has 1 (num_labels in config.json)")
     return config
 
 
@@ -192,9 +193,9 @@ def _load_model(path: str, dtype: str, trust_remote_code: bool) -> Any:
         )
     except (OSError, ValueError) as error:
         refuse_pickled_weights(path, "model", error)
-        raise ValueError(f"model {path!r} cannot be used as a reward model: {error}") from error
+        raise UserError(f"model {path!r} cannot be used as a reward model: {error}") from error
     if info["missing_keys"]:
-        raise ValueError(
+        raise UserError(
             f"model {path!r} cannot be used as a reward model: it lacks {', '.join(sorted(info['missing_keys']))}, "
             "which would be random numbers. Is it a reward model?"
         )
@@ -208,7 +209,7 @@ def _load_tokenizer(path: str, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer of a reward model can be loaded from {path!r}: {error}") from error
+        raise UserError(f"no tokenizer of a reward model can be loaded from {path!r}: {error}") from error
 
 
 def _longest_input(model: Any, tokenizer: Any) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from tealightning.errors import UserError
 from tealightning.registry import register
 from tealightning.rewards.base import Reward, RewardScores, as_scores
 from tealightning.rewards.http_call import scores_by_halves
@@ -120,7 +121,7 @@ class _InProcess:
     def __init__(self, function: str | Callable[..., Any]) -> None:
         self.function = import_function(function) if isinstance(function, str) else function
         if not callable(self.function):
-            raise ValueError(f"function must be a path to a function or a callable, got {self.function!r}.")
+            raise UserError(f"function must be a path to a function or a callable, got {self.function!r}.")
         self.name: str = getattr(self.function, "__name__", type(self.function).__name__)
 
     def start(self) -> None:
@@ -187,8 +188,8 @@ class _TolerantCall:
 def _check_settings(timeout_seconds: float | None, deadline_seconds: float | None, on_error: str) -> None:
     for name, seconds in (("timeout_seconds", timeout_seconds), ("deadline_seconds", deadline_seconds)):
         if seconds is not None and not 0 < seconds < threading.TIMEOUT_MAX:
-            raise ValueError(f"{name} must be above 0, got {seconds}.")
+            raise UserError(f"{name} must be above 0, got {seconds}.")
     if deadline_seconds is not None and timeout_seconds is None:
-        raise ValueError("deadline_seconds has no effect without timeout_seconds: set that too.")
+        raise UserError("deadline_seconds has no effect without timeout_seconds: set that too.")
     if on_error not in ("raise", "unscored"):
-        raise ValueError(f"on_error must be raise or unscored, got {on_error!r}.")
+        raise UserError(f"on_error must be raise or unscored, got {on_error!r}.")

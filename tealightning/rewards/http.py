@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tealightning.errors import UserError
 from tealightning.registry import register
 from tealightning.rewards.base import Reward, RewardScores
 from tealightning.rewards.http_call import Persistence, ScoringCall, Silence
@@ -124,7 +125,7 @@ class HTTPReward(Reward):
         try:
             return json.dumps(item, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"reward {self.name!r} cannot send the metadata of a prompt as JSON ({error}): name the columns that "
                 f"it needs in metadata_keys; there are {', '.join(map(repr, row)) or 'none'}."
             ) from error
@@ -142,10 +143,10 @@ class HTTPReward(Reward):
 def _check_at_least(least: int, **settings: float) -> None:
     for name, value in settings.items():
         if not least <= value < float("inf"):
-            raise ValueError(f"{name} must be at least {least}, got {value}.")
+            raise UserError(f"{name} must be at least {least}, got {value}.")
 
 
 def _check_above_0(**settings: float) -> None:
     for name, value in settings.items():
         if not 0 < value < threading.TIMEOUT_MAX:
-            raise ValueError(f"{name} must be above 0, got {value}.")
+            raise UserError(f"{name} must be above 0, got {value}.")

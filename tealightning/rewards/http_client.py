@@ -19,6 +19,8 @@ from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
+from tealightning.errors import UserError
+
 
 def full_jitter(attempt: int, *, first_seconds: float, most_seconds: float, rng: random.Random) -> float:
     """Uniform on `[0, min(most_seconds, first_seconds * 2**attempt)]`, so that many clients spread out.
@@ -46,7 +48,7 @@ def retry_after_seconds(header: str | None, now: datetime | None = None) -> floa
     return max(0.0, (until - (now or datetime.now(UTC))).total_seconds())
 
 
-class BadAnswerError(ValueError):
+class BadAnswerError(UserError):
     """The answer is not what was asked for, and nothing of it is used."""
 
 
@@ -146,9 +148,9 @@ class TokenFromEnvironment(AuthBase):
         self.variable = variable
         token = os.environ.get(variable, "")
         if not token:
-            raise ValueError(f"token_env names the environment variable {variable!r}, which is not set.")
+            raise UserError(f"token_env names the environment variable {variable!r}, which is not set.")
         if not (token.isascii() and token.isprintable() and " " not in token):
-            raise ValueError(
+            raise UserError(
                 f"token_env: the environment variable {variable!r} holds a space, a line end or another character that "
                 "a token cannot have."
             )
@@ -263,13 +265,13 @@ def checked_url(url: str, *, sends_token: bool) -> SplitResult:
         parts = urlsplit(url)
         _ = parts.port
     except ValueError as error:
-        raise ValueError(f"{expected}: {error}") from None
+        raise UserError(f"{expected}: {error}") from None
     if parts.username is not None or parts.password is not None:
-        raise ValueError(f"{expected}, without a name and password: put a token into the environment (token_env).")
+        raise UserError(f"{expected}, without a name and password: put a token into the environment (token_env).")
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{expected}, got {url.partition('?')[0]!r}.")
+        raise UserError(f"{expected}, got {url.partition('?')[0]!r}.")
     if sends_token and parts.scheme == "http" and not _is_this_machine(parts.hostname):
-        raise ValueError(
+        raise UserError(
             f"url: {parts.scheme}://{parts.netloc} is not encrypted, and everyone on the way could read the token: use "
             "https, or a tunnel to 127.0.0.1."
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tealightning.errors import UserError
 from tealightning.registry import did_you_mean
 
 
@@ -26,7 +27,7 @@ def import_function(path: str) -> Any:
     module = _import_file(Path(module_name).expanduser()) if is_file else _import_module(module_name, function_name)
     if not hasattr(module, function_name):
         public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise ValueError(f"{module_name} has no function {function_name!r}.{did_you_mean(function_name, public)}")
+        raise UserError(f"{module_name} has no function {function_name!r}.{did_you_mean(function_name, public)}")
     return getattr(module, function_name)
 
 
@@ -42,7 +43,7 @@ def _import_module(module_name: str, function_name: str) -> ModuleType:
             if file.is_file()
             else (f"Install the package that holds it, or name its file: path/to/file.py:{function_name}.")
         )
-        raise ValueError(f"function: there is no module {module_name!r} to import. {hint}") from error
+        raise UserError(f"function: there is no module {module_name!r} to import. {hint}") from error
 
 
 def _import_file(file: Path) -> ModuleType:
@@ -60,7 +61,7 @@ def _split(path: str) -> tuple[str, str]:
     separator = ":" if ":" in path else "."
     module_name, _, function_name = path.rpartition(separator)
     if not module_name or not function_name:
-        raise ValueError(
+        raise UserError(
             "function must be package.module:function, package.module.function or path/to/file.py:function, "
             f"got {path!r}."
         )
@@ -79,12 +80,12 @@ def function_path(function: Any) -> str:
         if module_name.endswith(".py"):
             return f"{_existing(Path(module_name).expanduser())}:{function.rpartition(':')[2]}"
         if not _can_be_imported(module_name):
-            raise ValueError(f"function: there is no module {module_name!r} to import in the worker process.")
+            raise UserError(f"function: there is no module {module_name!r} to import in the worker process.")
         return function
     name, module_name = getattr(function, "__qualname__", ""), getattr(function, "__module__", None) or ""
     module = sys.modules.get(module_name)
     if module is None or module_name == "__main__" or getattr(module, name, None) is not function:
-        raise ValueError(
+        raise UserError(
             f"function: a worker process (timeout_seconds) cannot import {function!r}. Give the path of a function at "
             "the top level of a module or file other than the main script: path/to/file.py:function."
         )
@@ -101,7 +102,7 @@ def _can_be_imported(module_name: str) -> bool:
 
 def _existing(file: Path) -> Path:
     if not file.is_file():
-        raise ValueError(f"function: there is no file {file.absolute()}.")
+        raise UserError(f"function: there is no file {file.absolute()}.")
     return file.absolute()
 
 

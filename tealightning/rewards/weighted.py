@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tealightning.errors import UserError
 from tealightning.registry import did_you_mean, register
 from tealightning.rewards.base import Reward, RewardScores, summed_counts
 from tealightning.types import Prompt
@@ -30,14 +31,14 @@ class WeightedReward(Reward):
     def __init__(self, rewards: dict[str, Reward], weights: dict[str, float]) -> None:
         for key in weights:
             if key not in rewards:
-                raise ValueError(f"weights has {key!r}, which is none of the rewards.{did_you_mean(key, rewards)}")
+                raise UserError(f"weights has {key!r}, which is none of the rewards.{did_you_mean(key, rewards)}")
         if missing := [key for key in rewards if key not in weights]:
-            raise ValueError(f"weights lacks {', '.join(missing)}: give every reward one (0 = log it only).")
+            raise UserError(f"weights lacks {', '.join(missing)}: give every reward one (0 = log it only).")
         for key, weight in weights.items():
             if not math.isfinite(weight):
-                raise ValueError(f"weights[{key!r}] must be a finite number, got {weight}.")
+                raise UserError(f"weights[{key!r}] must be a finite number, got {weight}.")
         if not any(weights.values()):
-            raise ValueError(f"at least one weight must differ from 0, got weights={weights}.")
+            raise UserError(f"at least one weight must differ from 0, got weights={weights}.")
         self.rewards = dict(rewards)
         self.weights = dict(weights)
 
@@ -47,7 +48,7 @@ class WeightedReward(Reward):
             try:
                 reward.check()
             except ValueError as error:
-                raise ValueError(f"rewards.{key}: {error}") from error
+                raise UserError(f"rewards.{key}: {error}") from error
 
     def setup(self, device: torch.device) -> None:
         """Set every component up."""

@@ -14,6 +14,8 @@ from pathlib import Path
 from pickle import PicklingError
 from typing import Any
 
+from tealightning.errors import UserError
+
 _START_SECONDS = 300.0  # to import the function, which may load a model
 _END_SECONDS = 30.0
 
@@ -25,7 +27,7 @@ class FunctionRaisedError(RuntimeError):
         super().__init__(f"reward function {name!r} raised {error} on {count} completions: {message}")
 
 
-class WorkerStartError(ValueError):
+class WorkerStartError(UserError):
     """The function cannot be imported in its process."""
 
 
@@ -79,7 +81,7 @@ class FunctionWorker:
             try:
                 answered, kind, *details = process.exchange((number, arguments), self.timeout_seconds)
             except (PicklingError, TypeError, AttributeError) as error:
-                raise ValueError(f"metadata holds what cannot be sent to the worker process: {error}") from error
+                raise UserError(f"metadata holds what cannot be sent to the worker process: {error}") from error
             except (WorkerTimeoutError, WorkerDiedError) as error:
                 raise type(error)(f"reward function {self.name!r} on {count} completions: {error}") from error
         assert answered == number, "a process answers its requests in turn, and one that did not answer is ended"
@@ -87,7 +89,7 @@ class FunctionWorker:
             error_type, message, trace = details
             raise FunctionRaisedError(self.name, error_type, count, message) from _TracebackOfWorker(trace)
         if kind == "invalid":
-            raise ValueError(
+            raise UserError(
                 f"reward {self.name!r} must return one number per completion (None or NaN = unscorable): {details[0]}"
             )
         return details[0]

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from tealightning.errors import UserError
 from tealightning.functional.tail_checks import tied
 from tealightning.reliability.progress import RunPhase, beat, during
 from tealightning.rewards.base import Reward, RewardScores, summed_counts
@@ -123,24 +124,24 @@ class RolloutCollector:
         engine = f"rollout engine {self.engine.name!r}"
         counts = [len(group) for group in grouped]
         if counts != [num_samples] * num_prompts:
-            raise ValueError(
+            raise UserError(
                 f"{engine} must return {num_samples} completions for each of {num_prompts} prompts, got {counts}."
             )
         above = math.inf if self.vocab_size is None else self.vocab_size
         for completion in (completion for group in grouped for completion in group):
             length = len(completion.token_ids)
             if not 1 <= length <= self.sampling.max_new_tokens or len(completion.log_probs) != length:
-                raise ValueError(
+                raise UserError(
                     f"{engine} must return 1 to {self.sampling.max_new_tokens} tokens with a log-prob each, got "
                     f"{length} tokens and {len(completion.log_probs)} log-probs."
                 )
             if not all(0 <= token < above for token in completion.token_ids):
-                raise ValueError(
+                raise UserError(
                     f"{engine} returned a token id outside [0, {above}): {min(completion.token_ids)} to "
                     f"{max(completion.token_ids)}. Does it serve another model than the trainer's?"
                 )
             if not all(math.isfinite(value) for value in completion.log_probs):
-                raise ValueError(f"{engine} returned a log-prob that is not finite: {completion.log_probs}.")
+                raise UserError(f"{engine} returned a log-prob that is not finite: {completion.log_probs}.")
 
 
 def rollout_metrics(rollouts: RolloutBatch) -> dict[str, float]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tealightning.errors import UserError
 from tealightning.rollouts.base import EngineContext
 from tealightning.types import SamplingConfig
 
@@ -41,9 +42,9 @@ def check_requests(
     longest = max(0, max_model_len - sampling.max_new_tokens)
     for index, token_ids in enumerate(prompt_token_ids):
         if len(token_ids) == 0:
-            raise ValueError(f"prompt {index} has no tokens; a prompt needs at least one.")
+            raise UserError(f"prompt {index} has no tokens; a prompt needs at least one.")
         if len(token_ids) > longest:
-            raise ValueError(
+            raise UserError(
                 f"prompt {index} has {len(token_ids)} tokens, more than the {longest} that "
                 f"max_model_len={max_model_len} leaves beside sampling.max_new_tokens={sampling.max_new_tokens}. "
                 "Shorten the prompt, lower max_new_tokens or raise max_model_len."

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from tealightning.errors import UserError
 from tealightning.functional.log_probs import filter_logits
 from tealightning.registry import register
 from tealightning.rollouts.base import EngineContext, RolloutEngine
@@ -32,7 +33,7 @@ class TransformersEngine(RolloutEngine):
 
     def __init__(self, *, batch_size: int = 256) -> None:
         if batch_size < 1:
-            raise ValueError(f"rollout.engine.batch_size must be at least 1, got {batch_size}.")
+            raise UserError(f"rollout.engine.batch_size must be at least 1, got {batch_size}.")
         self.batch_size = batch_size
         self._context: EngineContext | None = None
 
@@ -43,7 +44,7 @@ class TransformersEngine(RolloutEngine):
             ValueError: if it is sharded.
         """
         if is_sharded(context.policy):
-            raise ValueError(
+            raise UserError(
                 "TransformersEngine samples with the trainer's own policy, and ranks cannot sample at their own pace "
                 "with one that is sharded over them: use --rollout.engine=VLLMEngine with ModelParallelStrategy."
             )
@@ -157,7 +158,7 @@ class _Sampler(LogitsProcessor):
         probs = logits.softmax(dim=-1)
         tokens = inverse_cdf(probs, self.uniforms[:, self.steps])[:, None]
         if int(tokens.max()) >= probs.shape[-1]:  # where nothing is larger than NaN
-            raise ValueError(
+            raise UserError(
                 "the policy's logits are NaN or infinite, so there is nothing to sample from: its weights are no "
                 "numbers any more (too high a learning rate?) or were none when they were loaded."
             )

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tealightning.errors import MissingPackageError, UserError
 from tealightning.registry import register
 from tealightning.rollouts.base import EngineContext, RolloutEngine
 from tealightning.rollouts.engine_errors import broken_down
@@ -78,13 +79,13 @@ class VLLMEngine(RolloutEngine):
         extra_args: dict[str, Any] | None = None,
     ) -> None:
         if kv_cache_gib is not None and not kv_cache_gib > 0:
-            raise ValueError(f"rollout.engine.kv_cache_gib must be above 0 or null, got {kv_cache_gib}.")
+            raise UserError(f"rollout.engine.kv_cache_gib must be above 0 or null, got {kv_cache_gib}.")
         if not 0 < gpu_memory_utilization <= 1:
-            raise ValueError(f"rollout.engine.gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization}.")
+            raise UserError(f"rollout.engine.gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization}.")
         if max_num_seqs < 1:
-            raise ValueError(f"rollout.engine.max_num_seqs must be at least 1, got {max_num_seqs}.")
+            raise UserError(f"rollout.engine.max_num_seqs must be at least 1, got {max_num_seqs}.")
         if taken := _OWN_ARGS.intersection(extra_args or {}):
-            raise ValueError(f"rollout.engine.extra_args may not hold {sorted(taken)}: the engine sets them itself.")
+            raise UserError(f"rollout.engine.extra_args may not hold {sorted(taken)}: the engine sets them itself.")
         self.dtype = dtype
         self.kv_cache_gib = kv_cache_gib
         self.gpu_memory_utilization = gpu_memory_utilization
@@ -105,7 +106,7 @@ class VLLMEngine(RolloutEngine):
             ImportError: if vLLM is not installed.
         """
         if find_spec("vllm") is None:
-            raise ImportError(f"VLLMEngine needs vLLM, which is not installed. {_WAYS_OUT}")
+            raise MissingPackageError(f"VLLMEngine needs vLLM, which is not installed. {_WAYS_OUT}")
 
     def start(self, context: EngineContext) -> None:
         """Load vLLM and the policy, and take over the live policy's weights.
@@ -238,7 +239,7 @@ class VLLMEngine(RolloutEngine):
             args["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
         if self.sleep:
             if _runs_on_cpu():
-                raise ValueError("rollout.engine.sleep=true needs vLLM on a GPU: its CPU build has no sleep mode.")
+                raise UserError("rollout.engine.sleep=true needs vLLM on a GPU: its CPU build has no sleep mode.")
             args["enable_sleep_mode"] = True
         return args | placement(context.device) | self.extra_args
 
@@ -267,13 +268,13 @@ def _load(args: dict[str, Any], device: torch.device) -> Any:
     from vllm import LLM
 
     if _runs_on_cpu() and device.type != "cpu":
-        raise ValueError(
+        raise UserError(
             f'The policy is on {device} and the installed vLLM runs on CPUs: pip install "tealightning[vllm]".'
         )
     try:
         return LLM(**args)
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"vLLM refused to start: {error}\nIts settings are those of rollout.engine: kv_cache_gib and "
             f"gpu_memory_utilization (memory), dtype, extra_args; and rollout.max_model_len={args['max_model_len']}."
         ) from error
@@ -288,7 +289,7 @@ def _runs_on_cpu() -> bool:
     try:
         from vllm.platforms import current_platform
     except ImportError as error:
-        raise ImportError(f"VLLMEngine needs vLLM, which cannot be imported ({error}). {_WAYS_OUT}") from error
+        raise MissingPackageError(f"VLLMEngine needs vLLM, which cannot be imported ({error}). {_WAYS_OUT}") from error
     return bool(current_platform.is_cpu())
 
 
@@ -311,7 +312,7 @@ def nccl_sender(
         from vllm.distributed.weight_transfer import ParamMeta, WeightSource, WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             f"rollout.engine.weight_transfer=nccl needs vLLM 0.32 or newer beside the trainer ({error}): "
             'pip install "tealightning[vllm]", or use weight_transfer=file.'
         ) from error

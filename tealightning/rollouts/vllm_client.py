@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 
 import requests
 
+from tealightning.errors import UserError
+
 _CONNECT_SECONDS = 10.0
 _FLAG_OF_ROUTE = {
     "/inference/v1/generate": "start it with --enable-scale-out",
@@ -202,5 +204,5 @@ def api_key_from(variable: str | None) -> str | None:
         ValueError: if the variable is not set.
     """
     if variable is not None and not os.environ.get(variable):
-        raise ValueError(f"rollout.engine.api_key_env names {variable}, and that variable is not set.")
+        raise UserError(f"rollout.engine.api_key_env names {variable}, and that variable is not set.")
     return None if variable is None else os.environ[variable]

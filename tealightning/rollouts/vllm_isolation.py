@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from tealightning.errors import UserError
+
 
 @contextmanager
 def contained(device: torch.device) -> Iterator[None]:
@@ -47,5 +49,5 @@ def placement(device: torch.device) -> dict[str, Any]:
         os.environ.update(RANK=str(dist.get_rank()), LOCAL_RANK=str(device.index or 0))
         return {"distributed_executor_backend": "external_launcher"}
     if device.index:
-        raise ValueError(f"vLLM uses the first visible GPU and the policy is on {device}: set CUDA_VISIBLE_DEVICES.")
+        raise UserError(f"vLLM uses the first visible GPU and the policy is on {device}: set CUDA_VISIBLE_DEVICES.")
     return {}

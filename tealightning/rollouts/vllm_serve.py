@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tealightning.errors import MissingPackageError, UserError
 from tealightning.functional.log_probs import token_log_probs
 from tealightning.reliability.processes import LocalServer
 from tealightning.rollouts.base import EngineContext, RolloutEngine
@@ -50,7 +51,7 @@ def check_serve_args(args: Sequence[str]) -> None:
     """
     taken = sorted({flag for arg in args if (flag := arg.partition("=")[0].replace("_", "-")) in _OWN_FLAGS})
     if taken:
-        raise ValueError(f"rollout.engine.serve_args may not hold {taken}: the engine sets them itself.")
+        raise UserError(f"rollout.engine.serve_args may not hold {taken}: the engine sets them itself.")
 
 
 def check_positive(**settings: float) -> None:
@@ -60,7 +61,7 @@ def check_positive(**settings: float) -> None:
     """
     for name, value in settings.items():
         if not value > 0:
-            raise ValueError(f"rollout.engine.{name} must be above 0, got {value}.")
+            raise UserError(f"rollout.engine.{name} must be above 0, got {value}.")
 
 
 def launch(
@@ -81,12 +82,12 @@ def launch(
         ValueError: if the trainer is on a GPU and the server has not been given its own, or `log_file` has no folder.
     """
     if context.device.type == "cuda" and "CUDA_VISIBLE_DEVICES" not in serve_env:
-        raise ValueError(
+        raise UserError(
             f"The policy is on {context.device}: name the server's GPUs, for example "
             "rollout.engine.serve_env={CUDA_VISIBLE_DEVICES: '1'}, or use VLLMEngine, which shares the trainer's."
         )
     if log_file is not None and not log_file.absolute().parent.is_dir():
-        raise ValueError(f"rollout.engine.log_file: the folder of {log_file} does not exist.")
+        raise UserError(f"rollout.engine.log_file: the folder of {log_file} does not exist.")
     command = serve_command(context, port=port, dtype=dtype, nccl=nccl, serve_args=serve_args)
     return LocalServer(command, serve_environment(context, api_key=api_key, serve_env=serve_env), log_file)
 
@@ -153,7 +154,7 @@ def explain(server: LocalServer) -> str:
 
 def _program() -> list[str]:
     if importlib.util.find_spec("vllm") is None:
-        raise ImportError(
+        raise MissingPackageError(
             "VLLMServerEngine without a url starts `vllm serve`, and vLLM is not installed: pip install "
             '"tealightning[vllm]" on a GPU, make install on a CPU; or set rollout.engine.url to a running server.'
         )

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tealightning.errors import UserError
 from tealightning.registry import register
 from tealightning.reliability.processes import LocalServer, free_port
 from tealightning.reliability.rank_zero import is_rank_zero, on_rank_zero
@@ -77,18 +78,18 @@ class VLLMServerEngine(RolloutEngine):
         log_file: str | None = None,
     ) -> None:
         if url is not None and not url.startswith(("http://", "https://")):
-            raise ValueError(f"rollout.engine.url must begin with http:// or https://, got {url!r}.")
+            raise UserError(f"rollout.engine.url must begin with http:// or https://, got {url!r}.")
         if weight_transfer not in ("file", "nccl"):
-            raise ValueError(f"rollout.engine.weight_transfer must be file or nccl, got {weight_transfer!r}.")
+            raise UserError(f"rollout.engine.weight_transfer must be file or nccl, got {weight_transfer!r}.")
         if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"rollout.engine.dtype must be auto or a dtype of torch such as bfloat16, got {dtype!r}.")
+            raise UserError(f"rollout.engine.dtype must be auto or a dtype of torch such as bfloat16, got {dtype!r}.")
         check_positive(
             max_concurrent_requests=max_concurrent_requests,
             request_timeout_seconds=request_timeout_seconds,
             start_timeout_seconds=start_timeout_seconds,
         )
         if weight_transfer == "file" and not weights_dir and not is_local(url):
-            raise ValueError(
+            raise UserError(
                 f"rollout.engine.weights_dir must name a folder that {url} sees under the same path (a network file "
                 "system), or use weight_transfer=nccl."
             )
@@ -124,7 +125,7 @@ class VLLMServerEngine(RolloutEngine):
         """
         url, host = on_rank_zero(lambda: self._open(context))
         if self.url is None and host != socket.gethostname():
-            raise ValueError("VLLMServerEngine starts its server for ranks on one machine: set rollout.engine.url.")
+            raise UserError("VLLMServerEngine starts its server for ranks on one machine: set rollout.engine.url.")
         self._context = context
         if self._client is None or self._client.url != url:
             self._client = self._connect(url)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tealightning.errors import UserError
 from tealightning.reliability import temp_dirs
 from tealightning.reliability.processes import free_port
 from tealightning.rollouts.vllm import nccl_sender
@@ -41,7 +42,7 @@ class FilePush:
         memory = "/dev/shm"
         parent = parent or (memory if os.access(memory, os.W_OK) else tempfile.gettempdir())
         if not os.path.isdir(parent):
-            raise ValueError(f"rollout.engine.weights_dir must be an existing folder, got {parent}.")
+            raise UserError(f"rollout.engine.weights_dir must be an existing folder, got {parent}.")
         self._temporary = tempfile.TemporaryDirectory(
             prefix=f"tealightning-weights-{os.getpid()}-", dir=os.path.abspath(parent)
         )
@@ -51,7 +52,7 @@ class FilePush:
     def push(self, client: VLLMClient, weights: Weights) -> None:
         needed, free = sum(tensor.nbytes for _, tensor in weights), shutil.disk_usage(self.folder).free
         if needed > free:
-            raise ValueError(
+            raise UserError(
                 f"rollout.engine.weights_dir: the weights take {needed / 2**30:.2f} GiB and {self.folder.parent} has "
                 f"{free / 2**30:.2f} GiB left. Name a folder on another file system, or give /dev/shm more memory."
             )
@@ -82,7 +83,7 @@ class NCCLPush:
 
     def __init__(self, device: torch.device, host: str) -> None:
         if device.type != "cuda":
-            raise ValueError(
+            raise UserError(
                 f"rollout.engine.weight_transfer=nccl needs the policy on an NVIDIA GPU, it is on {device}: use file."
             )
         self.device = device

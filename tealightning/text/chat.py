@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from tealightning.errors import UserError
 from tealightning.types import Message, Prompt
 
 ChatTemplate = bool | str
@@ -33,7 +34,7 @@ class ChatFormatter:
         self.template = _read_template(chat_template) if isinstance(chat_template, str) else None
         has_own = bool(getattr(tokenizer, "chat_template", None))
         if chat_template is True and not has_own:
-            raise ValueError(
+            raise UserError(
                 f"chat_template=True, but the tokenizer of {tokenizer.name_or_path!r} has no chat template: "
                 "give the path of a Jinja file, or False to use prompts as plain text."
             )
@@ -49,7 +50,7 @@ class ChatFormatter:
         if self.uses_template:
             return self._encode([self._render(_as_chat(p, system_prompt)) for p in prompts])
         if system_prompt is not None:
-            raise ValueError(
+            raise UserError(
                 "system_prompt needs a chat template, and prompts are used as plain text here: put it into the prompts."
             )
         _, appended = self._special_tokens
@@ -75,12 +76,12 @@ class ChatFormatter:
             )
         except Exception as error:  # a template runs code of its own: a TypeError is as much its refusal as a raise
             roles = [message["role"] for message in chat]
-            raise ValueError(f"the chat template refuses a chat with the roles {roles}: {_reason(error)}") from error
+            raise UserError(f"the chat template refuses a chat with the roles {roles}: {_reason(error)}") from error
 
     def _plain(self, prompt: Prompt) -> str:
         if isinstance(prompt, str):
             return prompt
-        raise ValueError(
+        raise UserError(
             f"a prompt is a chat, but the tokenizer of {self.tokenizer.name_or_path!r} has no chat template (or "
             "chat_template=False): give chat_template the path of a Jinja file, or use plain-text prompts."
         )
@@ -120,7 +121,7 @@ def check_template(chat_template: ChatTemplate) -> None:
         ValueError: unless `chat_template` is true, false, auto or the path of a file.
     """
     if isinstance(chat_template, str) and chat_template != "auto" and not Path(chat_template).expanduser().is_file():
-        raise ValueError(
+        raise UserError(
             'chat_template must be "auto", true, false or the path of a Jinja file; no file is at '
             f"{Path(chat_template).expanduser().absolute()}."
         )

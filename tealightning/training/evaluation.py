@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from tealightning.errors import UserError
 from tealightning.metrics import BestOfN, TailFit
 from tealightning.metrics.best_of_n import check_budgets
 from tealightning.types import PromptBatch, RolloutBatch
@@ -24,7 +25,7 @@ class BestOfNEvaluation(pl.LightningModule):
         self.ns = sorted(check_budgets("ns", ns))
         extrapolated = check_budgets("extrapolate_ns", extrapolate_ns, may_be_empty=True)
         if extrapolated and min(extrapolated) <= self.ns[-1]:
-            raise ValueError(
+            raise UserError(
                 f"extrapolate_ns must hold budgets above max(ns)={self.ns[-1]}, up to which they are measured; got "
                 f"{list(extrapolate_ns)}."
             )

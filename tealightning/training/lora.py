@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tealightning.errors import MissingPackageError, UserError
 from tealightning.training.sharding import whole
 
 _ADAPTER = "default"
@@ -38,11 +39,11 @@ class LoRA:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"lora.rank must be at least 1, got {self.rank}.")
+            raise UserError(f"lora.rank must be at least 1, got {self.rank}.")
         if not 0 < self.alpha < math.inf:
-            raise ValueError(f"lora.alpha must be above 0, got {self.alpha}.")
+            raise UserError(f"lora.alpha must be above 0, got {self.alpha}.")
         if not self.target_modules:
-            raise ValueError("lora.target_modules is empty: name modules, or all-linear.")
+            raise UserError("lora.target_modules is empty: name modules, or all-linear.")
 
 
 def add_adapter(policy: Any, lora: LoRA) -> None:
@@ -58,7 +59,7 @@ def add_adapter(policy: Any, lora: LoRA) -> None:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             f'model.lora needs peft, which cannot be imported ({error}): pip install "tealightning[lora]".'
         ) from error
     config = LoraConfig(
@@ -70,7 +71,7 @@ def add_adapter(policy: Any, lora: LoRA) -> None:
     try:
         get_peft_model(policy, config)  # also lets checkpointed layers have a gradient behind the frozen embedding
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"model.lora.target_modules={lora.target_modules!r} does not fit the policy: {error}"
         ) from error
     policy.train(policy.training)  # the new modules too
@@ -178,7 +179,7 @@ def _check_untied(policy: nn.Module) -> None:
     for layer in adapter_layers(policy).values():
         tied = names[id(layer.get_base_layer().weight)]
         if len(tied) > 1:
-            raise ValueError(
+            raise UserError(
                 f"model.lora.target_modules targets a weight that this policy ties ({', '.join(tied)}), and the merged "
                 "policy could not tie it any more. Leave it out."
             )
@@ -210,7 +211,7 @@ def check_checkpoint(checkpoint: Mapping[str, Any], lora: LoRA | None) -> None:
     """
     saved, own = checkpoint.get(_CHECKPOINT_KEY), None if lora is None else asdict(lora)
     if saved != own:
-        raise ValueError(
+        raise UserError(
             f"the checkpoint was written with model.lora={saved or 'null'} and this run has {own or 'null'}: resume "
             "with the same."
         )

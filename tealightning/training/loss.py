@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tealightning.errors import UserError
 from tealightning.functional.losses import (
     KLEstimator,
     Reduction,
@@ -46,21 +47,21 @@ class PolicyGradientLoss:
 
     def __post_init__(self) -> None:
         if not 0 < self.clip_lower <= 1:
-            raise ValueError(f"loss.clip_lower must be in (0, 1], got {self.clip_lower}.")
+            raise UserError(f"loss.clip_lower must be in (0, 1], got {self.clip_lower}.")
         if not self.clip_upper > 0:
-            raise ValueError(f"loss.clip_upper must be above 0, got {self.clip_upper}.")
+            raise UserError(f"loss.clip_upper must be above 0, got {self.clip_upper}.")
         if not 0 <= self.kl_coef < math.inf:
-            raise ValueError(f"loss.kl_coef must be 0 or more, got {self.kl_coef}.")
+            raise UserError(f"loss.kl_coef must be 0 or more, got {self.kl_coef}.")
         if self.reduction not in ("token_mean", "sequence_mean", "constant"):
-            raise ValueError(f"loss.reduction must be token_mean, sequence_mean or constant, got {self.reduction!r}.")
+            raise UserError(f"loss.reduction must be token_mean, sequence_mean or constant, got {self.reduction!r}.")
         if self.kl_estimator not in ("k1", "k2", "k3"):
-            raise ValueError(f"loss.kl_estimator must be k1, k2 or k3, got {self.kl_estimator!r}.")
+            raise UserError(f"loss.kl_estimator must be k1, k2 or k3, got {self.kl_estimator!r}.")
         if self.constant is not None and not 0 < self.constant < math.inf:
-            raise ValueError(f"loss.constant must be above 0, got {self.constant}.")
+            raise UserError(f"loss.constant must be above 0, got {self.constant}.")
         if self.constant is not None and self.reduction != "constant":
             warnings.warn(f"loss.constant has no effect with reduction={self.reduction!r}.", stacklevel=3)
         if self.importance_cap is not None and not self.importance_cap > 0:
-            raise ValueError(f"loss.importance_cap must be above 0, got {self.importance_cap}.")
+            raise UserError(f"loss.importance_cap must be above 0, got {self.importance_cap}.")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from tealightning.errors import UserError
 from tealightning.estimators import AdvantageEstimator
 from tealightning.pretrained import load_policy, load_tokenizer, policy_config
 from tealightning.reliability.progress import beat
@@ -171,7 +172,7 @@ class PostTrainingModule(BestOfNEvaluation):
 
     def on_fit_start(self) -> None:
         if self.trainer.precision == "16-mixed":  # clipping would take its scaled gradients for the real ones
-            raise ValueError("trainer.precision=16-mixed is not supported: use bf16-mixed, bf16-true or 32-true.")
+            raise UserError("trainer.precision=16-mixed is not supported: use bf16-mixed, bf16-true or 32-true.")
         for reference in self._reference:
             reference.to(self.device)
 

@@ -2,6 +2,7 @@
 
 import warnings
 
+from tealightning.errors import UserError
 from tealightning.estimators import AdvantageEstimator
 from tealightning.training.loss import PolicyGradientLoss
 
@@ -18,15 +19,15 @@ def check_settings(
         ValueError: for a setting out of range.
     """
     if advantage_scale not in ("none", "batch_rms"):
-        raise ValueError(f"advantage_scale must be none or batch_rms, got {advantage_scale!r}.")
+        raise UserError(f"advantage_scale must be none or batch_rms, got {advantage_scale!r}.")
     if inner_epochs < 1:
-        raise ValueError(f"inner_epochs must be at least 1, got {inner_epochs}.")
+        raise UserError(f"inner_epochs must be at least 1, got {inner_epochs}.")
     if micro_batch_tokens is not None and micro_batch_tokens < 1:
-        raise ValueError(f"micro_batch_tokens must be at least 1 or null, got {micro_batch_tokens}.")
+        raise UserError(f"micro_batch_tokens must be at least 1 or null, got {micro_batch_tokens}.")
     if micro_batch_size is not None and micro_batch_size < 1:
-        raise ValueError(f"micro_batch_size must be at least 1 or null, got {micro_batch_size}.")
+        raise UserError(f"micro_batch_size must be at least 1 or null, got {micro_batch_size}.")
     if gradient_clip_norm is not None and not gradient_clip_norm > 0:
-        raise ValueError(f"gradient_clip_norm must be above 0 or null, got {gradient_clip_norm}.")
+        raise UserError(f"gradient_clip_norm must be above 0 or null, got {gradient_clip_norm}.")
 
 
 def check_correction(
@@ -37,16 +38,16 @@ def check_correction(
         ValueError: if inner epochs cannot be corrected in this way.
     """
     if correction not in ("clip", "exact"):
-        raise ValueError(f"inner_epoch_correction must be clip or exact, got {correction!r}.")
+        raise UserError(f"inner_epoch_correction must be clip or exact, got {correction!r}.")
     if correction == "clip":
         return
     if not estimator.has_off_policy_form:
-        raise ValueError(
+        raise UserError(
             "inner_epoch_correction=exact needs an estimator with an off-policy form (max_at_k with scale=none), "
             f"got {estimator!r}."
         )
     if loss is not None and loss.importance_cap is not None:
-        raise ValueError(
+        raise UserError(
             "inner_epoch_correction=exact and loss.importance_cap both correct ratios: set one of them only."
         )
     if inner_epochs == 1:

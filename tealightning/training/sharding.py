@@ -5,6 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tealightning.errors import UserError
+
 
 def shard(model: nn.Module, mesh: Any, *, lora: bool = False) -> None:
     """Shard a transformers model over a device mesh of Lightning's `ModelParallelStrategy`, in place, one unit a
@@ -19,12 +21,12 @@ def shard(model: nn.Module, mesh: Any, *, lora: bool = False) -> None:
     from torch.distributed.fsdp import fully_shard
 
     if mesh["tensor_parallel"].size() > 1:
-        raise ValueError(
+        raise UserError(
             "trainer.strategy.tensor_parallel_size must be 1, with data_parallel_size the number of devices, got "
             f"{mesh['tensor_parallel'].size()}: policies are sharded over the data, not split inside layers."
         )
     if lora:
-        raise ValueError("model.lora cannot be sharded: use trainer.strategy=ddp, or model.lora=null.")
+        raise UserError("model.lora cannot be sharded: use trainer.strategy=ddp, or model.lora=null.")
     for layer in _decoder_layers(model):
         fully_shard(layer, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])

@@ -14,6 +14,7 @@ import tokenizers
 import torch
 import transformers
 
+from tealightning.errors import UserError
 from tealightning.reliability.files import whole_folder
 
 MANIFEST = "playground.json"
@@ -80,7 +81,7 @@ def load_playground(path: Path | str) -> Playground:
     """
     manifest = _read_manifest(Path(path))
     if manifest is None:
-        raise ValueError(
+        raise UserError(
             f"{path} is no playground (it has no readable {MANIFEST}); `tealightning playground --out {path}` makes one"
         )
     return _playground(Path(path), manifest, reused=True)
@@ -120,10 +121,10 @@ def _matching_manifest(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     remedy = "Choose another folder, or pass overwrite=True to replace it."
     manifest = _read_manifest(out)
     if manifest is None:
-        raise ValueError(f"{out} exists and is no playground. {remedy}")
+        raise UserError(f"{out} exists and is no playground. {remedy}")
     different = [key for key in wanted if manifest.get(key) != wanted[key]]
     if different:
-        raise ValueError(f"{out} holds a playground of another {' and '.join(different)}. {remedy}")
+        raise UserError(f"{out} holds a playground of another {' and '.join(different)}. {remedy}")
     return manifest
 
 

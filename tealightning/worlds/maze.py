@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tealightning.errors import UserError
 from tealightning.rewards.base import Reward
 from tealightning.types import Prompt
 from tealightning.worlds.maze_config import MazeConfig
@@ -63,7 +64,7 @@ def draw_mazes(config: MazeConfig, *, count: int, rng: np.random.Generator) -> M
     while len(found) < count:
         tries += 1
         if tries > 200 and len(found) < count * tries / 2000:
-            raise ValueError(
+            raise UserError(
                 f"hardly any layout of side {side} with wall_density {config.wall_density} has a shortest path of "
                 f"{shortest} to {longest} moves ({len(found)} of {count} found): widen path_lengths, or change side or "
                 "wall_density."
@@ -137,14 +138,14 @@ def read_grid(grid: str) -> Mazes:
     cells = np.array([list(line) for line in lines]) if is_rectangle else np.empty((0, 0), str)
     found = {symbol: np.argwhere(cells == symbol) for symbol in (START, GOAL)}
     if not (len(found[START]) == len(found[GOAL]) == 1 and np.isin(cells, [WALL, FREE, START, GOAL]).all()):
-        raise ValueError(
+        raise UserError(
             f"A maze's grid must be lines of equal length made of {WALL!r}, {FREE!r}, one {START!r} and one {GOAL!r}, "
             f"got {grid!r}."
         )
     walls = (cells == WALL)[None]
     mazes = Mazes(distances=goal_distances(walls, found[GOAL]), walls=walls, starts=found[START], goals=found[GOAL])
     if path_lengths(mazes)[0] < 1:
-        raise ValueError(f"The maze's start does not lead to its goal: {grid!r}.")
+        raise UserError(f"The maze's start does not lead to its goal: {grid!r}.")
     return mazes
 
 
@@ -223,9 +224,7 @@ class MazeReward(Reward):
     def _map(self, metadata: dict[str, Any]) -> MazeMap:
         grid = metadata.get("grid")
         if not isinstance(grid, str):
-            raise ValueError(
-                f"MazeReward needs a column `grid` beside each prompt, got the columns {sorted(metadata)}."
-            )
+            raise UserError(f"MazeReward needs a column `grid` beside each prompt, got the columns {sorted(metadata)}.")
         if grid not in self._maps:
             self._maps[grid] = MazeMap.read(grid)
         return self._maps[grid]

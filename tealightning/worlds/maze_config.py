@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from tealightning.errors import UserError
 from tealightning.registry import did_you_mean
 
 
@@ -62,17 +63,17 @@ class MazeConfig:
     def __post_init__(self) -> None:
         shortest, longest = self.path_lengths
         if self.side < 2:
-            raise ValueError(f"side must be at least 2, got {self.side}.")
+            raise UserError(f"side must be at least 2, got {self.side}.")
         if not 1 <= shortest <= longest <= self.max_moves:
-            raise ValueError(
+            raise UserError(
                 f"path_lengths must be (shortest, longest) with 1 <= shortest <= longest <= max_moves="
                 f"{self.max_moves}, got {shortest, longest}."
             )
         for name in ("wall_density", "greedy", "illegal", "stop"):
             if not 0 <= getattr(self, name) < 1 and not (name == "greedy" and self.greedy == 1):
-                raise ValueError(f"{name} must be a probability in [0, 1), got {getattr(self, name)}.")
+                raise UserError(f"{name} must be a probability in [0, 1), got {getattr(self, name)}.")
         if self.hidden_size % self.head_size:
-            raise ValueError(f"hidden_size must be a multiple of head_size={self.head_size}, got {self.hidden_size}.")
+            raise UserError(f"hidden_size must be a multiple of head_size={self.head_size}, got {self.hidden_size}.")
 
     @property
     def prompt_tokens(self) -> int:
@@ -121,5 +122,5 @@ def maze_config(world: str = "maze", size: str = "default", **options: Any) -> M
     """
     for what, name, valid in (("world", world, MAZE_WORLDS), ("size", size, MAZE_SIZES)):
         if name not in valid:
-            raise ValueError(f"Unknown {what} of mazes {name!r}.{did_you_mean(name, valid)}")
+            raise UserError(f"Unknown {what} of mazes {name!r}.{did_you_mean(name, valid)}")
     return MazeConfig(**MAZE_WORLDS[world] | MAZE_SIZES[size] | options)

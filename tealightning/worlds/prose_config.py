@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from tealightning.errors import UserError
 from tealightning.registry import did_you_mean
 
 
@@ -77,27 +78,27 @@ class ProseConfig:
 
     def __post_init__(self) -> None:
         if self.vocab_size < 300:
-            raise ValueError(
+            raise UserError(
                 f"vocab_size must be at least 300 (256 bytes, special tokens, merges), got {self.vocab_size}."
             )
         if self.hidden_size % self.head_size:
-            raise ValueError(
+            raise UserError(
                 f"hidden_size must be a multiple of head_size ({self.head_size}), got {self.hidden_size}; "
                 f"{self.hidden_size // self.head_size * self.head_size or self.head_size} would do."
             )
         if not 1 <= self.reward_layers <= self.policy_layers:
-            raise ValueError(
+            raise UserError(
                 f"reward_layers must be in 1..policy_layers ({self.policy_layers}), because the reward model starts as "
                 f"the policy's first layers, got {self.reward_layers}."
             )
         shortest, longest = self.prompt_tokens
         if not 1 <= shortest <= longest:
-            raise ValueError(
+            raise UserError(
                 f"prompt_tokens must be (shortest, longest) with 1 <= shortest <= longest, got {shortest, longest}."
             )
         needed = max(longest + self.completion_tokens, self.sequence_length)
         if self.max_positions < needed:
-            raise ValueError(
+            raise UserError(
                 f"max_positions must be at least {needed} (longest prompt + completion_tokens, and sequence_length), "
                 f"got {self.max_positions}."
             )
@@ -142,5 +143,5 @@ def resolve_config(size: str | ProseConfig) -> ProseConfig:
     if isinstance(size, ProseConfig):
         return size
     if size not in PRESETS:
-        raise ValueError(f"Unknown playground size {size!r}.{did_you_mean(str(size), PRESETS)}")
+        raise UserError(f"Unknown playground size {size!r}.{did_you_mean(str(size), PRESETS)}")
     return ProseConfig(**PRESETS[size])

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from tealightning.errors import UserError
+
 MIN_CHARACTERS = 60
 """Shorter paragraphs leave no room for a prompt and a continuation."""
 
@@ -38,7 +40,7 @@ def collect_paragraphs(*, source_files: bool = True) -> list[str]:
         texts += _source_texts(Path(sysconfig.get_paths()["stdlib"]))
     paragraphs = _distinct_openings(_prose(texts))
     if not paragraphs:
-        raise ValueError(
+        raise UserError(
             "No prose found in this Python: it has neither pydoc_data.topics nor the standard library's source files. "
             "Use a full installation of Python (python.org, pyenv, conda or the distribution's own)."
         )

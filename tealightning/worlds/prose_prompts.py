@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from tealightning.errors import UserError
 from tealightning.worlds.prose_config import ProseConfig
 from tealightning.worlds.prose_corpus import MIN_CHARACTERS, OPENING_WORDS
 from tealightning.worlds.tokenizer import tokenize
@@ -53,7 +54,7 @@ def split_paragraphs(paragraphs: Sequence[str], config: ProseConfig, *, seed: in
         config.test_prompts,
     )
     if sum(sizes) > len(paragraphs) // 2:
-        raise ValueError(
+        raise UserError(
             f"reward_paragraphs + heldout_paragraphs + train_prompts + val_prompts + test_prompts must be at most "
             f"{len(paragraphs) // 2}, half of the {len(paragraphs)} paragraphs found in this Python, got {sum(sizes)}."
         )

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr, ndtri
 
+from tealightning.errors import UserError
 from tealightning.registry import did_you_mean
 from tealightning.types import Prompt
 
@@ -78,18 +79,18 @@ class StylesConfig:
 
     def __post_init__(self) -> None:
         if not self.daring_mean < self.classic_mean:
-            raise ValueError(
+            raise UserError(
                 f"daring_mean must be below classic_mean={self.classic_mean}, so that the styles differ in what they "
                 f"are good for, got {self.daring_mean}."
             )
         if not 0 < self.classic_sd < self.daring_sd:
-            raise ValueError(
+            raise UserError(
                 f"the standard deviations must be 0 < classic_sd < daring_sd, got {self.classic_sd}, {self.daring_sd}."
             )
         if not 0 < self.daring_share < 1:
-            raise ValueError(f"daring_share must be in (0, 1), got {self.daring_share}.")
+            raise UserError(f"daring_share must be in (0, 1), got {self.daring_share}.")
         if self.hidden_size % self.head_size:
-            raise ValueError(f"hidden_size must be a multiple of head_size={self.head_size}, got {self.hidden_size}.")
+            raise UserError(f"hidden_size must be a multiple of head_size={self.head_size}, got {self.hidden_size}.")
 
 
 STYLE_WORLDS: dict[str, dict[str, Any]] = {
@@ -115,7 +116,7 @@ def styles_config(world: str, size: str = "default") -> StylesConfig:
     """
     for what, name, valid in (("world", world, STYLE_WORLDS), ("size", size, STYLE_SIZES)):
         if name not in valid:
-            raise ValueError(f"Unknown {what} of styles {name!r}.{did_you_mean(name, valid)}")
+            raise UserError(f"Unknown {what} of styles {name!r}.{did_you_mean(name, valid)}")
     return StylesConfig(**STYLE_WORLDS[world] | STYLE_SIZES[size])
 
 
