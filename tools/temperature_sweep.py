@@ -19,7 +19,6 @@ from tealightning.functional.best_of_n import best_of_n
 from tealightning.functional.statistics import mean_over_prompts
 from tealightning.worlds import MazeReward, load_playground
 from tealightning.worlds.policy import sample_completions
-from tealightning.worlds.tokenizer import tokenize
 
 NS = (1, 4, 16, 64, 128)
 
@@ -31,15 +30,10 @@ def rewards_of(policy: Path, rows: list[dict[str, str]], *, temperature: float, 
     repeated = [row for row in rows for _ in range(max(NS))]
     prompts = [row["prompt"] for row in repeated]
     torch.manual_seed(0)
-    ids = sample_completions(
-        model,
-        tokenizer,
-        tokenize(prompts, tokenizer),
-        max_new_tokens=max_moves,
-        temperature=temperature,
-        batch_size=1024,
+    paths = sample_completions(
+        model, tokenizer, prompts, max_new_tokens=max_moves, temperature=temperature, batch_size=1024
     )
-    scores = MazeReward().score(prompts, [tokenizer.decode(one) for one in ids], repeated)
+    scores = MazeReward().score(prompts, paths, repeated)
     return torch.tensor(scores, dtype=torch.float64).view(len(rows), -1)
 
 

@@ -15,8 +15,7 @@ def playground(args: Sequence[str]) -> None:
         ValueError: for a setting out of range, or one that the chosen world does not have.
     """
     from tealightning.cli.console import quiet_transformers
-    from tealightning.worlds import MAZE_WORLDS, STYLE_WORLDS, build_maze, build_prose, build_styles
-    from tealightning.worlds.maze_config import maze_config
+    from tealightning.worlds import MAZE_WORLDS, WORLDS
 
     parser = argparse.ArgumentParser(
         prog="tealightning playground",
@@ -27,8 +26,7 @@ def playground(args: Sequence[str]) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to build; a complete one is kept as it is")
-    worlds = [*MAZE_WORLDS, "prose", *STYLE_WORLDS]
-    parser.add_argument("--world", choices=worlds, default="maze", help="what is built")
+    parser.add_argument("--world", choices=list(WORLDS), default="maze", help="what is built")
     parser.add_argument("--seed", type=int, default=0, help="everything follows from it")
     parser.add_argument("--size", choices=["default", "tiny"], default="default", help="tiny: seconds, for tests")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
@@ -42,16 +40,10 @@ def playground(args: Sequence[str]) -> None:
     world, out = options.pop("world"), options.pop("out")
     settings = {name: options.pop(name) for name in ("seed", "size", "overwrite")}
     quiet_transformers()
-    if world in MAZE_WORLDS:
-        chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-        config = maze_config(world, settings.pop("size"), **chosen)
-        build_maze(out, world=config, **settings)
-    elif options:
+    if options and world not in MAZE_WORLDS:
         raise UserError(f"--{next(iter(options)).replace('_', '-')} is a setting of mazes, and --world is {world}.")
-    elif world == "prose":
-        build_prose(out, **settings)
-    else:
-        build_styles(out, world=world, **settings)
+    chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    WORLDS[world](out, **settings, **chosen)
 
 
 _MAZE_OPTIONS: dict[str, tuple[type, str]] = {

@@ -1,25 +1,17 @@
-"""Embedded worlds, built without a download: text mazes, prose of the Python installation, and worlds of styles."""
+"""Embedded worlds, built without a download: text mazes, prose of the Python installation, and worlds of styles.
 
-from tealightning.worlds.folder import Playground, load_playground
-from tealightning.worlds.maze import MazeReward
-from tealightning.worlds.maze_build import build_maze
-from tealightning.worlds.maze_config import MAZE_WORLDS, MazeConfig
-from tealightning.worlds.prose import build_prose
-from tealightning.worlds.prose_config import PRESETS, ProseConfig
-from tealightning.worlds.styles import STYLE_WORLDS, StylesConfig
-from tealightning.worlds.styles_build import build_styles
+A world's file adds its names to `WORLDS`; its import here makes the command line offer them.
+"""
 
-__all__ = [
-    "MAZE_WORLDS",
-    "PRESETS",
-    "STYLE_WORLDS",
-    "MazeConfig",
-    "MazeReward",
-    "Playground",
-    "ProseConfig",
-    "StylesConfig",
-    "build_maze",
-    "build_prose",
-    "build_styles",
-    "load_playground",
-]
+from tealightning.worlds.folder import WORLDS as WORLDS
+from tealightning.worlds.folder import Playground as Playground
+from tealightning.worlds.folder import load_playground as load_playground
+from tealightning.worlds.maze import MAZE_WORLDS as MAZE_WORLDS
+from tealightning.worlds.maze import MazeConfig as MazeConfig
+from tealightning.worlds.maze import MazeReward as MazeReward
+from tealightning.worlds.maze_build import build_maze as build_maze
+from tealightning.worlds.prose import ProseConfig as ProseConfig
+from tealightning.worlds.prose import build_prose as build_prose
+from tealightning.worlds.styles import STYLE_WORLDS as STYLE_WORLDS
+from tealightning.worlds.styles import StylesConfig as StylesConfig
+from tealightning.worlds.styles import build_styles as build_styles

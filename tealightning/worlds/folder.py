@@ -1,9 +1,10 @@
-"""The folder of a playground: its manifest, reuse of what is there already, and a build that is complete or absent."""
+"""The folder of a world: prompt files, manifest, reuse of a complete one, and a build that is complete or absent."""
 
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +14,22 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
+from torch import Tensor
 
 from tealightning.errors import UserError
+from tealightning.functional.best_of_n import best_of_n
+from tealightning.registry import did_you_mean
 from tealightning.reliability.files import whole_folder
 
 MANIFEST = "playground.json"
 PROMPT_SPLITS = ("train", "val", "test")
+CURVE_NS = (1, 4, 16, 64, 128)
+"""Budgets of the best-of-n curve in the manifest, as far as there are samples."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Playground:
-    """Where everything is."""
+    """Paths of a built world, and its manifest."""
 
     path: Path
     policy: Path  # for AutoModelForCausalLM and AutoTokenizer
@@ -35,38 +41,45 @@ class Playground:
     reused: bool = False  # True: it was there already
 
 
+WORLDS: dict[str, Callable[..., Playground]] = {}
+"""Name of a world -> `build(out, *, seed, size, progress, overwrite)`. Each world's file adds its own."""
+
+
 def build_folder(
-    out: Path,
-    wanted: dict[str, Any],
+    out: Path | str,
+    identity: dict[str, Any],
     fill: Callable[[Path], dict[str, Any]],
     *,
     num_threads: int,
     progress: bool,
     overwrite: bool,
 ) -> Playground:
-    """Build the playground that is `wanted` at `out`, or reuse it.
+    """Build a world at `out`, or reuse the one that is there.
 
     The global random streams and the thread count are left as they were; the folder appears complete or not at all.
 
     Args:
-        out: Folder to create.
-        wanted: What tells it from other playgrounds, as JSON gives it back (lists, no tuples); part of its manifest.
-        fill: Fills the folder that it is given and returns the rest of the manifest.
-        num_threads: Torch threads of `fill`.
-        progress: Say what happens.
+        out: Folder to create. A world of the same identity there is returned as it is.
+        identity: Format version, seed and configuration: what tells this world from others. Part of its manifest.
+        fill: Writes the folder at a path, and returns the rest of the manifest.
+        num_threads: Torch threads during `fill`.
+        progress: Print what happens.
         overwrite: Replace what is at `out`, whatever it is.
 
     Raises:
-        ValueError: if `out` is something else than what is wanted.
+        ValueError: if `out` holds something else.
     """
-    if not overwrite and _is_taken(out):
-        manifest = _matching_manifest(out, wanted)
+    out, identity = Path(out), json.loads(json.dumps(identity))  # as JSON reads it back: lists, no tuples
+    if not overwrite and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+        manifest = _matching_manifest(out, identity)
         if progress:
             print(f"Reusing the playground at {out} (same configuration and seed).")
         return _playground(out, manifest, reused=True)
     with whole_folder(out) as new:
+        started = time.perf_counter()
         with _deterministic_torch(num_threads):
-            manifest = wanted | fill(new)
+            manifest = identity | fill(new)
+        manifest |= {"versions": package_versions(), "build_seconds": time.perf_counter() - started}
         (new / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     if progress:
         print(f"Built a playground at {out} in {manifest['build_seconds']:.0f} s.")
@@ -74,7 +87,7 @@ def build_folder(
 
 
 def load_playground(path: Path | str) -> Playground:
-    """The playground at `path`.
+    """Load the world at `path`.
 
     Raises:
         ValueError: if there is none, saying how to build it.
@@ -87,13 +100,34 @@ def load_playground(path: Path | str) -> Playground:
     return _playground(Path(path), manifest, reused=True)
 
 
+def write_prompts(folder: Path, split: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Write `prompts/{split}.jsonl`: each row with an identifier made of the split and a counter."""
+    path = folder / "prompts" / f"{split}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({"id": f"{split}-{i:04d}"} | row) for i, row in enumerate(rows))
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
 def stream_seed(seed: int, name: str) -> int:
-    """A seed for one step of the build, unrelated to those of the other steps and of other builds."""
+    """Derive the seed of one step of a build, unrelated to those of other steps and other builds."""
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "big")
 
 
+def best_of_n_curve(rewards: Tensor) -> dict[str, float]:
+    """Mean best-of-n of [P, M] rewards for each n of `CURVE_NS` up to M, as JSON writes it."""
+    ns = [n for n in CURVE_NS if n <= rewards.shape[1]]
+    return {str(n): value for n, value in zip(ns, best_of_n(rewards, ns).mean(0).tolist(), strict=True)}
+
+
+def named_settings(kind: str, name: str, valid: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The settings called `name`; an unknown one is a ValueError with the valid ones."""
+    if name not in valid:
+        raise UserError(f"Unknown {kind} {name!r}.{did_you_mean(str(name), valid)}")
+    return valid[name]
+
+
 def package_versions() -> dict[str, str]:
-    """What a playground's bits depend on beside its configuration and seed."""
+    """Versions that the bits of a world depend on, beside its configuration and seed."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -101,10 +135,6 @@ def package_versions() -> dict[str, str]:
         "tokenizers": tokenizers.__version__,
         "numpy": np.__version__,
     }
-
-
-def _is_taken(out: Path) -> bool:
-    return out.is_file() or (out.is_dir() and any(out.iterdir()))
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
@@ -116,27 +146,27 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) and "format_version" in manifest else None
 
 
-def _matching_manifest(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of the playground at `out`, if it is the one that is `wanted`."""
+def _matching_manifest(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of the world at `out`, if it is the one of that identity."""
     remedy = "Choose another folder, or pass overwrite=True to replace it."
     manifest = _read_manifest(out)
     if manifest is None:
         raise UserError(f"{out} exists and is no playground. {remedy}")
-    different = [key for key in wanted if manifest.get(key) != wanted[key]]
+    different = [key for key in identity if manifest.get(key) != identity[key]]
     if different:
         raise UserError(f"{out} holds a playground of another {' and '.join(different)}. {remedy}")
     return manifest
 
 
 def _playground(path: Path, manifest: dict[str, Any], *, reused: bool = False) -> Playground:
-    has_model = "reward_model_parameters" in manifest
+    train, val, test = (path / "prompts" / f"{split}.jsonl" for split in PROMPT_SPLITS)
     return Playground(
         path=path,
         policy=path / "policy",
-        reward_model=path / "reward_model" if has_model else None,
-        train_prompts=path / "prompts" / "train.jsonl",
-        val_prompts=path / "prompts" / "val.jsonl",
-        test_prompts=path / "prompts" / "test.jsonl",
+        reward_model=path / "reward_model" if "reward_model_parameters" in manifest else None,
+        train_prompts=train,
+        val_prompts=val,
+        test_prompts=test,
         manifest=manifest,
         reused=reused,
     )
@@ -144,7 +174,7 @@ def _playground(path: Path, manifest: dict[str, Any], *, reused: bool = False) -
 
 @contextmanager
 def _deterministic_torch(num_threads: int) -> Iterator[None]:
-    """A fixed thread count and torch's random stream restored at the end."""
+    """Fix torch's thread count; restore it and torch's random stream at the end."""
     threads = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:

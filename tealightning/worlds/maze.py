@@ -14,7 +14,7 @@ stop, one of the best of N to arrive.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tealightning.errors import UserError
 from tealightning.rewards.base import Reward
 from tealightning.types import Prompt
-from tealightning.worlds.maze_config import MazeConfig
+from tealightning.worlds.folder import named_settings
 
 WALL, FREE, START, GOAL = "#", ".", "S", "G"
 MOVES: dict[str, tuple[int, int]] = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
@@ -32,6 +32,122 @@ MOVES: dict[str, tuple[int, int]] = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R
 UNREACHABLE = -1
 Cell = tuple[int, int]
 """Row and column."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class MazeConfig:
+    """Everything that decides a world of mazes, together with the seed. The defaults are the world "maze".
+
+    Args:
+        side: Rows and columns of the grid.
+        wall_density: Probability that a cell is a wall.
+        path_lengths: Fewest and most moves of the shortest path from start to goal.
+        greedy: Probability of a move of the walks that the policy learns from to be one towards the goal; otherwise it
+            is any legal move that does not turn back. The dial from "success is rare" to "success is frequent".
+        illegal: Probability of a move of the walks to go into a wall or off the grid, which ends the walk.
+        stop: Probability of a walk to end before each of its moves.
+        max_moves: Longest walk; completions get as many tokens.
+        hidden_size: Width of the policy, a multiple of `head_size`.
+        intermediate_size: Width of its feed-forward layers.
+        head_size: Width of one attention head; vLLM's CPU attention takes 32, 64, 80, 96, 112, 128, ...
+        layers: Depth of the policy.
+        steps: Optimizer steps of its training, on new walks each.
+        batch_size: Mazes a step.
+        walks: Walks through each of them.
+        lr: Peak AdamW learning rate of its embeddings, head and norms (linear warm-up, cosine decay).
+        muon_lr: Peak Muon learning rate of its layers' matrices.
+        train_prompts: Mazes in `prompts/train.jsonl`.
+        val_prompts: Mazes in `prompts/val.jsonl`.
+        test_prompts: Mazes in `prompts/test.jsonl`.
+        curve_prompts: Mazes of the validation prompts behind the figures of the manifest.
+        curve_samples: Samples of each of them.
+        num_threads: Torch threads of the build; fixed, because sums depend on it in the last bit.
+    """
+
+    side: int = 5
+    wall_density: float = 0.3
+    path_lengths: tuple[int, int] = (5, 9)
+    greedy: float = 0.3
+    illegal: float = 0.03
+    stop: float = 0.12
+    max_moves: int = 16
+    hidden_size: int = 128
+    intermediate_size: int = 256
+    head_size: int = 32
+    layers: int = 3
+    steps: int = 300
+    batch_size: int = 16
+    walks: int = 8
+    lr: float = 5e-3
+    muon_lr: float = 1e-2
+    train_prompts: int = 4000
+    val_prompts: int = 128
+    test_prompts: int = 128
+    curve_prompts: int = 16
+    curve_samples: int = 128
+    num_threads: int = 1
+
+    def __post_init__(self) -> None:
+        shortest, longest = self.path_lengths
+        if self.side < 2:
+            raise UserError(f"side must be at least 2, got {self.side}.")
+        if not 1 <= shortest <= longest <= self.max_moves:
+            raise UserError(
+                f"path_lengths must be (shortest, longest) with 1 <= shortest <= longest <= max_moves="
+                f"{self.max_moves}, got {shortest, longest}."
+            )
+        for name in ("wall_density", "greedy", "illegal", "stop"):
+            if not 0 <= getattr(self, name) < 1 and not (name == "greedy" and self.greedy == 1):
+                raise UserError(f"{name} must be a probability in [0, 1), got {getattr(self, name)}.")
+        if self.hidden_size % self.head_size:
+            raise UserError(f"hidden_size must be a multiple of head_size={self.head_size}, got {self.hidden_size}.")
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of every prompt: cells, ends of lines, the colon."""
+        return self.side * (self.side + 1)
+
+    @property
+    def max_positions(self) -> int:
+        """Of the policy."""
+        return self.prompt_tokens + self.max_moves + 1
+
+
+MAZE_WORLDS: dict[str, dict[str, Any]] = {
+    "maze": {},
+    "maze-frequent": dict(path_lengths=(2, 4), greedy=0.9, stop=0.02),
+}
+"""`maze`: a path to the goal is rare. `maze-frequent`: paths are short and the policy has learned from good walks."""
+
+MAZE_SIZES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "tiny": dict(
+        side=4,
+        path_lengths=(2, 5),
+        max_moves=8,
+        hidden_size=32,
+        intermediate_size=64,
+        layers=2,
+        steps=100,
+        batch_size=32,
+        walks=2,
+        train_prompts=64,
+        val_prompts=8,
+        test_prompts=8,
+        curve_samples=32,
+        curve_prompts=8,
+    ),
+}
+
+
+def maze_config(world: str = "maze", size: str = "default", **options: Any) -> MazeConfig:
+    """The configuration of a named world, some of its settings replaced by `options`.
+
+    Raises:
+        ValueError: for an unknown name, with the valid ones, and for settings out of range.
+    """
+    named = named_settings("world of mazes", world, MAZE_WORLDS) | named_settings("size of mazes", size, MAZE_SIZES)
+    return MazeConfig(**named | options)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -47,43 +163,7 @@ class Mazes:
         return len(self.walls)
 
     def __getitem__(self, rows: Any) -> "Mazes":
-        return Mazes(
-            distances=self.distances[rows], walls=self.walls[rows], starts=self.starts[rows], goals=self.goals[rows]
-        )
-
-
-def draw_mazes(config: MazeConfig, *, count: int, rng: np.random.Generator) -> Mazes:
-    """`count` different layouts: independent walls, start and goal uniform among cells that are far enough apart.
-
-    Raises:
-        ValueError: if the settings leave too few layouts, with what to change.
-    """
-    side, (shortest, longest) = config.side, config.path_lengths
-    found: dict[bytes, Mazes] = {}
-    tries = 0
-    while len(found) < count:
-        tries += 1
-        if tries > 200 and len(found) < count * tries / 2000:
-            raise UserError(
-                f"hardly any layout of side {side} with wall_density {config.wall_density} has a shortest path of "
-                f"{shortest} to {longest} moves ({len(found)} of {count} found): widen path_lengths, or change side or "
-                "wall_density."
-            )
-        drawn = _draw(config, min(4096, 16 * count), rng)
-        lengths = path_lengths(drawn)
-        for row in np.flatnonzero((lengths >= shortest) & (lengths <= longest)):
-            maze = drawn[row : row + 1]
-            key = maze.walls.tobytes() + maze.starts.tobytes() + maze.goals.tobytes()
-            found.setdefault(key, maze)
-            if len(found) == count:
-                break
-    parts = list(found.values())
-    return Mazes(
-        distances=np.concatenate([p.distances for p in parts]),
-        walls=np.concatenate([p.walls for p in parts]),
-        starts=np.concatenate([p.starts for p in parts]),
-        goals=np.concatenate([p.goals for p in parts]),
-    )
+        return Mazes(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
 def path_lengths(mazes: Mazes) -> NDArray[np.int64]:
@@ -236,15 +316,3 @@ def reaches_goal(
     """[B]: 1 for a path that ends on the goal, else 0. To be measured beside the reward."""
     scores = MazeReward().score(prompts, completions, metadata)
     return [float(score >= 0.5) for score in scores]
-
-
-def _draw(config: MazeConfig, count: int, rng: np.random.Generator) -> Mazes:
-    """Layouts as they come, start and goal wherever they fall (but never on one cell)."""
-    side = config.side
-    walls = rng.random((count, side, side)) < config.wall_density
-    start_cells = rng.integers(side * side, size=count)
-    goal_cells = (start_cells + rng.integers(1, side * side, size=count)) % (side * side)
-    starts, goals = (np.stack(np.divmod(cells, side), axis=1) for cells in (start_cells, goal_cells))
-    for cells in (starts, goals):
-        walls[np.arange(count), cells[:, 0], cells[:, 1]] = False
-    return Mazes(distances=goal_distances(walls, goals), walls=walls, starts=starts, goals=goals)

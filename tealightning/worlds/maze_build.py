@@ -1,8 +1,7 @@
-"""Build a world of mazes: a policy that has learned to walk from noisy walks, and prompts with their grids."""
+"""Build a world of mazes: layouts, noisy walks through them, and a policy that has learned from the walks."""
 
-import json
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +10,92 @@ import torch
 from numpy.typing import NDArray
 from rich.progress import track
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tealightning.functional.best_of_n import best_of_n
-from tealightning.worlds.folder import PROMPT_SPLITS, Playground, build_folder, package_versions, stream_seed
+from tealightning.errors import UserError
+from tealightning.worlds.folder import (
+    PROMPT_SPLITS,
+    WORLDS,
+    Playground,
+    best_of_n_curve,
+    build_folder,
+    stream_seed,
+    write_prompts,
+)
 from tealightning.worlds.maze import (
     FREE,
     GOAL,
+    MAZE_WORLDS,
     MOVES,
     START,
     UNREACHABLE,
     WALL,
+    MazeConfig,
     MazeReward,
     Mazes,
-    draw_mazes,
+    goal_distances,
     grid_texts,
+    maze_config,
+    path_lengths,
 )
-from tealightning.worlds.maze_config import MazeConfig, maze_config
-from tealightning.worlds.optim import Descent, Float32Muon
-from tealightning.worlds.policy import sample_completions
-from tealightning.worlds.prose_figures import CURVE_NS
-from tealightning.worlds.tokenizer import EOS, PAD, tokenize
+from tealightning.worlds.policy import (
+    EOS,
+    PAD,
+    Descent,
+    fast_tokenizer,
+    llama_config,
+    new_policy,
+    sample_completions,
+    tokenize,
+)
 
 _STEPS = np.array(list(MOVES.values()))  # [4, 2]
 _OPPOSITE = np.array([1, 0, 3, 2])  # of U, D, L, R
 END = len(MOVES)
 """The choice to end a walk, after the four moves."""
+
+FORMAT_VERSION = 1
+"""Raised with every change of the recipe."""
+
+
+def draw_mazes(config: MazeConfig, *, count: int, rng: np.random.Generator) -> Mazes:
+    """`count` different layouts: independent walls, start and goal uniform among cells that are far enough apart.
+
+    Raises:
+        ValueError: if the settings leave too few layouts, with what to change.
+    """
+    side, (shortest, longest) = config.side, config.path_lengths
+    found: dict[bytes, Mazes] = {}
+    tries = 0
+    while len(found) < count:
+        tries += 1
+        if tries > 200 and len(found) < count * tries / 2000:
+            raise UserError(
+                f"hardly any layout of side {side} with wall_density {config.wall_density} has a shortest path of "
+                f"{shortest} to {longest} moves ({len(found)} of {count} found): widen path_lengths, or change side or "
+                "wall_density."
+            )
+        drawn = _draw(config, min(4096, 16 * count), rng)
+        lengths = path_lengths(drawn)
+        for row in np.flatnonzero((lengths >= shortest) & (lengths <= longest)):
+            maze = drawn[row : row + 1]
+            key = maze.walls.tobytes() + maze.starts.tobytes() + maze.goals.tobytes()
+            found.setdefault(key, maze)
+            if len(found) == count:
+                break
+    return Mazes(**{f.name: np.concatenate([getattr(m, f.name) for m in found.values()]) for f in fields(Mazes)})
+
+
+def _draw(config: MazeConfig, count: int, rng: np.random.Generator) -> Mazes:
+    """Layouts as they come, start and goal wherever they fall (but never on one cell)."""
+    side = config.side
+    walls = rng.random((count, side, side)) < config.wall_density
+    start_cells = rng.integers(side * side, size=count)
+    goal_cells = (start_cells + rng.integers(1, side * side, size=count)) % (side * side)
+    starts, goals = (np.stack(np.divmod(cells, side), axis=1) for cells in (start_cells, goal_cells))
+    for cells in (starts, goals):
+        walls[np.arange(count), cells[:, 0], cells[:, 1]] = False
+    return Mazes(distances=goal_distances(walls, goals), walls=walls, starts=starts, goals=goals)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -107,10 +166,6 @@ def _around(distances: NDArray[np.int64], cells: NDArray[np.int64]) -> NDArray[n
     return np.stack([_at(padded, cells + 1 + step) for step in _STEPS], axis=1)
 
 
-FORMAT_VERSION = 1
-"""Raised with every change of the recipe."""
-
-
 def build_maze(
     out: Path | str,
     *,
@@ -119,6 +174,7 @@ def build_maze(
     size: str = "default",
     progress: bool = True,
     overwrite: bool = False,
+    **options: Any,
 ) -> Playground:
     """Build `out` (policy/, prompts/{train,val,test}.jsonl, playground.json), or reuse it; see `build_prose`.
 
@@ -126,27 +182,26 @@ def build_maze(
     learned to walk in are all different.
 
     Args:
-        out: Folder to create. A world of the same configuration and seed there is returned as it is.
         world: A name in `MAZE_WORLDS`, or a configuration of your own.
-        seed: Seed of layouts, walks, initial weights and samples.
         size: A name in `MAZE_SIZES`; of no effect beside a configuration.
-        progress: Show a progress bar and say what happens.
-        overwrite: Replace what is at `out`, whatever it is.
+        options: Settings of `MazeConfig` that replace those of a named world.
+        out, seed, progress, overwrite: As in `build_prose`.
 
     Raises:
         ValueError: if `out` is something else than the world asked for, or a name is unknown.
     """
-    config = world if isinstance(world, MazeConfig) else maze_config(world, size)
-    identity = json.loads(json.dumps(asdict(config)))
-    wanted = {"format_version": FORMAT_VERSION, "kind": "maze", "seed": seed, "config": identity}
+    config = world if isinstance(world, MazeConfig) else maze_config(world, size, **options)
     return build_folder(
-        Path(out),
-        wanted,
-        lambda folder: _build_into(folder, config, seed=seed, progress=progress),
+        out,
+        {"format_version": FORMAT_VERSION, "kind": "maze", "seed": seed, "config": asdict(config)},
+        lambda folder: _fill(folder, config, seed=seed, progress=progress),
         num_threads=config.num_threads,
         progress=progress,
         overwrite=overwrite,
     )
+
+
+WORLDS.update({name: partial(build_maze, world=name) for name in MAZE_WORLDS})
 
 
 def character_tokenizer(config: MazeConfig) -> PreTrainedTokenizerFast:
@@ -155,19 +210,7 @@ def character_tokenizer(config: MazeConfig) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=EOS,
-        pad_token=PAD,
-        padding_side="left",
-        model_max_length=config.max_positions,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def prompt_texts(mazes: Mazes) -> list[str]:
-    """What the policy reads: the grid and a colon."""
-    return [f"{grid}:" for grid in grid_texts(mazes)]
+    return fast_tokenizer(tokenizer, config.max_positions)
 
 
 def train_walker(
@@ -179,15 +222,14 @@ def train_walker(
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    model = _untrained(config, tokenizer)
-    descent = Descent(
-        model, steps=config.steps, adamw_lr=config.lr, muon_lr=config.muon_lr, weight_decay=0.1, muon=Float32Muon
-    )
+    architecture = llama_config(tokenizer, config, layers=config.layers, max_positions=config.max_positions)
+    model = new_policy(architecture)
+    descent = Descent(model, steps=config.steps, adamw_lr=config.lr, muon_lr=config.muon_lr, float32=True)
     model.train()
     for step in track(range(config.steps), description="Policy", disable=not progress):
         batch = mazes[step * config.batch_size : (step + 1) * config.batch_size]
         walks = noisy_walks(batch[np.arange(len(batch)).repeat(config.walks)], config, rng=rng)
-        descent.step(_walk_loss(model, tokenizer, prompt_texts(batch), walks))
+        descent.step(_walk_loss(model, tokenizer, [f"{grid}:" for grid in grid_texts(batch)], walks))
     return model.eval()
 
 
@@ -196,25 +238,21 @@ def measure_mazes(
 ) -> dict[str, Any]:
     """Figures of the policy's samples on held-out mazes: mean, share of paths that arrive or score 0, best-of-n."""
     torch.manual_seed(seed)
-    rows = np.arange(len(mazes)).repeat(config.curve_samples)
-    prompts, grids = (np.array(texts)[rows].tolist() for texts in (prompt_texts(mazes), grid_texts(mazes)))
-    sampled = sample_completions(
-        policy, tokenizer, tokenize(prompts, tokenizer), max_new_tokens=config.max_moves, batch_size=1024
-    )
-    paths = [tokenizer.decode(ids) for ids in sampled]
+    grids = [grid for grid in grid_texts(mazes) for _ in range(config.curve_samples)]
+    prompts = [f"{grid}:" for grid in grids]
+    paths = sample_completions(policy, tokenizer, prompts, max_new_tokens=config.max_moves, batch_size=1024)
     scores = MazeReward().score(prompts, paths, [{"grid": grid} for grid in grids])
     rewards = torch.tensor(scores, dtype=torch.float64).view(len(mazes), -1)
-    ns = [n for n in CURVE_NS if n <= config.curve_samples]
     return {
         "mean_score": rewards.mean().item(),
         "arrived_share": (rewards >= 0.5).double().mean().item(),
         "zero_share": (rewards == 0).double().mean().item(),
-        "best_of_n": {str(n): value for n, value in zip(ns, best_of_n(rewards, ns).mean(0).tolist(), strict=True)},
+        "best_of_n": best_of_n_curve(rewards),
     }
 
 
-def _build_into(folder: Path, config: MazeConfig, *, seed: int, progress: bool) -> dict[str, Any]:
-    started = time.perf_counter()
+def _fill(folder: Path, config: MazeConfig, *, seed: int, progress: bool) -> dict[str, Any]:
+    """Write policy and prompts; returns what the manifest says of them."""
     sizes = {
         "train": config.train_prompts,
         "val": config.val_prompts,
@@ -227,43 +265,17 @@ def _build_into(folder: Path, config: MazeConfig, *, seed: int, progress: bool) 
     splits = {name: every[end - sizes[name] : end] for name, end in zip(sizes, ends, strict=True)}
     tokenizer = character_tokenizer(config)
     for split in PROMPT_SPLITS:
-        _write_prompts(splits[split], folder / "prompts" / f"{split}.jsonl", split=split)
+        write_prompts(folder, split, ({"prompt": f"{grid}:", "grid": grid} for grid in grid_texts(splits[split])))
     policy = train_walker(splits["policy"], tokenizer, config, seed=stream_seed(seed, "policy"), progress=progress)
-    figures = measure_mazes(
-        policy, tokenizer, splits["val"][: config.curve_prompts], config, seed=stream_seed(seed, "figures")
-    )
+    pictured = splits["val"][: config.curve_prompts]
+    figures = measure_mazes(policy, tokenizer, pictured, config, seed=stream_seed(seed, "figures"))
     policy.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
     return {
         "prompts": {split: len(splits[split]) for split in PROMPT_SPLITS},
         "policy_parameters": policy.num_parameters(),
         "figures": figures,
-        "versions": package_versions(),
-        "build_seconds": time.perf_counter() - started,
     }
-
-
-def _untrained(config: MazeConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    heads = config.hidden_size // config.head_size
-    special = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            head_dim=config.head_size,
-            max_position_embeddings=config.max_positions,
-            bos_token_id=None,
-            tie_word_embeddings=False,
-            dtype=torch.float32,
-            **special,
-        )
-    )
-    model.generation_config = GenerationConfig(**special)
-    return model
 
 
 def _walk_loss(
@@ -306,13 +318,3 @@ def _walk_loss(
     wanted = torch.cat([first, wanted], dim=1)
     log_probs = logits.log_softmax(-1)[..., symbols]
     return -(wanted * log_probs).sum() / wanted.sum()
-
-
-def _write_prompts(mazes: Mazes, path: Path, *, split: str) -> None:
-    """One `{"id": ..., "prompt": ..., "grid": ...}` a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = zip(prompt_texts(mazes), grid_texts(mazes), strict=True)
-    lines = (
-        json.dumps({"id": f"{split}-{i:04d}", "prompt": prompt, "grid": grid}) for i, (prompt, grid) in enumerate(rows)
-    )
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Picture of mazes with the best of N sampled paths of several policies."""
+"""Draw mazes with the best of N sampled paths of several policies."""
 
 import io
 from collections.abc import Sequence
@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tealightning.worlds.maze import FREE, GOAL, START, WALL, MazeMap
 from tealightning.worlds.policy import sample_completions
-from tealightning.worlds.tokenizer import tokenize
 
 _COLORS = {WALL: "#3b4252", FREE: "#eceff4", START: "#eceff4", GOAL: "#eceff4"}
 
@@ -27,7 +26,7 @@ class BestPath:
 
 
 def best_paths(policy: Path, grids: Sequence[str], *, samples: int, max_moves: int, seed: int = 0) -> list[BestPath]:
-    """For each of Q grids the path of the highest score among `samples` of the policy's, at temperature 1.
+    """Best of N sampled paths through each maze, at temperature 1.
 
     Args:
         policy: Folder in Hugging Face format.
@@ -41,20 +40,17 @@ def best_paths(policy: Path, grids: Sequence[str], *, samples: int, max_moves: i
     prompts = [f"{grid}:" for grid in grids for _ in range(samples)]
     with isolate_rng():
         torch.manual_seed(seed)
-        sampled = sample_completions(
-            model, tokenizer, tokenize(prompts, tokenizer), max_new_tokens=max_moves, batch_size=1024
-        )
-    found = []
+        sampled = sample_completions(model, tokenizer, prompts, max_new_tokens=max_moves, batch_size=1024)
+    chosen = []
     for i, grid in enumerate(grids):
         maze = MazeMap.read(grid)
-        paths = [tokenizer.decode(ids) for ids in sampled[i * samples : (i + 1) * samples]]
-        best = max(paths, key=maze.score)
-        found.append(BestPath(path=best, score=maze.score(best)))
-    return found
+        best = max(sampled[i * samples : (i + 1) * samples], key=maze.score)
+        chosen.append(BestPath(path=best, score=maze.score(best)))
+    return chosen
 
 
 def maze_picture(grids: Sequence[str], columns: dict[str, list[BestPath]]) -> bytes:
-    """A row for each policy, a column for each maze: the grid, the path, its score; as PNG.
+    """Draw a row for each policy, a column for each maze: the grid, the path, its score; returns a PNG.
 
     Args:
         grids: [Q].

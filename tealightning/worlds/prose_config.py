@@ -1,15 +1,15 @@
-"""Sizes and training settings of a playground, and the presets."""
+"""Sizes and training settings of the prose world, and its presets."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from tealightning.errors import UserError
-from tealightning.registry import did_you_mean
+from tealightning.worlds.folder import named_settings
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class ProseConfig:
-    """Everything that decides a playground, together with the seed. The defaults are the "default" preset.
+    """Everything that decides a prose world, together with the seed. The defaults are the "default" preset.
 
     Args:
         source_files: Read the docstrings and comments of the standard library, not only the language reference.
@@ -135,13 +135,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def resolve_config(size: str | ProseConfig) -> ProseConfig:
-    """The configuration that `size` names, or `size` itself.
+    """The configuration of a preset, or `size` itself if it is one.
 
     Raises:
         ValueError: for an unknown preset, with the valid ones.
     """
-    if isinstance(size, ProseConfig):
-        return size
-    if size not in PRESETS:
-        raise UserError(f"Unknown playground size {size!r}.{did_you_mean(str(size), PRESETS)}")
-    return ProseConfig(**PRESETS[size])
+    return size if isinstance(size, ProseConfig) else ProseConfig(**named_settings("playground size", size, PRESETS))

@@ -1,6 +1,5 @@
-"""The reward model: tells how people go on from how the policy does, by Bradley-Terry on pairs of the two."""
+"""Reward model of the prose world: real continuations against the policy's, by Bradley-Terry."""
 
-import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +10,9 @@ from rich.progress import track
 from torch import Tensor
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from tealightning.worlds.optim import Descent
-from tealightning.worlds.policy import llama_config, sample_completions
+from tealightning.worlds.policy import Descent, llama_config, sample_completions, tokenize
 from tealightning.worlds.prose_config import ProseConfig
-from tealightning.worlds.prose_prompts import Opening
-from tealightning.worlds.tokenizer import tokenize
+from tealightning.worlds.prose_text import Opening
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,16 +33,16 @@ def sample_pairs(
     seed: int,
     progress: bool,
 ) -> list[Pair]:
-    """One pair per opening, the policy sampled at temperature 1."""
+    """Sample the policy at temperature 1: one pair per opening."""
     torch.manual_seed(seed)
     sampled = sample_completions(
         policy,
         tokenizer,
-        [o.prompt_ids for o in openings],
+        [o.prompt for o in openings],
         max_new_tokens=max_new_tokens,
         description="Pairs" if progress else None,
     )
-    texts = tokenize([o.prompt + tokenizer.decode(ids) for o, ids in zip(openings, sampled, strict=True)], tokenizer)
+    texts = tokenize([o.prompt + text for o, text in zip(openings, sampled, strict=True)], tokenizer)
     return [
         Pair(prompt_length=len(o.prompt_ids), real=o.prompt_ids + o.continuation_ids, sampled=ids)
         for o, ids in zip(openings, texts, strict=True)
@@ -61,11 +58,13 @@ def train_reward_model(
     seed: int,
     progress: bool,
 ) -> LlamaForSequenceClassification:
-    """Bradley-Terry on every prefix of the continuations, starting from the policy's first layers.
+    """Train by Bradley-Terry on every prefix of the continuations, starting from the policy's first layers.
 
-    `loss = -mean_t log sigmoid(r_t(real) - r_t(sampled))` over the positions `t` after the prompt, `r_t` the score of
-    the text up to `t` or up to its end, whichever comes first: one pair teaches as often as it has tokens, and the
-    reward at the last token adds up evidence from the whole continuation.
+        loss = -mean_t log sigmoid(r_t(real) - r_t(sampled))
+
+    over the positions `t` after the prompt, `r_t` the score of the text up to `t` or up to its end, whichever comes
+    first: one pair teaches as often as it has tokens, and the reward at the last token adds up evidence from the whole
+    continuation.
     """
     torch.manual_seed(seed)
     model = initial_reward_model(policy, tokenizer, config)
@@ -88,12 +87,10 @@ def initial_reward_model(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, config: ProseConfig
 ) -> LlamaForSequenceClassification:
     """The policy's embeddings and first `reward_layers` layers under a zero scalar head."""
-    architecture = llama_config(config, tokenizer, layers=config.reward_layers)
+    architecture = llama_config(tokenizer, config, layers=config.reward_layers, max_positions=config.max_positions)
     architecture.num_labels = 1
     model = LlamaForSequenceClassification(architecture)
-    trunk = copy.deepcopy(policy.model.state_dict())
-    kept = model.model.state_dict().keys()
-    model.model.load_state_dict({name: tensor for name, tensor in trunk.items() if name in kept})
+    model.model.load_state_dict(policy.model.state_dict(), strict=False)  # the policy has more layers
     torch.nn.init.zeros_(model.score.weight)
     return model
 

@@ -7,17 +7,33 @@ the style, and the styles have different means and spreads.
 """
 
 import hashlib
+import itertools
 import math
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.special import ndtr, ndtri
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tealightning.errors import UserError
-from tealightning.registry import did_you_mean
 from tealightning.types import Prompt
+from tealightning.worlds.folder import (
+    PROMPT_SPLITS,
+    WORLDS,
+    Playground,
+    best_of_n_curve,
+    build_folder,
+    named_settings,
+    stream_seed,
+    write_prompts,
+)
+from tealightning.worlds.policy import llama_config, sample_completions, tokenize, train_policy, train_tokenizer
 
 CLASSIC, DARING = "classic", "daring"
 _WORDS = """
@@ -29,6 +45,19 @@ peach pear pepper plum potato quince radish rice rye saffron sage salmon sesame 
 INGREDIENTS = tuple(_WORDS.split())
 DISH_INGREDIENTS = 3
 """64^3 = 262,144 dishes of each style: among 128 samples of a prompt, duplicates are rare."""
+
+FORMAT_VERSION = 1
+"""Raised with every change of the recipe."""
+
+MEALS = ("breakfast", "brunch", "lunch", "dinner", "supper", "dessert")
+_NAMES = """
+Ada Ben Cleo Dev Ewa Finn Gita Hugo Ines Jun Kofi Lena Milo Nora Omar Pia Quinn Rosa Sven Tara Uri Vera Wim Zoe
+"""
+GUESTS = tuple(_NAMES.split())
+PROMPT_TOKENS = 8  # "supper for Ada with lemon and rye:"
+COMPLETION_TOKENS = 1 + DISH_INGREDIENTS  # " daring plum miso kale", before the end-of-text token
+TEXT_TOKENS = PROMPT_TOKENS + COMPLETION_TOKENS + 1  # with the end-of-text token
+VOCAB_LIMIT = 2000  # merges end earlier, when every word is a token
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -114,10 +143,8 @@ def styles_config(world: str, size: str = "default") -> StylesConfig:
     Raises:
         ValueError: for an unknown name, with the valid ones.
     """
-    for what, name, valid in (("world", world, STYLE_WORLDS), ("size", size, STYLE_SIZES)):
-        if name not in valid:
-            raise UserError(f"Unknown {what} of styles {name!r}.{did_you_mean(name, valid)}")
-    return StylesConfig(**STYLE_WORLDS[world] | STYLE_SIZES[size])
+    named = named_settings("world of styles", world, STYLE_WORLDS)
+    return StylesConfig(**named | named_settings("size of styles", size, STYLE_SIZES))
 
 
 def dish_reward(
@@ -173,3 +200,134 @@ def _normal(text: str) -> float:
     """A standard normal number that looks random and depends on the text alone, within +-8.2."""
     bits = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 12
     return float(ndtri((bits + 0.5) / 2**52))
+
+
+def build_styles(
+    out: Path | str,
+    *,
+    world: str | StylesConfig = "styles",
+    seed: int = 0,
+    size: str = "default",
+    progress: bool = True,
+    overwrite: bool = False,
+) -> Playground:
+    """Build `out` (policy/, prompts/{train,val,test}.jsonl, playground.json), or reuse it; see `build_prose`.
+
+    The reward is `tealightning.worlds.styles:dish_reward`.
+
+    Args:
+        world: A name in `STYLE_WORLDS`, or a configuration of your own.
+        size: A name in `STYLE_SIZES`; of no effect beside a configuration.
+        out, seed, progress, overwrite: As in `build_prose`.
+
+    Raises:
+        ValueError: if `out` is something else than the world asked for, or a name is unknown.
+    """
+    config = world if isinstance(world, StylesConfig) else styles_config(world, size)
+    return build_folder(
+        out,
+        {"format_version": FORMAT_VERSION, "kind": "styles", "seed": seed, "config": asdict(config)},
+        lambda folder: _fill(folder, config, seed=seed, progress=progress),
+        num_threads=config.num_threads,
+        progress=progress,
+        overwrite=overwrite,
+    )
+
+
+WORLDS.update({name: partial(build_styles, world=name) for name in STYLE_WORLDS})
+
+
+def _fill(folder: Path, config: StylesConfig, *, seed: int, progress: bool) -> dict[str, Any]:
+    """Write policy and prompts; returns what the manifest says of them."""
+    prompts = draw_prompts(config, seed=stream_seed(seed, "prompts"))
+    for split in PROMPT_SPLITS:
+        write_prompts(folder, split, ({"prompt": prompt} | reward_metadata(config) for prompt in prompts[split]))
+    texts = draw_texts(prompts["policy"], config, seed=stream_seed(seed, "texts"))
+    tokenizer = train_tokenizer(texts, vocab_size=VOCAB_LIMIT, max_positions=4 * TEXT_TOKENS)
+    lengths = {len(ids) for ids in tokenize(texts, tokenizer)}
+    assert lengths == {TEXT_TOKENS - 1}, f"every word must be one token, got texts of {lengths} tokens"
+    architecture = llama_config(tokenizer, config, layers=config.layers, max_positions=4 * TEXT_TOKENS)
+    policy = train_policy(
+        texts,
+        tokenizer,
+        architecture,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        sequence_length=TEXT_TOKENS - 1,  # a row is exactly one text: prompts stand where they do in rollouts
+        lr=config.lr,
+        muon_lr=config.muon_lr,
+        seed=stream_seed(seed, "policy"),
+        progress=progress,
+    )
+    figures = _measure(policy, tokenizer, prompts["val"], config, seed=stream_seed(seed, "figures"))
+    policy.save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "policy")
+    return {
+        "prompts": {split: len(prompts[split]) for split in PROMPT_SPLITS},
+        "policy_parameters": policy.num_parameters(),
+        "figures": figures,
+    }
+
+
+def draw_prompts(config: StylesConfig, *, seed: int) -> dict[str, list[str]]:
+    """Different prompts for "train", "val" and "test" and, for the texts that the policy is trained on, "policy"."""
+    every = [
+        f"{meal} for {guest} with {first} and {second}:"
+        for meal, guest, first, second in itertools.product(MEALS, GUESTS, INGREDIENTS, INGREDIENTS)
+        if first != second
+    ]
+    sizes = {
+        "train": config.train_prompts,
+        "val": config.val_prompts,
+        "test": config.test_prompts,
+        "policy": config.steps * config.batch_size,
+    }
+    drawn = iter(random.Random(seed).sample(every, sum(sizes.values())))
+    return {name: list(itertools.islice(drawn, size)) for name, size in sizes.items()}
+
+
+def draw_texts(prompts: Sequence[str], config: StylesConfig, *, seed: int) -> list[str]:
+    """Each prompt with a dish: `daring_share` of them daring (exactly, but for rounding), the ingredients uniform."""
+    rng = random.Random(seed)
+    daring = round(config.daring_share * len(prompts))
+    styles = rng.sample([DARING] * daring + [CLASSIC] * (len(prompts) - daring), len(prompts))
+    return [
+        " ".join([prompt, style, *rng.choices(INGREDIENTS, k=DISH_INGREDIENTS)])
+        for prompt, style in zip(prompts, styles, strict=True)
+    ]
+
+
+def _measure(
+    policy: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    config: StylesConfig,
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """Figures of the policy's samples: shares of styles and failures, duplicates, best-of-n and what it should be."""
+    torch.manual_seed(seed)
+    repeated = [prompt for prompt in prompts for _ in range(config.curve_samples)]
+    dishes = sample_completions(policy, tokenizer, repeated, max_new_tokens=COMPLETION_TOKENS + 1, batch_size=1024)
+    styles = [style_of(dish) for dish in dishes]
+    share = styles.count(DARING) / len(styles)
+    scores = dish_reward(prompts=repeated, completions=dishes, metadata=[reward_metadata(config)] * len(dishes))
+    curve = best_of_n_curve(torch.tensor(scores, dtype=torch.float64).view(len(prompts), -1))
+    return {
+        "daring_share": share,
+        "failure_share": styles.count(None) / len(styles),
+        "distinct_share": len(set(zip(repeated, dishes, strict=True))) / len(dishes),
+        "best_of_n": curve,
+        "best_of_n_of_this_share": {n: mixture_best_of_n(config, share, int(n)) for n in curve},
+    }
+
+
+def reward_metadata(config: StylesConfig) -> dict[str, Any]:
+    """What `dish_reward` reads beside prompt and completion, as it is written next to each prompt."""
+    return {
+        "styles": {
+            CLASSIC: [config.classic_mean, config.classic_sd],
+            DARING: [config.daring_mean, config.daring_sd],
+        },
+        "failure": config.failure,
+    }

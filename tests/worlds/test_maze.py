@@ -14,9 +14,17 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tealightning.worlds import MazeConfig, MazeReward, Playground, build_maze, load_playground
-from tealightning.worlds.maze import MOVES, UNREACHABLE, MazeMap, draw_mazes, grid_texts, path_lengths, read_grid
-from tealightning.worlds.maze_build import END, character_tokenizer, noisy_walks
-from tealightning.worlds.maze_config import MAZE_WORLDS, maze_config
+from tealightning.worlds.maze import (
+    MAZE_WORLDS,
+    MOVES,
+    UNREACHABLE,
+    MazeMap,
+    grid_texts,
+    maze_config,
+    path_lengths,
+    read_grid,
+)
+from tealightning.worlds.maze_build import END, character_tokenizer, draw_mazes, noisy_walks
 from tealightning.worlds.maze_picture import best_paths, maze_picture
 
 GRID = "S.#\n..#\n#.G"  # the shortest path has 4 moves, two of which are RDDR

@@ -13,8 +13,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tealightning.estimators import build_estimator
 from tealightning.rewards import FunctionReward
 from tealightning.worlds import Playground, StylesConfig, build_prose, build_styles, load_playground
-from tealightning.worlds.styles import dish_reward, is_daring, mixture_best_of_n, style_of, styles_config
-from tealightning.worlds.styles_build import draw_prompts, draw_texts, reward_metadata
+from tealightning.worlds.styles import (
+    dish_reward,
+    draw_prompts,
+    draw_texts,
+    is_daring,
+    mixture_best_of_n,
+    reward_metadata,
+    style_of,
+    styles_config,
+)
 
 PROMPT = "supper for Ada with lemon and rye:"
 STYLES, BUDGET = styles_config("styles"), styles_config("styles-budget")

@@ -1,4 +1,4 @@
-"""Corpus, tokenizer and prompts of the playground."""
+"""Corpus, tokenizer and prompts of the prose world."""
 
 import random
 import subprocess
@@ -9,14 +9,17 @@ import pytest
 from transformers import AutoTokenizer
 
 from tealightning.worlds.prose_config import ProseConfig
-from tealightning.worlds.prose_corpus import (
+from tealightning.worlds.prose_text import (
     OPENING_WORDS,
     _distinct_openings,
     _prose,
     _source_texts,
     collect_paragraphs,
+    cut_many_openings,
+    cut_openings,
+    from_each_sentence,
+    split_paragraphs,
 )
-from tealightning.worlds.prose_prompts import cut_many_openings, cut_openings, from_each_sentence, split_paragraphs
 
 
 def test_prose_keeps_sentences_on_one_line_and_drops_code() -> None:
@@ -55,7 +58,7 @@ def test_source_texts_are_parsed_not_imported(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_corpus_imports_no_module_with_side_effects() -> None:
     code = (
-        "import sys; from tealightning.worlds.prose_corpus import collect_paragraphs; collect_paragraphs();"
+        "import sys; from tealightning.worlds.prose_text import collect_paragraphs; collect_paragraphs();"
         "assert not {'this', 'antigravity', 'turtle', 'idlelib', 'tkinter'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
