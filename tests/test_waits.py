@@ -21,21 +21,21 @@ OWNERS = {"subprocess", "requests", "session", "dist", "process"}
 
 WATCHED = {
     "callbacks/rollout.py: self._ahead.wait()": "in RunPhase.GENERATING",
-    "rewards/importing.py: pool.submit(asyncio.run, coroutine).result()": "in RunPhase.SCORING, or in a worker",
-    "rewards/worker.py: self._channel.recv()": "a timer kills the worker, which closes the pipe",
-    "rewards/worker_main.py: channel.recv()": "a worker waits for its parent, whose end closes the pipe",
-    "diagnostics/provenance.py: "
+    "rewards/user_function.py: pool.submit(asyncio.run, coroutine).result()": "in RunPhase.SCORING, or in a worker",
+    "rewards/function_worker.py: self._channel.recv()": "a timer kills the worker, which closes the pipe",
+    "rewards/user_function.py: channel.recv()": "a worker waits for its parent, whose end closes the pipe",
+    "reporting/provenance.py: "
     "subprocess.run(['git', '-C', str(folder), 'describe', '--always', '--dirty', '--abbrev=9', '--exclude=*'], "
     "capture_output=True, text=True, check=False)": "reads the package's own checkout, and is no part of a run",
-    "rollouts/ahead.py: self._task.join()": "in RunPhase.GENERATING",
-    "rollouts/ahead.py: self._task.result()": "of a thread that has ended",
-    "rollouts/ahead.py: task.join()": "in RunPhase.GENERATING",
-    "rollouts/ahead.py: task.result()": "of a thread that has ended",
+    "rollouts/prefetch.py: self._task.join()": "in RunPhase.GENERATING",
+    "rollouts/prefetch.py: self._task.result()": "of a thread that has ended",
+    "rollouts/prefetch.py: task.join()": "in RunPhase.GENERATING",
+    "rollouts/prefetch.py: task.result()": "of a thread that has ended",
     "rollouts/collector.py: pending[p].result()": "in RunPhase.SCORING",
     "rollouts/vllm_client.py: future.result()": "of a future that is done",
     "rollouts/vllm_client.py: as_completed(numbers)": "every request has a timeout",
-    "rollouts/ranks.py: dist.barrier()": "in RunPhase.SYNCING or STARTING",
-    "rollouts/supervise.py: child.wait()": "of a process that was killed; and nobody waits for the supervisor",
+    "reliability/rank_zero.py: dist.barrier()": "in RunPhase.SYNCING or STARTING",
+    "reliability/processes.py: child.wait()": "of a process that was killed; and nobody waits for the supervisor",
     "ablation/runner.py: connection.recv()": "a thread that waits for the end of the parent, and for nothing else",
     "ablation/runner.py: one.connection.recv()": "of a pipe that something is in",
     "ablation/runner.py: done.process.join()": "of a process that has ended",

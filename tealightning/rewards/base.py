@@ -1,9 +1,9 @@
 """The contract of a reward."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from tealightning.types import Prompt
 
 REWARDS = Registry("reward")
 
+Row = TypeVar("Row")
+
 
 @dataclass(kw_only=True, slots=True)
 class RewardScores:
@@ -22,6 +24,11 @@ class RewardScores:
     total: Tensor  # [B] float64; NaN = could not be scored
     components: dict[str, Tensor]  # name -> [B] float64, unweighted
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # name of a component -> what happened -> how often
+
+    def __post_init__(self) -> None:
+        """Make NaN the only form of "could not be scored": infinities become NaN."""
+        self.total = _finite_or_nan(self.total)
+        self.components = {name: _finite_or_nan(values) for name, values in self.components.items()}
 
 
 class Reward(ABC):
@@ -63,6 +70,41 @@ class Reward(ABC):
 
     def close(self) -> None:  # noqa: B027 - optional hook
         """Release what `setup` took; safe to call twice."""
+
+
+def _finite_or_nan(values: Tensor) -> Tensor:
+    return values.masked_fill(~values.isfinite(), float("nan"))
+
+
+def bisect_failures(
+    rows: Sequence[Row],
+    attempt: Callable[[Sequence[Row]], Sequence[float] | None],
+    go_on: Callable[[], bool] = lambda: True,
+) -> dict[Row, float]:
+    """Scores of `rows`: all at once, and where that fails, of its halves, down to single rows.
+
+    A single bad row among n costs at most `2 * log2(n)` further attempts, and nothing fails more than `2n - 1` times.
+
+    Args:
+        rows: What to score; hashable and distinct.
+        attempt: Returns one score for each of the rows it gets; None = it failed.
+        go_on: Asked before every attempt but the first; False = stop here.
+
+    Returns:
+        Score by row, without the rows that could not be scored.
+    """
+    scores: dict[Row, float] = {}
+    parts: list[Sequence[Row]] = [rows]
+    first = True
+    while parts and (first or go_on()):
+        part, first = parts.pop(), False
+        values = attempt(part)
+        if values is not None:
+            scores.update(zip(part, values, strict=True))
+        elif len(part) > 1:
+            middle = len(part) // 2
+            parts += [part[middle:], part[:middle]]
+    return scores
 
 
 def summed_counts(parts: Iterable[dict[str, int]]) -> dict[str, int]:

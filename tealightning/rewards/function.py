@@ -10,16 +10,15 @@ import torch
 
 from tealightning.errors import UserError
 from tealightning.registry import register
-from tealightning.rewards.base import Reward, RewardScores, as_scores
-from tealightning.rewards.http_call import scores_by_halves
-from tealightning.rewards.importing import call_function, function_path, import_function
-from tealightning.rewards.worker import (
+from tealightning.rewards.base import Reward, RewardScores, as_scores, bisect_failures
+from tealightning.rewards.function_worker import (
     FunctionRaisedError,
     FunctionWorker,
     WorkerDiedError,
     WorkerStartError,
     WorkerTimeoutError,
 )
+from tealightning.rewards.user_function import call_function, function_path, import_function
 from tealightning.types import Prompt
 
 _TIMEOUTS_OF_A_DEADLINE = 10.0  # enough to find one completion in 500 that hangs
@@ -116,7 +115,7 @@ class FunctionReward(Reward):
 
 
 class _InProcess:
-    """Calls the function here; the counterpart of `FunctionWorker`."""
+    """Calls a function in this process, as `FunctionWorker` does in another one."""
 
     def __init__(self, function: str | Callable[..., Any]) -> None:
         self.function = import_function(function) if isinstance(function, str) else function
@@ -140,12 +139,12 @@ class _InProcess:
 
 
 class _TolerantCall:
-    """One call of the reward: what fails is tried in halves.
+    """One call of the reward that costs only the completions that the function fails on.
 
     Attributes:
-        counts: What happened, how often.
-        problem: The last failure; None = there was none.
-        seconds: Spent in the function so far.
+        counts: Number of failures of each kind, and of completions without a score.
+        problem: Message of the last failure; None = there was none.
+        seconds: Time spent in the function so far.
     """
 
     def __init__(self, runner: _InProcess | FunctionWorker, *columns: Sequence[Any], raises: bool) -> None:
@@ -159,7 +158,7 @@ class _TolerantCall:
     def scores(self, go_on: Callable[[], bool]) -> torch.Tensor:
         """[B] float64; NaN where the function failed."""
         count = len(self._columns["completions"])
-        scored = scores_by_halves(range(count), self._attempt, go_on)
+        scored = bisect_failures(range(count), self._attempt, go_on)
         self.counts["unscored"] = count - len(scored)
         return torch.tensor([scored.get(row, float("nan")) for row in range(count)], dtype=torch.float64)
 

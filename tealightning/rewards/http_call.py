@@ -9,8 +9,8 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
+from tealightning.rewards.base import bisect_failures
 from tealightning.rewards.http_client import (
     BadAnswerError,
     FailedAnswerError,
@@ -19,40 +19,6 @@ from tealightning.rewards.http_client import (
     full_jitter,
     scores_by_id,
 )
-
-Row = TypeVar("Row")
-
-
-def scores_by_halves(
-    rows: Sequence[Row],
-    attempt: Callable[[Sequence[Row]], Sequence[float] | None],
-    go_on: Callable[[], bool] = lambda: True,
-) -> dict[Row, float]:
-    """Scores of `rows`: all at once, and where that fails, of its halves, down to single rows.
-
-    A single bad row among n costs at most `2 * log2(n)` further attempts, and nothing fails more than `2n - 1` times.
-
-    Args:
-        rows: What to score; hashable and distinct.
-        attempt: One score for each of the rows it gets, or None = it failed.
-        go_on: Asked before every attempt but the first.
-
-    Returns:
-        Score by row, without the rows that could not be scored.
-    """
-    scores: dict[Row, float] = {}
-    parts: list[Sequence[Row]] = [rows]
-    first = True
-    while parts and (first or go_on()):
-        part, first = parts.pop(), False
-        values = attempt(part)
-        if values is not None:
-            scores.update(zip(part, values, strict=True))
-        elif len(part) > 1:
-            middle = len(part) // 2
-            parts += [part[middle:], part[:middle]]
-    return scores
-
 
 Post = Callable[[bytes, Mapping[str, str]], bytes]
 
@@ -209,7 +175,7 @@ class ScoringCall:
         def attempt(keys: Sequence[str]) -> Sequence[float] | None:
             return self._ask_until_scored(keys, next(retries, _RETRIES_OF_HALVES))
 
-        scores_by_halves(batch, attempt, self._goes_on)
+        bisect_failures(batch, attempt, self._goes_on)
 
     def _ask_until_scored(self, keys: Sequence[str], retries: int) -> Sequence[float] | None:
         """Scores of `keys`, NaN where there is none; None = the server failed at them more than `retries` times."""

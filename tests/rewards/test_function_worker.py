@@ -12,8 +12,8 @@ import torch
 from reward_functions import score_of
 
 from tealightning.rewards import FunctionReward, WeightedReward
-from tealightning.rewards.http_call import scores_by_halves
-from tealightning.rewards.worker import FunctionRaisedError, WorkerStartError
+from tealightning.rewards.base import bisect_failures
+from tealightning.rewards.function_worker import FunctionRaisedError, WorkerStartError
 
 FUNCTION = f"{reward_functions.__file__}:misbehaving"
 
@@ -181,7 +181,7 @@ def test_halves_find_every_bad_row(count, bad):
         attempts.append(list(rows))
         return None if set(rows) & set(bad) else [10.0 * row for row in rows]
 
-    scores = scores_by_halves(range(count), attempt)
+    scores = bisect_failures(range(count), attempt)
     assert scores == {row: 10.0 * row for row in range(count) if row not in bad}
     assert len(attempts) <= max(1, 2 * count - 1)
     assert len(attempts) <= 1 + 2 * len(bad) * math.ceil(math.log2(max(2, count)))
@@ -189,5 +189,5 @@ def test_halves_find_every_bad_row(count, bad):
 
 def test_halves_end_when_told():
     attempts = []
-    scores_by_halves(range(64), attempts.append, lambda: len(attempts) < 3)
+    bisect_failures(range(64), attempts.append, lambda: len(attempts) < 3)
     assert len(attempts) == 3

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tealightning.reliability import processes as local_server
+from tealightning.reliability import processes
 from tealightning.reliability.processes import LocalServer
 
 # Prints its process id and that of a child. The child ignores SIGTERM, as an engine does that is busy.
@@ -22,7 +22,7 @@ time.sleep(600)
 """
 PARENT = f"""
 import importlib.util, os, sys, time
-spec = importlib.util.spec_from_file_location("local_server", {local_server.__file__!r})
+spec = importlib.util.spec_from_file_location("processes", {processes.__file__!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 server = module.LocalServer([sys.executable, "-c", {FAMILY!r}], dict(os.environ))

@@ -1,23 +1,21 @@
 """Run a Python function in a process of its own, with a time limit."""
 
 import contextlib
-import itertools
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from pickle import PicklingError
 from typing import Any
 
 from tealightning.errors import UserError
+from tealightning.reliability.processes import ChildProcess
+from tealightning.rewards import user_function
 
 _START_SECONDS = 300.0  # to import the function, which may load a model
-_END_SECONDS = 30.0
 
 
 class FunctionRaisedError(RuntimeError):
@@ -54,9 +52,8 @@ class FunctionWorker:
         self.path = path
         self.name = path.replace(":", ".").rpartition(".")[2]
         self.timeout_seconds = timeout_seconds
-        self._process: _Process | None = None
+        self._process: _WorkerProcess | None = None
         self._one_call = threading.Lock()
-        self._numbers = itertools.count()
 
     def start(self) -> None:
         """Start the process and import the function there, unless that is done.
@@ -64,7 +61,7 @@ class FunctionWorker:
         Raises:
             WorkerStartError: if the function cannot be imported there.
         """
-        self._started()
+        self._running_process()
 
     def call(self, **arguments: Sequence[Any]) -> list[float | None]:
         """What the function returns for keyword arguments.
@@ -75,16 +72,15 @@ class FunctionWorker:
             WorkerTimeoutError: if it takes longer than `timeout_seconds`.
             WorkerDiedError: if its process ends.
         """
-        number, count = next(self._numbers), len(arguments["completions"])
+        count = len(arguments["completions"])
         with self._one_call:
-            process = self._started()
+            process = self._running_process()
             try:
-                answered, kind, *details = process.exchange((number, arguments), self.timeout_seconds)
+                kind, *details = process.exchange(arguments, self.timeout_seconds)
             except (PicklingError, TypeError, AttributeError) as error:
                 raise UserError(f"metadata holds what cannot be sent to the worker process: {error}") from error
             except (WorkerTimeoutError, WorkerDiedError) as error:
                 raise type(error)(f"reward function {self.name!r} on {count} completions: {error}") from error
-        assert answered == number, "a process answers its requests in turn, and one that did not answer is ended"
         if kind == "raised":
             error_type, message, trace = details
             raise FunctionRaisedError(self.name, error_type, count, message) from _TracebackOfWorker(trace)
@@ -98,19 +94,19 @@ class FunctionWorker:
         """End the process; a later call starts another one. Also from another thread, during a call."""
         process, self._process = self._process, None
         if process is not None:
-            process.end()
+            process.close()
 
-    def _started(self) -> "_Process":
+    def _running_process(self) -> "_WorkerProcess":
         if self._process is not None and self._process.is_alive():
             return self._process
         self.close()
-        process = self._process = _Process()
+        process = self._process = _WorkerProcess()
         try:
             kind, *details = process.exchange({"sys_path": sys.path, "function": self.path}, _START_SECONDS)
         except (WorkerTimeoutError, WorkerDiedError) as error:
             raise WorkerStartError(f"function: importing {self.path} in the worker process failed: {error}") from error
         if kind != "ready":
-            process.end()
+            process.close()
             error_type, message, trace = details
             raise WorkerStartError(
                 f"function: {self.path} cannot be imported in the worker process: {error_type}: {message}"
@@ -125,37 +121,37 @@ class _TracebackOfWorker(Exception):
         return f"in the worker process\n{self.args[0]}"
 
 
-class _Process:
-    """The two processes of `worker_main.py`, and the socket to them."""
+class _WorkerProcess(ChildProcess):
+    """The process that runs `user_function.py`, and the socket to it."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         self._channel = Connection(ours.detach())
+        self._closed = threading.Event()
         with theirs:
-            self._popen = subprocess.Popen(
+            super().__init__(
                 # -P: the script's folder holds an `http.py`, which is not the standard library's
-                [sys.executable, "-P", str(Path(__file__).with_name("worker_main.py")), str(theirs.fileno())],
-                stdin=subprocess.PIPE,  # closed by the kernel when this process ends
-                stdout=subprocess.DEVNULL,
+                [sys.executable, "-P", user_function.__file__, str(theirs.fileno())],
+                grace_seconds=0.0,
+                stdout=2,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # an interrupt from the keyboard is for the trainer, which then closes this
             )
-        self._ended = threading.Event()
 
     def is_alive(self) -> bool:
-        return not self._ended.is_set() and self._popen.poll() is None
+        return not self._closed.is_set() and self.exit_code() is None
 
     def exchange(self, message: Any, seconds: float) -> Any:
-        """Its answer to `message`.
+        """The answer to `message`. Whatever is raised, the process has been ended: no later call gets this answer.
 
         Raises:
-            WorkerTimeoutError, WorkerDiedError: without an answer; it has been ended.
+            WorkerTimeoutError: without an answer in time.
+            WorkerDiedError: if the process ends.
         """
         late = threading.Event()
 
         def expire() -> None:
             late.set()
-            self.end()  # which also wakes the wait below
+            self.close()  # which also wakes the wait below
 
         timer = threading.Timer(seconds, expire)
         timer.daemon = True
@@ -163,32 +159,27 @@ class _Process:
         try:
             self._channel.send(message)
             return self._channel.recv()
-        except (EOFError, OSError) as error:
-            self.end()
+        except BaseException as error:
+            self.close()
+            if not isinstance(error, EOFError | OSError):
+                raise
             if late.is_set():
                 raise WorkerTimeoutError(f"it took longer than {seconds:g} s") from error
             raise WorkerDiedError(f"its process ended ({self._ending()})") from error
         finally:
             timer.cancel()
 
-    def end(self) -> None:
-        """End it and all that it started, and wait until it has; safe to call twice, from any thread."""
-        self._ended.set()
+    def close(self) -> None:
+        self._closed.set()
         with (
             contextlib.suppress(OSError),  # it is closed at the other end
             socket.socket(fileno=os.dup(self._channel.fileno())) as ours,
         ):
             ours.shutdown(socket.SHUT_RDWR)
-        assert self._popen.stdin is not None
-        self._popen.terminate()  # a forked child of this process may hold the pipe open
-        self._popen.stdin.close()
-        try:
-            self._popen.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._popen.kill()
+        super().close()
 
     def _ending(self) -> str:
-        code = self._popen.returncode
+        code = self.exit_code()
         if code is None or code <= 128:
             return f"exit code {code}"
         hint = ", perhaps for want of memory" if code == 128 + signal.SIGKILL else ""

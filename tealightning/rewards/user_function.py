@@ -1,19 +1,26 @@
-"""Import functions by path and call them, using the standard library and the registry alone."""
+"""Import a user's function by its path and call it.
+
+Also the script of the process in which `FunctionWorker` has the function called, which is why this file uses the
+standard library alone, and the package only where a message needs it.
+"""
 
 import asyncio
+import contextlib
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
+import traceback
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tealightning.errors import UserError
-from tealightning.registry import did_you_mean
+_TRACEBACK_CHARACTERS = 4000
 
 
 def import_function(path: str) -> Any:
@@ -26,8 +33,10 @@ def import_function(path: str) -> Any:
     is_file = module_name.endswith(".py")
     module = _import_file(Path(module_name).expanduser()) if is_file else _import_module(module_name, function_name)
     if not hasattr(module, function_name):
+        from tealightning.registry import did_you_mean
+
         public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise UserError(f"{module_name} has no function {function_name!r}.{did_you_mean(function_name, public)}")
+        raise _user_error(f"{module_name} has no function {function_name!r}.{did_you_mean(function_name, public)}")
     return getattr(module, function_name)
 
 
@@ -41,9 +50,9 @@ def _import_module(module_name: str, function_name: str) -> ModuleType:
         hint = (
             f"Did you mean {str(file)!r}, written as {file}:{function_name}?"
             if file.is_file()
-            else (f"Install the package that holds it, or name its file: path/to/file.py:{function_name}.")
+            else f"Install the package that holds it, or name its file: path/to/file.py:{function_name}."
         )
-        raise UserError(f"function: there is no module {module_name!r} to import. {hint}") from error
+        raise _user_error(f"function: there is no module {module_name!r} to import. {hint}") from error
 
 
 def _import_file(file: Path) -> ModuleType:
@@ -61,7 +70,7 @@ def _split(path: str) -> tuple[str, str]:
     separator = ":" if ":" in path else "."
     module_name, _, function_name = path.rpartition(separator)
     if not module_name or not function_name:
-        raise UserError(
+        raise _user_error(
             "function must be package.module:function, package.module.function or path/to/file.py:function, "
             f"got {path!r}."
         )
@@ -80,12 +89,12 @@ def function_path(function: Any) -> str:
         if module_name.endswith(".py"):
             return f"{_existing(Path(module_name).expanduser())}:{function.rpartition(':')[2]}"
         if not _can_be_imported(module_name):
-            raise UserError(f"function: there is no module {module_name!r} to import in the worker process.")
+            raise _user_error(f"function: there is no module {module_name!r} to import in the worker process.")
         return function
     name, module_name = getattr(function, "__qualname__", ""), getattr(function, "__module__", None) or ""
     module = sys.modules.get(module_name)
     if module is None or module_name == "__main__" or getattr(module, name, None) is not function:
-        raise UserError(
+        raise _user_error(
             f"function: a worker process (timeout_seconds) cannot import {function!r}. Give the path of a function at "
             "the top level of a module or file other than the main script: path/to/file.py:function."
         )
@@ -102,7 +111,7 @@ def _can_be_imported(module_name: str) -> bool:
 
 def _existing(file: Path) -> Path:
     if not file.is_file():
-        raise UserError(f"function: there is no file {file.absolute()}.")
+        raise _user_error(f"function: there is no file {file.absolute()}.")
     return file.absolute()
 
 
@@ -120,3 +129,66 @@ def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run(coroutine)
     with ThreadPoolExecutor(max_workers=1) as pool:
         return pool.submit(asyncio.run, coroutine).result()
+
+
+def _user_error(message: str) -> ValueError:
+    from tealightning.errors import UserError
+
+    return UserError(message)
+
+
+# ---------------------------------------------------------------- the worker process
+
+
+def serve(channel: Connection) -> None:
+    """Import the function that the first message names, and answer each later one, keyword arguments, with its values.
+
+    The answers are `("ready",)`, `("scores", list of float or None)`, `("invalid", what came instead of numbers)` and
+    `("raised", type, message, traceback)`.
+    """
+    setup = channel.recv()
+    sys.path[:] = setup["sys_path"]
+    try:
+        function = import_function(setup["function"])
+        if not callable(function):
+            raise _user_error(f"function must be a function, got {function!r}.")
+    except Exception as error:  # whatever importing it raises is told to the trainer
+        channel.send(_raised(error))
+        return
+    channel.send(("ready",))
+    with contextlib.suppress(EOFError):  # the trainer has closed its end
+        while True:
+            channel.send(_answer(function, channel.recv()))
+
+
+def _answer(function: Any, arguments: dict[str, Any]) -> tuple[Any, ...]:
+    try:
+        values = call_function(function, **arguments)
+    except Exception as error:
+        return _raised(error)
+    try:
+        return "scores", [None if value is None else float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        return "invalid", str(error)
+
+
+def _raised(error: Exception) -> tuple[str, ...]:
+    return "raised", type(error).__name__, str(error), traceback.format_exc()[-_TRACEBACK_CHARACTERS:]
+
+
+def main(channel: int) -> None:
+    """Serve the requests of a file descriptor, and end without waiting for threads of the function."""
+    code = 1
+    try:
+        serve(Connection(channel))
+        code = 0
+    except SystemExit as error:  # of the function
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:  # the last frame of this process
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
