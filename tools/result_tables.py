@@ -24,10 +24,9 @@ from pathlib import Path
 import yaml
 
 from tealightning.ablation.results_view import BUDGETS, DIAGNOSTICS
-from tealightning.ablation.table_formats import markdown_text
 from tealightning.cli.quickstart import table as quickstart_table
 from tealightning.diagnostics.worlds import build_world
-from tealightning.reporting.tables import markdown_table
+from tealightning.reporting.tables import markdown_table, markdown_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"

@@ -1,32 +1,21 @@
 """Write the report of an ablation: tables, plots and a stand-alone HTML page."""
 
-import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import yaml
-from markupsafe import Markup, escape
 
-from tealightning.ablation.plots import Plot, all_plots, image
-from tealightning.ablation.results_view import Results, label, main_split, split_name, unfinished
-from tealightning.ablation.summary import counted, equal_words, failures, summary
-from tealightning.ablation.table_formats import interval_text, number_text, to_csv, to_latex, to_markdown
-from tealightning.ablation.tables import Table, all_tables
+from tealightning.ablation.plots import all_plots
+from tealightning.ablation.results_view import Results, label, main_split, split_name, to_csv
+from tealightning.ablation.summary import failures, methods, notices, summary
+from tealightning.ablation.tables import all_tables, to_latex
 from tealightning.reliability.files import write_whole
+from tealightning.reporting.page import Box, Plot, Section, html_page
+from tealightning.reporting.style import image
+from tealightning.reporting.tables import Table, markdown_page
 
-
-@dataclass(kw_only=True, slots=True)
-class Section:
-    """A part of the page: what is shown at once, and tables that open on a click."""
-
-    key: str
-    title: str
-    text: str
-    tables: list[Table]
-    plots: list[Plot]
-    folded: list[Table]
+SHOWN_FAILURES = 12
+HELD_OUT = "Prompts that neither training nor any choice made on the validation prompts has seen."
 
 
 def write_outputs(results: Results, folder: Path) -> list[Path]:
@@ -43,180 +32,118 @@ def write_outputs(results: Results, folder: Path) -> list[Path]:
         The files written.
     """
     tables, plots = all_tables(results), all_plots(results)
-    images = {plot.name: {kind: image(plot.figure, kind) for kind in ("png", "svg")} for plot in plots}
-    title = str(results.get("title") or results["name"])
+    images = {f"{plot.name}.{kind}": image(plot.figure, kind) for plot in plots for kind in ("png", "svg")}
+    svgs = {plot.name: images[f"{plot.name}.svg"] for plot in plots}
     files = {
-        "table.md": to_markdown(tables, title).encode(),
+        "table.md": markdown_page(_title(results), tables).encode(),
         "table.csv": to_csv(results).encode(),
         "table.tex": to_latex(tables).encode(),
-        **{f"plots/{name}.{kind}": data for name, kinds in images.items() for kind, data in kinds.items()},
-        "report.html": report_html(
-            results, tables, plots, {name: kinds["svg"] for name, kinds in images.items()}
-        ).encode(),
+        **{f"plots/{name}": data for name, data in images.items()},
+        "report.html": report_html(results, tables, plots, svgs).encode(),
     }
     for name, data in files.items():
         write_whole(folder / name, data)
     for plot in (folder / "plots").glob("*.*"):  # of an earlier call, and nothing in these results any more
-        if f"plots/{plot.name}" not in files and plot.suffix in (".png", ".svg"):
+        if plot.name not in images and plot.suffix in (".png", ".svg"):
             plot.unlink()
     return [folder / name for name in files]
 
 
 def report_html(results: Results, tables: Sequence[Table], plots: Sequence[Plot], images: dict[str, bytes]) -> str:
     """The page, with styles and pictures (`images`: SVG by a plot's name) inside."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    source = dict(results.get("provenance") or {})
+    commit = f", commit {source['commit']}" if source else ""
+    return html_page(
+        _title(results),
+        boxes=_boxes(results),
+        sections=[
+            *_sections(results, tables, plots),
+            Section(key="methods", title="Methods", bullets=methods(results)),
+            *(Section(key="runs", title="Runs", tables=[table]) for table in tables if table.key == "runs"),
+            Section(
+                key="origin",
+                title="Spec and provenance",
+                code=source.pop("command", ""),
+                facts=source,
+                folded_code=(
+                    "The spec as it was resolved",
+                    yaml.safe_dump(results.get("spec"), sort_keys=False, allow_unicode=True),
+                ),
+            ),
+        ],
+        images=images,
+        description=results.get("description") or "",
+        meta=f"Ablation {results['name']}, {results['created']}{commit}",
     )
-    environment.filters |= {"breakable": breakable, "unbroken": unbroken}
-    environment.globals |= {"number_text": number_text, "interval_text": interval_text, "label": label}
-    runs = [table for table in tables if table.key == "runs"]
-    return environment.get_template("report.html.j2").render(
-        results=results,
-        title=results.get("title") or results["name"],
-        summary=summary(results),
-        failures=failures(results, unfinished(results)),
-        planned=len(results.get("runs") or ()),
-        notices=notices(results),
-        sections=sections(results, tables, plots),
-        images={name: f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" for name, svg in images.items()},
-        methods=methods(results),
-        runs=runs[0] if runs else None,
-        spec=yaml.safe_dump(results.get("spec"), sort_keys=False, allow_unicode=True),
-    )
 
 
-def breakable(name: str) -> Markup:
-    """Escaped text that may be broken after an underscore, where names of variants are long."""
-    return Markup(str(escape(name)).replace("_", "_<wbr>"))
+def _title(results: Results) -> str:
+    return str(results.get("title") or results["name"])
 
 
-def unbroken(text: str) -> str:
-    """The text with `n = 1` held together."""
-    return text.replace(" = ", "\u00a0=\u00a0")
-
-
-def notices(results: Results) -> list[str]:
-    """What a reader should know before trusting a comparison: different commits, different numbers of seeds."""
-    found = []
-    finished = [run for run in results.get("runs") or () if run["status"] == "finished"]
-    commits = sorted({str(run["commit"]) for run in finished if run.get("commit")})
-    if len(commits) > 1:
-        found.append(f"The runs come from {len(commits)} different commits: {', '.join(commits)}.")
-    seeds = {name: sum(run["variant"] == name for run in finished) for name in results["variants"]}
-    most = max(seeds.values(), default=0)
-    fewer = [f"{label(results, name)} {count}" for name, count in seeds.items() if count < most]
-    if fewer:
-        found.append(f"Not every variant has {counted(most, 'finished seed')}: {', '.join(fewer)}.")
-    return found
-
-
-def methods(results: Results) -> list[str]:
-    """How the numbers came about: what was held equal, on what, and the statistics."""
-    seeds = sorted({run["seed"] for run in results.get("runs") or ()})
-    found = [f"Every run got {equal_words(results)}; what else it spent is in the budgets."]
-    if seeds:
-        found.append(f"Seeds: {', '.join(map(str, seeds))}, the same for every variant.")
-    for split, one in (results.get("splits") or {}).items():
-        found.append(
-            f"{split_name(split).capitalize()}: {counted(one['num_prompts'], 'prompt')}, {one['samples_per_prompt']} "
-            "samples of each, with the same prompts and sampling seeds for every variant."
+def _boxes(results: Results) -> list[Box]:
+    """What did not finish, what to mind, and the summary."""
+    boxes, lines = [], failures(results)
+    if lines:
+        more = [f"… {len(lines) - SHOWN_FAILURES} more are under Runs"] if len(lines) > SHOWN_FAILURES else []
+        boxes.append(
+            Box(
+                title=f"{len(lines)} of {len(results['runs'])} runs did not finish",
+                text="What follows is computed without them.",
+                bullets=[*lines[:SHOWN_FAILURES], *more],
+                warning=True,
+            )
         )
-    return [*found, *(results.get("statistics") or ())]
+    if remarks := notices(results):
+        boxes.append(Box(title="Mind when comparing", bullets=remarks, warning=True))
+    lead, *sentences = summary(results)
+    return [*boxes, Box(title="Summary", lead=lead, text=" ".join(sentences))]
 
 
-def sections(results: Results, tables: Sequence[Table], plots: Sequence[Plot]) -> list[Section]:
+def _sections(results: Results, tables: Sequence[Table], plots: Sequence[Plot]) -> list[Section]:
     """The parts of the page in order; those without a table and a plot are left out."""
-    split = main_split(results)
-    parts = [
-        *(LAYOUT if split is not None else ()),
-        *(
-            (f"split_{other}", split_name(other).capitalize(), HELD_OUT, *held_out(other))
-            for other in results.get("splits") or {}
-            if other != split
-        ),
-        ("training", "Training and budgets", "", ["budgets"], ["training", "training_panels"], []),
-    ]
+    split, reference = main_split(results), label(results, results["reference"])
     by_key, by_name = {table.key: table for table in tables}, {plot.name: plot for plot in plots}
-    found = []
-    for key, title, text, shown, pictures, folded in parts:
-        places = {"split": split, "reference": label(results, results["reference"]), "n": results["headline_n"]}
+    sections = []
+
+    def add(key: str, title: str, text: str, shown: Sequence[str], pictures: Sequence[str], *folded: str) -> None:
         section = Section(
             key=key,
-            title=title.format(**places),
-            text=text.format(**places),
-            tables=[by_key[name] for item in shown if (name := item.format(**places)) in by_key],
+            title=title,
+            text=text,
+            tables=[by_key[name] for name in shown if name in by_key],
             plots=[by_name[name] for name in pictures if name in by_name],
-            folded=[by_key[name] for item in folded if (name := item.format(**places)) in by_key],
+            folded=[by_key[name] for name in folded if name in by_key],
         )
-        found += [section] if section.tables or section.plots or section.folded else []
-    return found
+        if section.tables or section.plots or section.folded:
+            sections.append(section)
 
-
-HELD_OUT = "Prompts that neither training nor any choice made on the validation prompts has seen."
-
-
-def held_out(split: str) -> tuple[list[str], list[str], list[str]]:
-    """Tables, plots and folded tables of a prompt set after the main one."""
-    names = ("best_of_n", "gold_best_of_n", "difference_to_reference", "difference_to_start")
-    shown = [f"best_of_n_{split}", f"reference_{split}"]
-    folded = [f"{key}_{split}" for key in ("against_reference", "against_start", "gold_best_of_n", "diagnostics")]
-    return shown, [f"{name}_{split}" for name in names], folded
-
-
-Part = tuple[str, str, str, list[str], list[str], list[str]]
-LAYOUT: list[Part] = [
-    (
-        "best_of_n",
-        "Best-of-n",
-        "The reward of the best of n samples. At n = 1 that is the mean reward.",
-        ["best_of_n_{split}"],
-        ["best_of_n", "best_of_n_panels"],
-        [],
-    ),
-    (
-        "reference",
-        "Against {reference}",
-        "Differences are paired: the same prompts and sampling seeds for both.",
-        ["reference_{split}"],
-        ["difference_to_reference", "difference_to_reference_over_n"],
-        ["against_reference_{split}"],
-    ),
-    (
-        "start",
-        "Against the policy before training",
-        "What training was good for at all.",
-        [],
-        ["difference_to_start", "reward_histograms"],
-        ["against_start_{split}"],
-    ),
-    (
-        "kl",
-        "At equal KL",
+    text = "The reward of the best of n samples. At n = 1 that is the mean reward."
+    add("best_of_n", "Best-of-n", text, [f"best_of_n_{split}"], ["best_of_n"])
+    text = "Differences are paired: the same prompts and sampling seeds for both."
+    pictures = ["difference_to_reference", "difference_to_reference_over_n"]
+    folded = f"against_reference_{split}"
+    add("reference", f"Against {reference}", text, [f"reference_{split}"], pictures, folded)
+    text = "What training was good for at all."
+    pictures = ["difference_to_start", "reward_histograms"]
+    add("start", "Against the policy before training", text, [], pictures, f"against_start_{split}")
+    text = (
         "Variants that spend the same budget can move differently far from the start. Here they are compared where "
-        "they have moved equally far.",
-        ["equal_kl", "equal_kl_differences"],
-        ["best_of_n_against_kl", "best_of_n_against_kl_panels"],
-        [],
-    ),
-    (
-        "gold",
-        "Gold reward",
+        "they have moved equally far."
+    )
+    add("kl", "At equal KL", text, ["equal_kl", "equal_kl_differences"], ["best_of_n_against_kl"])
+    text = (
         "A second reward that was measured and never trained on. Best-of-n still picks by the training reward: a curve "
-        "that falls while the training reward's rises is over-optimisation.",
-        ["gold_best_of_n_{split}"],
-        ["gold_best_of_n", "gold_best_of_n_panels", "gold_against_kl"],
-        [],
-    ),
-    (
-        "completions",
-        "Completions",
-        "Length and diversity: a policy that repeats itself gains little from more samples.",
-        ["diagnostics_{split}"],
-        ["completions"],
-        [],
-    ),
-]
+        "that falls while the training reward's rises is over-optimisation."
+    )
+    add("gold", "Gold reward", text, [f"gold_best_of_n_{split}"], ["gold_best_of_n", "gold_against_kl"])
+    text = "Length and diversity: a policy that repeats itself gains little from more samples."
+    add("completions", "Completions", text, [f"diagnostics_{split}"], ["completions"])
+    for other in [name for name in results.get("splits") or {} if name != split]:
+        pictures = ["best_of_n", "gold_best_of_n", "difference_to_reference", "difference_to_start"]
+        hidden = ("against_reference", "against_start", "gold_best_of_n", "diagnostics")
+        shown = [f"best_of_n_{other}", f"reference_{other}"]
+        title, names = split_name(other).capitalize(), [f"{name}_{other}" for name in pictures]
+        add(f"split_{other}", title, HELD_OUT, shown, names, *(f"{name}_{other}" for name in hidden))
+    add("training", "Training and budgets", "", ["budgets"], ["training"])
+    return sections

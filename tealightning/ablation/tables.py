@@ -1,20 +1,16 @@
-"""Build the tables of an ablation from its results; `table_formats` writes them.
+"""Build the tables of an ablation from its results; variants stand in the order of the spec."""
 
-Variants stand in the order of the spec. A cell holds unrounded numbers: what is shown of them is the writer's business.
-"""
-
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from tealightning.ablation.results_view import (
     BUDGETS,
     DIAGNOSTICS,
-    START,
     Estimate,
     Results,
     at,
-    budgets_of,
+    equal_kl_of,
     evaluated,
     interval_name,
     is_significant,
@@ -22,6 +18,7 @@ from tealightning.ablation.results_view import (
     main_split,
     split_name,
 )
+from tealightning.reporting.tables import Table, TableCell, latex_table
 
 DIAGNOSTICS_NOTE = (
     "Distinct-1 and -2: share of different tokens and pairs of tokens among all of a prompt's completions; "
@@ -30,93 +27,74 @@ DIAGNOSTICS_NOTE = (
 )
 
 
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Cell:
-    """One cell: text, or a number with an optional interval."""
-
-    kind: Literal["text", "number", "count", "p_value"] = "text"
-    text: str = ""
-    value: float | None = None  # None in a numeric cell = not known
-    low: float | None = None
-    high: float | None = None
-    best: bool = False  # the highest of its column
-    star: bool = False  # differs from the reference after correction
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Table:
-    """A table whose first column says what a row is of.
-
-    `key` is unique among the tables of an ablation; `note` is a sentence or two on how to read it.
-    """
-
-    key: str
-    title: str
-    note: str
-    columns: list[str]
-    rows: list[list[Cell]]
-
-
 def all_tables(results: Results) -> list[Table]:
     """Every table of an ablation: those of each split, then equal KL, budgets and runs. Empty ones are left out."""
-    tables = [table for split in results.get("splits") or {} for table in split_tables(results, split)]
-    tables += [equal_kl_table(results), equal_kl_difference_table(results), budget_table(results), run_table(results)]
+    tables = [table for split in results.get("splits") or {} for table in _split_tables(results, split)]
+    tables += [_equal_kl_table(results), _equal_kl_differences(results), _budget_table(results), _run_table(results)]
     return [table for table in tables if table.rows]
 
 
-def split_tables(results: Results, split: str) -> list[Table]:
-    """The tables of one prompt set."""
+def to_latex(tables: Sequence[Table]) -> str:
+    """All tables; of the runs only those that did not finish."""
+    parts = ["% Needs \\usepackage{booktabs}.\n"]
+    for table in tables:
+        if table.key == "runs":
+            status, end = table.columns.index("status"), table.columns.index("error") + 1
+            rows = [row[:end] for row in table.rows if row[status].text != "finished"]
+            columns = table.columns[:end]
+            table = replace(table, title="Runs that did not finish", note="", columns=columns, rows=rows)
+        parts += [latex_table(table)] if table.rows else []
+    return "\n".join(parts)
+
+
+def _split_tables(results: Results, split: str) -> list[Table]:
     return [
-        main_table(results, split),
-        reference_table(results, split),
-        difference_table(results, split, "against_reference"),
-        difference_table(results, split, "against_start"),
-        main_table(results, split, "gold_best_of_n"),
-        diagnostics_table(results, split),
+        _main_table(results, split, "best_of_n"),
+        _reference_table(results, split),
+        _difference_table(results, split, "against_reference"),
+        _difference_table(results, split, "against_start"),
+        _main_table(results, split, "gold_best_of_n"),
+        _diagnostics_table(results, split),
     ]
 
 
-def main_table(results: Results, split: str, quantity: str = "best_of_n") -> Table:
-    """Best-of-n at every n, n = 1 being the mean reward; `quantity` may be `gold_best_of_n`."""
-    ns = budgets_of(results, split, quantity)
-    rows = [
-        [name_cell(results, name), *(estimate_cell(at(policy[quantity], n)) for n in ns)]
-        for name, policy in evaluated(results, split, start=True).items()
-        if policy.get(quantity)
-    ]
+def _main_table(results: Results, split: str, quantity: str) -> Table:
+    """Best-of-n at every n, or its gold reward."""
+    ns, headline, is_gold = results["ns"], results["headline_n"], quantity == "gold_best_of_n"
+
+    def cell(policy: Mapping[str, Any], n: int) -> TableCell:
+        star = not is_gold and n == headline and is_significant(results, at(policy.get("against_reference"), n))
+        return _cell(at(policy[quantity], n), star=star)
+
+    policies = evaluated(results, split, start=True).items()
     note = (
         f"Mean over prompts and seeds with its {interval_name(results)} interval; the highest of each column is bold."
     )
-    if quantity == "best_of_n":
-        rows = starred(results, split, rows, ns)
-        note += (
-            f" A star at n = {results['headline_n']}: differs from {label(results, results['reference'])} after the "
-            "correction for multiple comparisons."
-        )
-    else:
-        note = f"The gold reward of the sample that the training reward picks among n. {note}"
-    what = "Best-of-n" if quantity == "best_of_n" else "Gold reward of the best of n"
-    columns = ["variant", *("mean reward (n = 1)" if n == 1 else f"n = {n}" for n in ns)]
+    star_note = (
+        f" A star at n = {headline}: differs from {label(results, results['reference'])} after the correction for "
+        "multiple comparisons."
+    )
+    gold_note = f"The gold reward of the sample that the training reward picks among n. {note}"
     return Table(
         key=f"{quantity}_{split}",
-        title=f"{what}, {split_name(split)}",
-        note=note,
-        columns=columns,
-        rows=with_best(rows),
+        title=f"{'Gold reward of the best of n' if is_gold else 'Best-of-n'}, {split_name(split)}",
+        note=gold_note if is_gold else note + star_note,
+        columns=["variant", *("mean reward (n = 1)" if n == 1 else f"n = {n}" for n in ns)],
+        rows=_with_best(
+            [_name(results, name), *(cell(policy, n) for n in ns)] for name, policy in policies if policy.get(quantity)
+        ),
     )
 
 
-def reference_table(results: Results, split: str) -> Table:
+def _reference_table(results: Results, split: str) -> Table:
     """Differences to the reference at the headline n: reward, probability of improvement, win rate and p-values."""
-    rows = []
+    reference, n, rows = label(results, results["reference"]), results["headline_n"], []
     for name, policy in evaluated(results, split).items():
-        found = at(policy.get("against_reference"), results["headline_n"])
-        if found is not None:
-            cell = replace(estimate_cell(found), star=is_significant(results, found))
-            shares = [estimate_cell(found.get(key)) for key in ("probability_of_improvement", "win_rate")]
-            p_values = [Cell(kind="p_value", value=found.get(key)) for key in ("p_value", "p_adjusted")]
-            rows.append([name_cell(results, name), cell, *shares, *p_values])
-    reference, n = label(results, results["reference"]), results["headline_n"]
+        if (difference := at(policy.get("against_reference"), n)) is not None:
+            cells = [_cell(difference, star=is_significant(results, difference))]
+            cells += [_cell(difference.get(key)) for key in ("probability_of_improvement", "win_rate")]
+            cells += [TableCell(kind="p_value", value=difference.get(key)) for key in ("p_value", "p_adjusted")]
+            rows.append([_name(results, name), *cells])
     return Table(
         key=f"reference_{split}",
         title=f"Differences to {reference} at n = {n}, {split_name(split)}",
@@ -129,14 +107,13 @@ def reference_table(results: Results, split: str) -> Table:
     )
 
 
-def difference_table(results: Results, split: str, against: str) -> Table:
+def _difference_table(results: Results, split: str, against: str) -> Table:
     """Differences to the reference or to the start at every n, `against` being the key in results.json."""
-    ns = budgets_of(results, split, against)
-    rows = []
+    ns, rows = results["ns"], []
     for name, policy in evaluated(results, split).items():
-        if found := policy.get(against):
-            cells = [replace(estimate_cell(at(found, n)), star=is_significant(results, at(found, n))) for n in ns]
-            rows.append([name_cell(results, name), *cells])
+        if curve := policy.get(against):
+            cells = [_cell(at(curve, n), star=is_significant(results, at(curve, n))) for n in ns]
+            rows.append([_name(results, name), *cells])
     other = label(results, results["reference"]) if against == "against_reference" else "the policy before training"
     return Table(
         key=f"{against}_{split}",
@@ -148,14 +125,11 @@ def difference_table(results: Results, split: str, against: str) -> Table:
     )
 
 
-def diagnostics_table(results: Results, split: str) -> Table:
+def _diagnostics_table(results: Results, split: str) -> Table:
     """KL, length, diversity and spread of every policy; columns that nobody has are left out."""
-    policies = evaluated(results, split, start=True)
-    known = [key for key in DIAGNOSTICS if any((p.get("diagnostics") or {}).get(key) for p in policies.values())]
-    rows = [
-        [name_cell(results, name), *(estimate_cell((policy.get("diagnostics") or {}).get(key)) for key in known)]
-        for name, policy in policies.items()
-    ]
+    diagnostics = {n: p.get("diagnostics") or {} for n, p in evaluated(results, split, start=True).items()}
+    known = [key for key in DIAGNOSTICS if any(own.get(key) for own in diagnostics.values())]
+    rows = [[_name(results, name), *(_cell(own.get(key)) for key in known)] for name, own in diagnostics.items()]
     return Table(
         key=f"diagnostics_{split}",
         title=f"Completions, {split_name(split)}",
@@ -165,123 +139,102 @@ def diagnostics_table(results: Results, split: str) -> Table:
     )
 
 
-def equal_kl_table(results: Results) -> Table:
+def _equal_kl_table(results: Results) -> Table:
     """Best-of-n at n = 1 and the headline n where every variant has moved equally far from the start."""
-    equal: Mapping[str, Any] = results.get("equal_kl") or {"kls": [], "variants": {}}
-    ns = list(dict.fromkeys([1, results["headline_n"]]))
-    rows = []
-    for name in results["variants"]:
-        points = {point["kl"]: point["best_of_n"] for point in equal["variants"].get(name) or () if point}
-        cells = [estimate_cell(at(points.get(kl), n)) for kl in equal["kls"] for n in ns]
-        if cells:
-            rows.append([name_cell(results, name), *cells])
-    split = main_split(results)
+    equal, ns = equal_kl_of(results), list(dict.fromkeys([1, results["headline_n"]]))
     return Table(
         key="equal_kl",
-        title="Best-of-n at equal KL" + (f", {split_name(split)}" if split else ""),
+        title="Best-of-n at equal KL" + _of_main_split(results),
         note="Interpolated linearly in the square root of the KL between evaluations; KL to the start in "
         f"{equal.get('unit', 'nats')}. A "
         "dash: the variant never moved that far. The highest of each column is bold.",
         columns=["variant", *(f"KL {kl:g}, n = {n}" for kl in equal["kls"] for n in ns)],
-        rows=with_best(rows),
+        rows=_with_best(_at_equal_kl(results, "best_of_n", ns)),
     )
 
 
-def equal_kl_difference_table(results: Results) -> Table:
+def _equal_kl_differences(results: Results) -> Table:
     """Differences to the reference at the headline n where both have moved equally far from the start."""
-    equal: Mapping[str, Any] = results.get("equal_kl") or {"kls": [], "variants": {}}
-    n, reference, split = results["headline_n"], label(results, results["reference"]), main_split(results)
-    rows = []
-    for name in results["variants"]:
-        points = {p["kl"]: p.get("against_reference") for p in equal["variants"].get(name) or () if p}
-        if any(points.values()):
-            rows.append([name_cell(results, name), *(estimate_cell(at(points.get(kl), n)) for kl in equal["kls"])])
+    equal, n, reference = equal_kl_of(results), results["headline_n"], label(results, results["reference"])
     return Table(
         key="equal_kl_differences",
-        title=f"Differences to {reference} at equal KL, n = {n}" + (f", {split_name(split)}" if split else ""),
+        title=f"Differences to {reference} at equal KL, n = {n}" + _of_main_split(results),
         note=f"Paired differences of best-of-{n} with {interval_name(results)} intervals, not corrected for the number "
         f"of comparisons; KL in {equal.get('unit', 'nats')}. A dash: one of the two never moved that far.",
         columns=["variant", *(f"KL {kl:g}" for kl in equal["kls"])],
-        rows=rows,
+        rows=_at_equal_kl(results, "against_reference", [n], only_known=True),
     )
 
 
-def budget_table(results: Results) -> Table:
+def _at_equal_kl(
+    results: Results, quantity: str, ns: Sequence[int], *, only_known: bool = False
+) -> list[list[TableCell]]:
+    """A row for each variant, a column for each KL and n; with `only_known`, no variant without `quantity`."""
+    equal, rows = equal_kl_of(results), []
+    for name in results["variants"]:
+        curves = {point["kl"]: point.get(quantity) for point in equal["variants"].get(name) or () if point}
+        if equal["kls"] and (any(curves.values()) or not only_known):
+            rows.append([_name(results, name), *(_cell(at(curves.get(kl), n)) for kl in equal["kls"] for n in ns)])
+    return rows
+
+
+def _of_main_split(results: Results) -> str:
+    split = main_split(results)
+    return f", {split_name(split)}" if split else ""
+
+
+def _budget_table(results: Results) -> Table:
     """What every variant spent, means over its finished seeds."""
     spent = results.get("budgets") or {}
-    rows = [
-        [name_cell(results, name), *(Cell(kind="count", value=spent[name].get(key)) for key in BUDGETS)]
-        for name in results["variants"]
-        if spent.get(name)
-    ]
     return Table(
         key="budgets",
         title="Budgets",
         note=f"Means over finished seeds, of training alone. Held equal: {BUDGETS.get(results['equal']['what'])}.",
         columns=["variant", *BUDGETS.values()],
-        rows=rows,
+        rows=[[_name(results, name), *_counts(spent[name])] for name in results["variants"] if spent.get(name)],
     )
 
 
-def run_table(results: Results) -> Table:
+def _run_table(results: Results) -> Table:
     """Every planned run, failed ones first, then missing ones, then the finished."""
-    order = {"failed": 0, "missing": 1}
+    order, texts = {"failed": 0, "missing": 1}, ("seed", "status", "error", "commit", "folder")
     runs = sorted(results.get("runs") or (), key=lambda run: order.get(run["status"], 2))
-    texts = ("status", "error", "commit", "folder")
-    rows = [
-        [
-            name_cell(results, run["variant"]),
-            Cell(text=str(run["seed"])),
-            *(Cell(text=str(run.get(key) or "")) for key in texts),
-            *(Cell(kind="count", value=run.get(key)) for key in BUDGETS),
-        ]
-        for run in runs
-    ]
+
+    def cells(run: Mapping[str, Any]) -> list[TableCell]:
+        values = [run.get(key) for key in texts]
+        return [TableCell(text="" if value is None else str(value)) for value in values]
+
     return Table(
         key="runs",
         title="Runs",
         note="Every planned run, those that failed or are missing first.",
-        columns=["variant", "seed", *texts, *BUDGETS.values()],
-        rows=rows,
+        columns=["variant", *texts, *BUDGETS.values()],
+        rows=[[_name(results, run["variant"]), *cells(run), *_counts(run)] for run in runs],
     )
 
 
-def name_cell(results: Results, variant: str) -> Cell:
-    return Cell(text=label(results, variant))
+def _name(results: Results, variant: str) -> TableCell:
+    return TableCell(text=label(results, variant))
 
 
-def estimate_cell(estimate: Estimate | None) -> Cell:
+def _counts(spent: Mapping[str, Any]) -> list[TableCell]:
+    return [TableCell(kind="count", value=spent.get(key)) for key in BUDGETS]
+
+
+def _cell(estimate: Estimate | None, *, star: bool = False) -> TableCell:
     """A number with its interval; an empty numeric cell for None."""
     if estimate is None:
-        return Cell(kind="number")
-    return Cell(kind="number", value=estimate["mean"], low=estimate.get("low"), high=estimate.get("high"))
+        return TableCell(kind="number")
+    low, high = estimate.get("low"), estimate.get("high")
+    return TableCell(kind="number", value=estimate["mean"], low=low, high=high, star=star)
 
 
-def with_best(rows: list[list[Cell]]) -> list[list[Cell]]:
+def _with_best(rows: Iterable[list[TableCell]]) -> list[list[TableCell]]:
     """The highest number of each column marked; of equal ones all."""
-    if not rows:
-        return rows
-    highest = [max(numbers(column), default=None) for column in zip(*rows, strict=True)]
+    rows = list(rows)
+    columns = list(zip(*rows, strict=True))
+    highest = [max((cell.value for cell in column if cell.value is not None), default=None) for column in columns]
     return [
-        [
-            replace(cell, best=cell.value is not None and cell.value == top)
-            for cell, top in zip(row, highest, strict=True)
-        ]
+        [replace(cell, best=cell.value == top is not None) for cell, top in zip(row, highest, strict=True)]
         for row in rows
     ]
-
-
-def numbers(cells: Iterable[Cell]) -> Iterable[float]:
-    return (cell.value for cell in cells if cell.value is not None)
-
-
-def starred(results: Results, split: str, rows: list[list[Cell]], ns: list[int]) -> list[list[Cell]]:
-    """A star at the headline n for the rows whose difference to the reference survives the correction."""
-    n = results["headline_n"]
-    names = [name for name, policy in evaluated(results, split, start=True).items() if policy.get("best_of_n")]
-    for name, row in zip(names, rows, strict=True):
-        policy = evaluated(results, split).get(name) if name != START else None
-        if n in ns and policy and is_significant(results, at(policy.get("against_reference"), n)):
-            column = 1 + ns.index(n)
-            row[column] = replace(row[column], star=True)
-    return rows

@@ -27,6 +27,7 @@ class Box:
     """A framed note above the sections."""
 
     title: str
+    lead: str = ""  # a first sentence, in bold
     text: str = ""
     bullets: Sequence[str] = ()
     warning: bool = False

@@ -10,8 +10,9 @@ from ablation_results import ERROR, results_of
 
 from tealightning.ablation.plots import all_plots
 from tealightning.ablation.report import report_html
-from tealightning.ablation.table_formats import CSV_COLUMNS, latex_text, markdown_text, to_csv, to_latex, to_markdown
-from tealightning.ablation.tables import all_tables
+from tealightning.ablation.results_view import CSV_COLUMNS, to_csv
+from tealightning.ablation.tables import all_tables, to_latex
+from tealightning.reporting.tables import markdown_page, markdown_text
 
 NUMBER = re.compile(r"<?-?\d[\d,]*(?:\.\d+)?")
 DIAGNOSTICS = (
@@ -162,7 +163,7 @@ def page(results):
 
 def test_tables_in_markdown_equal_the_results(results):
     tables = all_tables(results)
-    check_tables(parse_markdown(to_markdown(tables, "t"), tables), results)
+    check_tables(parse_markdown(markdown_page("t", tables), tables), results)
 
 
 def test_tables_in_latex_equal_the_results(results):
@@ -244,7 +245,7 @@ def test_run_table_has_every_run_and_failures_first(results):
 
 def test_markdown_keeps_an_error_in_its_cell(results):
     tables = all_tables(results)
-    runs = parse_markdown(to_markdown(tables, "t"), tables)["runs"]
+    runs = parse_markdown(markdown_page("t", tables), tables)["runs"]
     assert {len(row) for row in runs} == {len(tables[-1].columns)}
     assert runs[0][3] == ERROR.replace("\n", " ")
 
@@ -254,11 +255,6 @@ def test_latex_shows_runs_that_did_not_finish_and_escapes_their_errors(results):
     assert r"step \textless{}12\textgreater{} of \_\_init\_\_ \& a\_b see 100\% of \{it\}" in text
     assert "finished" not in text.split(r"\label{tab:runs}")[1]
     assert not re.search(r"(?<!\\)[_%#]", text.split("\n", 1)[1])
-
-
-def test_escapes_leave_no_character_with_a_meaning():
-    assert latex_text(r"[a\b{c}~^|$") == r"{[}a\textbackslash{}b\{c\}\textasciitilde{}\textasciicircum{}\textbar{}\$"
-    assert markdown_text("*a* `b` [c] <d> _e_ f_g") == r"\*a\* \`b\` \[c\] &lt;d&gt; \_e\_ f_g"
 
 
 @pytest.mark.parametrize("part", ["equal_kl", "training", "histograms", "checkpoints"])
@@ -276,5 +272,5 @@ def test_tables_and_plots_leave_out_what_was_not_measured(part):
 def test_tables_show_a_dash_for_what_is_not_known():
     results = results_of(variants=2, splits=("val",))
     results["splits"]["val"]["variants"]["grpo"]["best_of_n"][1] |= {"mean": None, "low": None, "high": None}
-    lines = to_markdown(all_tables(results), "t").splitlines()
+    lines = markdown_page("t", all_tables(results)).splitlines()
     assert next(line for line in lines if line.startswith("| grpo")).split(" | ")[2] == "–"
