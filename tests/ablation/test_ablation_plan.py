@@ -2,8 +2,16 @@ import copy
 
 import pytest
 
-from tealightning.ablation.plan import arguments, expand, make_plan
-from tealightning.ablation.run_configs import config_hash, run_config, start_config, with_folder, with_seed
+from tealightning.ablation.plan import (
+    arguments,
+    config_hash,
+    expand,
+    make_plan,
+    run_config,
+    start_config,
+    with_folder,
+    with_seed,
+)
 from tealightning.ablation.spec import parse_spec
 
 CONFIG = {
@@ -144,6 +152,22 @@ def test_hash_changes_with_the_configuration_and_with_the_inputs(tmp_path):
     assert all(folders(spec_of(equal={"optimizer_steps": 11}))[key] != folder for key, folder in before.items())
     prompts.write_text("{} \n")
     assert all(folders(spec_of())[key] != folder for key, folder in before.items())
+
+
+def test_hash_reads_the_contents_of_large_files(tmp_path):
+    """A retrained policy has files of the same size."""
+    policy = tmp_path / "policy"
+    policy.mkdir()
+    with (policy / "model.safetensors").open("wb") as weights:
+        weights.truncate(65 * 2**20)
+    config = copy.deepcopy(CONFIG)
+    config["model"]["init_args"]["policy"] = str(policy)
+    before = config_hash(config, {})
+    assert config_hash(config, {}) == before
+    with (policy / "model.safetensors").open("r+b") as weights:
+        weights.seek(33 * 2**20)
+        weights.write(b"1")
+    assert config_hash(config, {}) != before
 
 
 def test_hash_leaves_out_when_a_run_is_given_up():
