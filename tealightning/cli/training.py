@@ -23,7 +23,7 @@ from tealightning.cli.user_settings import with_a_fresh_estimator
 from tealightning.data import PromptDataModule
 from tealightning.errors import UserError
 from tealightning.registry import did_you_mean
-from tealightning.reliability.checkpoint_files import SealedCheckpointIO, warn_of_pickles
+from tealightning.reliability.checkpoint_files import VerifiedCheckpointIO, warn_of_pickles
 from tealightning.reliability.files import run_folder, write_whole
 from tealightning.reliability.locks import claimed_run_folder, refuse_live_run, refuse_other_runs
 from tealightning.reliability.logger import DurableCSVLogger
@@ -100,7 +100,7 @@ class TrainingCLI(LightningCLI):
         parser.add_lightning_class_args(HealthChecks, "health")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """With checkpoints from which a run can go on, unless they are off, their files sealed in any case, and CSV
+        """With checkpoints from which a run can go on, unless they are off, their files verified in any case, and CSV
         loggers that lose nothing."""
         settings = self._get(self.config_init, "trainer")
         callbacks, plugins = (_as_list(settings.get(name)) for name in ("callbacks", "plugins"))
@@ -109,7 +109,7 @@ class TrainingCLI(LightningCLI):
             checkpoint.resume_command = command_to_go_on(self.given)
             callbacks = [*callbacks, checkpoint]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins = [*plugins, SealedCheckpointIO()]
+            plugins = [*plugins, VerifiedCheckpointIO()]
         trainer = super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
         trainer.loggers = [
             DurableCSVLogger.taking_over(logger) if type(logger) is CSVLogger else logger for logger in trainer.loggers

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +13,39 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from tealightning.errors import UserError
-from tealightning.reliability import rescue
 from tealightning.reliability.checkpoint_files import (
+    DamagedCheckpointError,
     checkpoint_file,
     move_folder,
+    newest_good,
     remove_older,
+    verify,
     warn_if_the_next_may_not_fit,
 )
 from tealightning.reliability.files import run_folder
+from tealightning.reliability.locks import locked
 from tealightning.reliability.progress import RunPhase, during
 from tealightning.reliability.step_snapshot import (
     RANKS,
-    Boundary,
+    CannotSaveError,
     HasRankState,
-    after_epoch,
-    before_validation,
-    boundary_of,
+    StepSnapshot,
     has_finite_weights,
     is_ending,
+    mark_after_epoch,
+    mark_before_validation,
     over_ranks,
     random_state,
     rank_state,
     set_random_state,
+    snapshot_after_error,
+    take_snapshot,
     will_validate,
 )
 from tealightning.reliability.stop_signals import StopRequestedError, StopSignals
 
 DEFAULT_EVERY_N_STEPS = 20
+_LOCK_SECONDS = 300.0
 
 
 class ResumableCheckpoint(Checkpoint):
@@ -50,8 +57,8 @@ class ResumableCheckpoint(Checkpoint):
     validation is written before it, and a resumed run repeats the validation.
 
     After SIGTERM or SIGINT the run ends its step, writes a checkpoint and exits with status 143 or 130, all ranks at
-    the same step; a second signal ends it at once. After an exception it writes one of the last completed step (see
-    `rescue`). In both cases it prints how to go on.
+    the same step; a second signal ends it at once. After an exception it writes one of the last completed step, if the
+    weights still are those of it. In both cases it prints how to go on.
 
     Args:
         every_n_steps: Steps (batches of prompts) between checkpoints; None = 20, or, where `trainer.callbacks` has a
@@ -71,16 +78,15 @@ class ResumableCheckpoint(Checkpoint):
         self.resume_command: str | None = None
         """What the user is told to call to go on, once a checkpoint is there."""
         self.folder: Path | None = None
-        self.boundary: Boundary | None = None
-        self.is_moving = False  # an optimizer step has begun since the boundary
         self.validation_due = False
-        self.saved: Path | None = None  # the newest one of this run
-        self.rescued: Boundary | None = None  # while a rescue writes: what it writes
+        self._snapshot: StepSnapshot | None = None  # of the last completed step
+        self._is_moving = False  # an optimizer step has begun since the snapshot
+        self._written: StepSnapshot | None = None  # while it is written into a checkpoint
+        self._saved: Path | None = None  # the newest checkpoint of this run
         self._signals = StopSignals()
         self._stop = 0  # the signal that all ranks have agreed on
         self._is_due = False
         self._random: dict[str, Any] | None = None  # of the checkpoint that was loaded
-        self._is_saving = False
 
     # ---------------------------------------------------------------- life cycle
 
@@ -99,7 +105,7 @@ class ResumableCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._signals.install()
-        self.is_moving = False
+        self._is_moving = False
         if self._random is not None:
             set_random_state(self._random)
             self._random = None
@@ -108,8 +114,8 @@ class ResumableCheckpoint(Checkpoint):
         is_agreed = isinstance(exception, StopRequestedError) and trainer.global_rank > 0  # rank 0 tells and saves
         if trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run and not is_agreed:  # type: ignore[attr-defined]
             with during(RunPhase.SAVING):
-                told = rescue.after(exception, self, trainer, pl_module)
-            print(f"tealightning: {told}", file=sys.stderr, flush=True)
+                message = self._rescue(trainer, pl_module)
+            print(f"tealightning: {message}", file=sys.stderr, flush=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"validation_due": self.validation_due}
@@ -118,14 +124,11 @@ class ResumableCheckpoint(Checkpoint):
         self.validation_due = bool(state_dict["validation_due"])
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Also of a checkpoint that another callback writes. Then, and for its own, this is a call of all ranks."""
-        if self.rescued is not None:
-            self.rescued.put_into(checkpoint, trainer.datamodule)  # type: ignore[attr-defined]
-            checkpoint[RANKS] = self.rescued.ranks
-            return
-        if self._is_saving and self.boundary is not None:
-            self.boundary.put_into(checkpoint, trainer.datamodule)  # type: ignore[attr-defined]
-        checkpoint[RANKS] = over_ranks(rank_state(trainer))
+        """Also of a checkpoint that another callback writes; this is then a call of all ranks."""
+        if self._written is not None:
+            self._written.put_into(checkpoint, trainer.datamodule)  # type: ignore[attr-defined]
+        else:
+            checkpoint[RANKS] = over_ranks(rank_state(trainer))
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -146,15 +149,15 @@ class ResumableCheckpoint(Checkpoint):
     # ---------------------------------------------------------------- steps
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
-        self.is_moving = True
+        self._is_moving = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         everyone = over_ranks((self._signals.received, random_state()))
         self._stop = max(signum for signum, _ in everyone)
-        self.boundary = boundary_of(trainer, [{"random": streams, "callbacks": {}} for _, streams in everyone])
-        self.is_moving = False
+        self._snapshot = take_snapshot(trainer, [{"random": streams, "callbacks": {}} for _, streams in everyone])
+        self._is_moving = False
         every = self.every_n_steps or 0
-        is_due = bool(every) and (self.boundary.batches % every == 0 or is_ending(trainer))
+        is_due = bool(every) and (self._snapshot.batches % every == 0 or is_ending(trainer))
         self._is_due = self._is_due or is_due or bool(self._stop)
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not will_validate(trainer):
             self._save_and_end(trainer)
@@ -162,8 +165,7 @@ class ResumableCheckpoint(Checkpoint):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self._is_after_a_step(trainer):
             self.validation_due = True
-            self._pass_boundary(trainer)
-            before_validation(self.boundary)  # type: ignore[arg-type]
+            mark_before_validation(self._snapshot_again(trainer))
             self._save_and_end(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
@@ -174,21 +176,20 @@ class ResumableCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.validation_due = False
         if self._is_after_a_step(trainer):
-            self._pass_boundary(trainer)
+            self._snapshot_again(trainer)
             self._stop = max(over_ranks(self._signals.received))
             self._is_due = bool(self._stop)
             self._save_and_end(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self._is_after_a_step(trainer):
-            self._pass_boundary(trainer)
-            after_epoch(self.boundary, trainer)  # type: ignore[arg-type]
+            mark_after_epoch(self._snapshot_again(trainer), trainer)
             self._save_and_end(trainer)
 
     # ---------------------------------------------------------------- saving
 
     def save(self, trainer: pl.Trainer) -> bool:
-        """Write a checkpoint of the boundary; a call of all ranks.
+        """Write a checkpoint of the last completed step; a call of all ranks.
 
         Returns:
             Whether the disk took it; if not, there is a warning, and the older ones are as they were.
@@ -196,7 +197,7 @@ class ResumableCheckpoint(Checkpoint):
         Raises:
             ValueError: if the weights are not finite: such a checkpoint would in the end replace the good ones.
         """
-        assert self.folder is not None
+        assert self.folder is not None and self._snapshot is not None
         if not all(over_ranks(has_finite_weights(trainer.lightning_module))):
             raise UserError(
                 f"The weights are not finite after optimizer step {trainer.global_step}: nothing was saved. Go on from "
@@ -204,13 +205,14 @@ class ResumableCheckpoint(Checkpoint):
             )
         path = checkpoint_file(self.folder, trainer.global_step)
         is_sharded = isinstance(trainer.strategy, ModelParallelStrategy)  # writes a folder, or no whole file
-        written = path.with_name(f".{path.name}.part") if is_sharded else path
+        target = path.with_name(f".{path.name}.part") if is_sharded else path
         if is_sharded and trainer.is_global_zero:
-            shutil.rmtree(written, ignore_errors=True)  # of a run that was killed
-        self._is_saving, refused = True, False
+            shutil.rmtree(target, ignore_errors=True)  # of a run that was killed
+        refused = False
         try:
             with during(RunPhase.SAVING):
-                trainer.save_checkpoint(written, weights_only=False)
+                self._written = replace(self._snapshot, ranks=over_ranks(rank_state(trainer)))
+                trainer.save_checkpoint(target, weights_only=False)
         except OSError as error:
             if is_sharded:
                 raise  # any rank may be the one that could not write
@@ -221,25 +223,26 @@ class ResumableCheckpoint(Checkpoint):
             )
             trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
         finally:
-            self._is_saving = False
+            self._written = None
         if any(over_ranks(refused)):
             return False
         if trainer.is_global_zero:
             if is_sharded:
-                move_folder(written, path, trainer.global_step)
+                move_folder(target, path, trainer.global_step)
             remove_older(self.folder, self.keep)
             warn_if_the_next_may_not_fit(path)
         trainer.strategy.barrier("checkpoint")
-        self.saved = path
+        self._saved = path
         return True
 
     def _is_after_a_step(self, trainer: pl.Trainer) -> bool:
-        return self.boundary is not None and not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING
+        return self._snapshot is not None and not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING
 
-    def _pass_boundary(self, trainer: pl.Trainer) -> None:
-        """Of the same step, further on."""
-        assert self.boundary is not None
-        self.boundary = boundary_of(trainer, self.boundary.ranks)
+    def _snapshot_again(self, trainer: pl.Trainer) -> StepSnapshot:
+        """Snapshot of the same step, further on."""
+        assert self._snapshot is not None
+        self._snapshot = take_snapshot(trainer, self._snapshot.ranks)
+        return self._snapshot
 
     def _save_and_end(self, trainer: pl.Trainer) -> None:
         if self._is_due and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -255,3 +258,61 @@ class ResumableCheckpoint(Checkpoint):
     def _end_if_asked(self, trainer: pl.Trainer) -> None:
         if self._stop:
             raise StopRequestedError(self._stop, trainer.global_rank)
+
+    # ---------------------------------------------------------------- after an exception
+
+    def _rescue(self, trainer: pl.Trainer, pl_module: Any) -> str:
+        """Save what can be saved, and say how to go on. Raises nothing: the exception at hand is the one to be seen.
+
+        Nothing here waits for other ranks, which may be dead or wait for this one. Every rank that lives comes here at
+        a moment of its own; the first writes, the others wait for it and find its file.
+        """
+        path: Path | None
+        try:
+            step, path = self._save_last_step(trainer, pl_module)
+            what = f"Step {step} is saved in {path}."
+        except CannotSaveError as error:
+            path, what = self._newest(trainer), f"Nothing was saved: {error}."
+        except Exception as error:  # whatever it is: it must not take the place of the error that ended the run
+            path, what = self._newest(trainer), f"The last step could not be saved: {type(error).__name__}: {error}."
+        if path is None:
+            return f"{what} There is no checkpoint of this run yet."
+        command = self.resume_command or f"trainer.fit(..., ckpt_path={str(path)!r})"
+        newest = "" if str(path) in what else f" The newest checkpoint is {path}."
+        return f"{what}{newest} To go on:\n  {command}"
+
+    def _save_last_step(self, trainer: pl.Trainer, pl_module: Any) -> tuple[int, Path]:
+        """The last completed (optimizer) step and its checkpoint, which is written if there is none yet."""
+        snapshot = snapshot_after_error(self._snapshot, is_moving=self._is_moving, trainer=trainer)
+        assert self.folder is not None
+        path = checkpoint_file(self.folder, snapshot.global_step)
+        if self._saved == path:
+            return snapshot.global_step, path
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise CannotSaveError("the weights are sharded, and gathering them needs all ranks")
+        if not has_finite_weights(pl_module):
+            raise CannotSaveError("the weights are not finite")
+        busy = f"another rank did not end its rescue in {_LOCK_SECONDS:g} s"
+        with locked(self.folder, busy, wait_seconds=_LOCK_SECONDS, name=".rescue.lock"):
+            if not _is_good(path):
+                # Not trainer.save_checkpoint: it ends with a barrier, and only rank 0 writes, which may be dead.
+                self._written = snapshot
+                try:
+                    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+                finally:
+                    self._written = None
+                checkpoint["global_step"] = snapshot.global_step
+                trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
+                remove_older(self.folder, self.keep)
+        return snapshot.global_step, path
+
+    def _newest(self, trainer: pl.Trainer) -> Path | None:
+        newest = newest_good(self.folder, lambda damaged: None) if self.folder is not None else None
+        return newest or (Path(trainer.ckpt_path) if trainer.ckpt_path else None)
+
+
+def _is_good(path: Path) -> bool:
+    try:
+        return path.exists() and verify(path) is not None
+    except DamagedCheckpointError:
+        return False

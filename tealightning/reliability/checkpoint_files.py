@@ -1,4 +1,4 @@
-"""Checkpoint files: written atomically with a checksum, verified, the newest good one, removal of old ones."""
+"""Checkpoint files: written atomically, verified before they are loaded, the newest good one, removal of old ones."""
 
 import hashlib
 import json
@@ -6,11 +6,11 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -20,30 +20,26 @@ from tealightning.errors import UserError
 from tealightning.reliability.files import sync_folder, whole_file, write_whole
 
 MANIFEST = "checksums.json"
-_END_RECORD = b"PK\x05\x06"  # of a zip file: 22 bytes, the last two the length of the comment that follows
-_LONGEST_COMMENT = 1024
+_IS_FOLDER = 0x10  # attribute of a zip file's part, under no checksum: torch would leave a tensor with it unread
 
 
 class DamagedCheckpointError(UserError):
     """A checkpoint is not what was written; the text says how that was seen."""
 
 
-@dataclass(kw_only=True, slots=True)
-class Seal:
+@dataclass(kw_only=True, slots=True, frozen=True)
+class CheckpointSummary:
     """What a checkpoint says about itself."""
 
-    sha256: str  # of the file up to the comment that holds this
-    global_step: int  # optimizer steps
-    resumable: bool  # it holds the optimizer's state too
+    global_step: int | None  # optimizer steps; None if it does not say
+    is_resumable: bool  # it holds the optimizer's state too, or does not say
 
 
-class SealedCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written atomically, with a checksum that is verified before they are loaded.
+class VerifiedCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, written atomically, and verified before they are loaded.
 
-    The file is a temporary one until all of it is on the disk. Checksum and step are the comment of the zip file that
-    `torch.save` writes, so one rename makes file and checksum appear together (with a file beside it there would be a
-    moment in which the two do not fit), and `torch.load` reads the file as ever. Addresses that are no local path are
-    left to Lightning.
+    The file is a temporary one until all of it is on the disk. What is verified are the checksums of the zip file that
+    `torch.save` writes (CRC-32, one for each part). Addresses that are no local path are left to Lightning.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -52,8 +48,6 @@ class SealedCheckpointIO(TorchCheckpointIO):
         try:
             with whole_file(Path(path)) as file:
                 torch.save(checkpoint, file)
-                step = int(checkpoint.get("global_step", 0))
-                _seal(file, global_step=step, resumable="optimizer_states" in checkpoint)
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):  # torch reports a full disk as an inconsistent zip file
                 raise error.__context__ from None
@@ -80,148 +74,95 @@ class SealedCheckpointIO(TorchCheckpointIO):
             ) from error
 
 
-def verify(path: Path) -> Seal | None:
-    """What the checkpoint says about itself, once all of it was read and its checksum is right; None for one that
-    another program wrote, of which the zip file's own checksums are right.
+def verify(path: Path) -> CheckpointSummary:
+    """Read all of a checkpoint, compare it with its checksums, and return its summary.
 
     Raises:
         DamagedCheckpointError: if it is truncated or changed.
     """
     if path.is_dir():
         return _verify_folder(path)
-    with path.open("rb") as file:  # once: a live run may put another in its place meanwhile
-        comment = _comment(file)
-        seal = _seal_in(comment)
-        if seal is None:
-            _verify_zip(file)
-            return None
-        found = _sha256(_blocks(file, file.seek(0, 2) - len(comment)))
-    if found != seal.sha256:
-        raise DamagedCheckpointError("its content does not have the checksum that was written with it")
-    return seal
+    with path.open("rb") as file:
+        try:
+            archive = zipfile.ZipFile(file)
+            folders = [part.filename for part in archive.infolist() if part.external_attr & _IS_FOLDER]
+            damaged = archive.testzip() or next(iter(folders), None)
+        except Exception as error:  # the reader raises whatever a changed byte in the list of parts leads to
+            raise DamagedCheckpointError(f"it is truncated, or no checkpoint ({error})") from error
+    if damaged is not None:
+        raise DamagedCheckpointError(f"its part {damaged} does not have the checksum that was written with it")
+    return read_summary(path)
 
 
-def read_seal(path: Path) -> Seal | None:
-    """What a file or folder says about itself, unverified; None if another program wrote it.
+def read_summary(path: Path) -> CheckpointSummary:
+    """Summary of a file or folder; the tensors are neither read nor verified.
 
     Raises:
-        DamagedCheckpointError: if it does not end as such a file does.
+        DamagedCheckpointError: if it cannot be read.
     """
     if path.is_dir():
         return _read_manifest(path)[0]
-    with path.open("rb") as file:
-        return _seal_in(_comment(file))
-
-
-def _seal_in(comment: bytes) -> Seal | None:
     try:
-        return Seal(**json.loads(comment)["tealightning"]) if comment else None
-    except (ValueError, KeyError, TypeError):
-        return None
+        content = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+    except UnpicklingError:  # more than tensors and plain values
+        return CheckpointSummary(global_step=None, is_resumable=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever torch's reader says of a changed byte that the zip file's own has overlooked
+        raise DamagedCheckpointError(f"it is truncated, or no checkpoint ({error})") from error
+    if not isinstance(content, dict):
+        return CheckpointSummary(global_step=None, is_resumable=False)
+    return CheckpointSummary(global_step=content.get("global_step"), is_resumable="optimizer_states" in content)
 
 
-def seal_folder(folder: Path, global_step: int) -> None:
-    """Write the checksums of a checkpoint of many files (of sharded weights) into it.
-
-    Such a folder is written under another name and renamed when this is done, so it is complete if it is there.
-    """
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            files[str(path.relative_to(folder))] = _sha256(_blocks(file))
-    write_whole(folder / MANIFEST, json.dumps({"global_step": global_step, "files": files}, indent=1).encode())
-    sync_folder(folder)
-
-
-def _seal(file: BinaryIO, *, global_step: int, resumable: bool) -> None:
-    file.flush()
-    file.seek(-22, 2)
-    record = file.read(22)
-    assert record.startswith(_END_RECORD) and record.endswith(b"\0\0"), "torch.save ends a zip file without a comment"
-    seal: dict[str, Any] = {"sha256": "0" * 64, "global_step": global_step, "resumable": resumable}
-    length = len(json.dumps({"tealightning": seal}))
-    file.seek(-2, 2)
-    file.write(length.to_bytes(2, "little"))
-    file.seek(0)
-    seal["sha256"] = _sha256(_blocks(file))
-    file.seek(0, 2)
-    file.write(json.dumps({"tealightning": seal}).encode())
-
-
-def _comment(file: BinaryIO) -> bytes:
-    file.seek(0, 2)
-    file.seek(max(0, file.tell() - _LONGEST_COMMENT - 22))
-    tail = file.read()
-    start = tail.rfind(_END_RECORD)
-    if start < 0 or len(tail) < start + 22:
-        raise DamagedCheckpointError("it is truncated, or no checkpoint")
-    comment = tail[start + 22 :]
-    if len(comment) != int.from_bytes(tail[start + 20 : start + 22], "little"):
-        raise DamagedCheckpointError("it is truncated in its last bytes")
-    return comment
-
-
-def _verify_zip(file: BinaryIO) -> None:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-    except zipfile.BadZipFile as error:
-        raise DamagedCheckpointError(str(error)) from error
-    if damaged is not None:
-        raise DamagedCheckpointError(f"its part {damaged} does not have the checksum that was written with it")
-
-
-def _verify_folder(folder: Path) -> Seal | None:
-    seal, files = _read_manifest(folder)
+def _verify_folder(folder: Path) -> CheckpointSummary:
+    summary, files = _read_manifest(folder)
     for name, sha256 in files.items():
         if not (folder / name).is_file():
             raise DamagedCheckpointError(f"its file {name} is missing")
-        if _sha256_of_file(folder / name) != sha256:
+        if _sha256(folder / name) != sha256:
             raise DamagedCheckpointError(f"its file {name} does not have the checksum that was written with it")
-    return seal
+    return summary
 
 
-def _read_manifest(folder: Path) -> tuple[Seal | None, dict[str, str]]:
-    """The seal of a folder and the checksums of its files; neither for a complete one without a manifest."""
+def _read_manifest(folder: Path) -> tuple[CheckpointSummary, dict[str, str]]:
+    """Summary of a folder and the checksums of its files; no checksums for a complete one without a manifest."""
     manifest = folder / MANIFEST
     if manifest.is_file():
         try:
             content = json.loads(manifest.read_text(encoding="utf-8"))
-            return Seal(sha256="", global_step=int(content["global_step"]), resumable=True), dict(content["files"])
+            summary = CheckpointSummary(global_step=int(content["global_step"]), is_resumable=True)
+            return summary, dict(content["files"])
         except (ValueError, KeyError, TypeError) as error:
             raise DamagedCheckpointError(f"its {MANIFEST} cannot be read ({error})") from error
     if not ((folder / ".metadata").is_file() and (folder / "meta.pt").is_file()):
         raise DamagedCheckpointError("it is a folder that was not completed")
-    return None, {}
+    return CheckpointSummary(global_step=None, is_resumable=True), {}
 
 
-def _sha256_of_file(path: Path) -> str:
+def move_folder(written: Path, path: Path, global_step: int) -> None:
+    """Give a complete checkpoint of sharded weights a list of checksums, and then its name; one that has the name is
+    replaced."""
+    if written.is_dir():
+        files = {}
+        for file in sorted(file for file in written.rglob("*") if file.is_file()):
+            files[str(file.relative_to(written))] = _sha256(file)
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        write_whole(written / MANIFEST, json.dumps({"global_step": global_step, "files": files}, indent=1).encode())
+    if path.is_dir():
+        shutil.rmtree(path)
+    os.replace(written, path)
+    sync_folder(path.parent)
+
+
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return _sha256(_blocks(file))
-
-
-def _blocks(file: BinaryIO, size: int | None = None) -> Iterable[bytes]:
-    """The file from its beginning, up to `size` bytes."""
-    file.seek(0)
-    left = size
-    while block := file.read(2**22 if left is None else min(2**22, left)):
-        left = None if left is None else left - len(block)
-        yield block
-
-
-def _sha256(blocks: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for block in blocks:
-        digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_remote(path: Any) -> bool:
     return "://" in str(path)
-
-
-Report = Callable[[str], None]
 
 
 def checkpoint_file(folder: Path, global_step: int) -> Path:
@@ -230,41 +171,51 @@ def checkpoint_file(folder: Path, global_step: int) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """All in the folder, of the highest optimizer step first."""
-    found = [path for path in folder.glob("*.ckpt") if not path.name.startswith(".")] if folder.is_dir() else []
-    return sorted(found, key=lambda path: (step_of(path), _modified(path)), reverse=True)
+    """All checkpoints in a folder, the one of the highest optimizer step first."""
+    paths = [path for path in folder.glob("*.ckpt") if not path.name.startswith(".")] if folder.is_dir() else []
+    return sorted(paths, key=lambda path: (step_of(path), _modified(path)), reverse=True)
 
 
 def _modified(path: Path) -> float:
-    """0 if it has been removed meanwhile: a live run removes its older ones."""
+    """Time of the last change; 0 if the file has been removed meanwhile, by a live run."""
     try:
         return path.stat().st_mtime
     except FileNotFoundError:
         return 0.0
 
 
-def newest_good(folder: Path, damaged: Report) -> Path | None:
+def step_of(path: Path) -> float:
+    """Optimizer step of a checkpoint, by its name, else by its content; infinite if neither says."""
+    if match := re.search(r"step=(\d+)", path.name):
+        return int(match[1])
+    try:
+        step = read_summary(path).global_step
+    except (DamagedCheckpointError, OSError):
+        return float("inf")
+    return float("inf") if step is None else step
+
+
+def newest_good(folder: Path, on_damaged: Callable[[str], None]) -> Path | None:
     """The checkpoint of the highest optimizer step that is what was written and can be resumed.
 
     Args:
-        folder: The checkpoints'.
-        damaged: Called with a sentence on each one that was passed over because it is damaged.
+        folder: Folder of checkpoints.
+        on_damaged: Called with a sentence on each one that was passed over because it is damaged.
     """
     for path in checkpoints(folder):
         try:
-            seal = verify(path)
+            summary = verify(path)
         except (DamagedCheckpointError, OSError) as error:
-            if not path.exists():
-                continue  # removed meanwhile, by a live run
-            damaged(f"{path} is damaged and not used: {error}.")
+            if path.exists():  # else a live run has removed it meanwhile
+                on_damaged(f"{path} is damaged and not used: {error}.")
             continue
-        if seal is None or seal.resumable:
+        if summary.is_resumable:
             return path
     return None
 
 
 def remove_older(folder: Path, keep: int) -> None:
-    """Leave the newest `keep` of ResumableCheckpoint's own."""
+    """Remove all of ResumableCheckpoint's own but the newest `keep`."""
     for path in [path for path in checkpoints(folder) if re.fullmatch(r"step=\d+\.ckpt", path.name)][keep:]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -281,30 +232,9 @@ def warn_if_the_next_may_not_fit(path: Path) -> None:
 
 
 def warn_of_pickles(path: str | Path) -> None:
-    """Of a checkpoint that cannot be loaded as tensors and plain values alone."""
+    """Warn of a checkpoint that cannot be loaded as tensors and plain values alone."""
     if Path(path).is_dir():
         rank_zero_warn(
             f"{path} is a folder of sharded weights, whose list of contents is a pickle in torch's format: loading it "
             "could run code. Go on only from folders whose writer you trust."
         )
-
-
-def move_folder(written: Path, path: Path, global_step: int) -> None:
-    """Give a complete checkpoint of sharded weights its name; one that has it is replaced."""
-    if written.is_dir():
-        seal_folder(written, global_step)
-    if path.is_dir():
-        shutil.rmtree(path)
-    os.replace(written, path)
-    sync_folder(path.parent)
-
-
-def step_of(path: Path) -> float:
-    """From the name if it says so, else from the file; one that says nothing is taken for the newest."""
-    if match := re.search(r"step=(\d+)", path.name):
-        return int(match[1])
-    try:
-        seal = read_seal(path)
-    except (DamagedCheckpointError, OSError):
-        return float("inf")
-    return float("inf") if seal is None else seal.global_step

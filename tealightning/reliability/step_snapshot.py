@@ -1,8 +1,7 @@
 """Snapshot of a run between two steps: what a checkpoint holds beside weights and optimizer."""
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import lightning.pytorch as pl
@@ -10,6 +9,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
+RANKS = "tealightning_ranks"
+"""Key in a checkpoint: the state of each rank, a list."""
 
 
 def random_state() -> dict[str, Any]:
@@ -35,11 +38,6 @@ def set_random_state(state: dict[str, Any]) -> None:
             torch.cuda.set_rng_state(stream, device)
 
 
-T = TypeVar("T")
-RANKS = "tealightning_ranks"
-"""Key in a checkpoint: the state of each rank, a list."""
-
-
 @runtime_checkable
 class HasRankState(Protocol):
     """A callback with a state that differs between ranks; of `state_dict` a checkpoint holds rank 0's alone."""
@@ -52,7 +50,7 @@ class HasRankState(Protocol):
 
 
 @dataclass(kw_only=True, slots=True)
-class Boundary:
+class StepSnapshot:
     """Positions and counters as they are after a step. Weights and optimizer are not copied: they stay what they are
     until the next optimizer step begins."""
 
@@ -61,24 +59,25 @@ class Boundary:
     loops: dict[str, Any]  # of Lightning's fit loop, with the position in the order of prompts
     callbacks: dict[str, dict[str, Any]]  # by state key
     datamodule: dict[str, Any]
-    ranks: list[dict[str, Any]] = field(default_factory=list)  # random streams of every rank
+    ranks: list[dict[str, Any]]  # random streams of every rank, and the states that its callbacks keep of their own
 
     def put_into(self, checkpoint: dict[str, Any], datamodule: Any) -> None:
         """Replace what the checkpoint says of a later moment, such as one in the middle of a step."""
         checkpoint["loops"]["fit_loop"] = self.loops
         checkpoint["callbacks"] = self.callbacks
+        checkpoint[RANKS] = self.ranks
         if self.datamodule:
             checkpoint[type(datamodule).__qualname__] = self.datamodule
 
 
-def boundary_of(trainer: pl.Trainer, ranks: list[dict[str, Any]]) -> Boundary:
-    """The boundary at which the trainer is now."""
+def take_snapshot(trainer: pl.Trainer, ranks: list[dict[str, Any]]) -> StepSnapshot:
+    """Snapshot of the trainer as it is now, after a step."""
     states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}  # type: ignore[attr-defined]
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     loops = detached(trainer.fit_loop.state_dict())
     validation = loops["epoch_loop.val_loop.batch_progress"]["total"]
     validation |= dict.fromkeys(("ready", "started", "processed"), validation["completed"])  # none is under way
-    return Boundary(
+    return StepSnapshot(
         global_step=trainer.global_step,
         batches=completed_batches(trainer),
         loops=loops,
@@ -88,27 +87,62 @@ def boundary_of(trainer: pl.Trainer, ranks: list[dict[str, Any]]) -> Boundary:
     )
 
 
-def before_validation(boundary: Boundary) -> Boundary:
-    """The boundary as Lightning knows one in the middle of a validation, none of whose batches is done: a resumed run
+class CannotSaveError(Exception):
+    """The live state is not that of a completed step; the text says why."""
+
+
+def snapshot_after_error(last: StepSnapshot | None, *, is_moving: bool, trainer: pl.Trainer) -> StepSnapshot:
+    """The snapshot that weights and optimizer still belong to when a run fails. Waits for no other rank.
+
+    Args:
+        last: The newest one that was taken.
+        is_moving: Whether an optimizer step has begun since then.
+        trainer: The trainer, which handles an exception.
+
+    Raises:
+        CannotSaveError: if there is none.
+    """
+    if is_in_a_step(trainer):
+        if is_moving:
+            raise CannotSaveError("the weights are in the middle of a step")
+        if last is None:
+            raise CannotSaveError("no step was completed since the start")
+        return _with_own_state(last, trainer, random=False, of_step_under_way=True)
+    if last is not None and last.batches == completed_batches(trainer):
+        return _with_own_state(last, trainer, random=False, wait=False)
+    if completed_batches(trainer) == 0 or not is_moving:
+        raise CannotSaveError("no step was completed since the start")
+    # The step is done, and a callback failed after it.
+    ranks = last.ranks if last is not None else [{}] * trainer.world_size
+    return _with_own_state(take_snapshot(trainer, ranks), trainer, random=True, wait=False)
+
+
+def _with_own_state(snapshot: StepSnapshot, trainer: pl.Trainer, *, random: bool, **options: bool) -> StepSnapshot:
+    """With what callbacks of this rank keep of their own, and, if `random`, its random streams as they are now."""
+    mine, ranks = rank_state(trainer, **options), list(snapshot.ranks)
+    ranks[trainer.global_rank] = mine if random else ranks[trainer.global_rank] | {"callbacks": mine["callbacks"]}
+    return replace(snapshot, ranks=ranks if all(ranks) else [])
+
+
+def mark_before_validation(snapshot: StepSnapshot) -> None:
+    """Describe a snapshot as Lightning does the middle of a validation, none of whose batches is done: a resumed run
     then starts with that validation, which it would otherwise skip."""
-    progress = boundary.loops["epoch_loop.val_loop.batch_progress"]
+    progress = snapshot.loops["epoch_loop.val_loop.batch_progress"]
     progress["total"] |= {"ready": progress["total"]["ready"] + 1, "started": progress["total"]["started"] + 1}
-    return boundary
 
 
-def after_epoch(boundary: Boundary, trainer: pl.Trainer) -> Boundary:
-    """The boundary, which is at the end of an epoch, as the beginning of the next one. From the end Lightning would go
-    on with another batch of the epoch that has ended, and all later epochs would be shifted by that."""
-    loops = boundary.loops
+def mark_after_epoch(snapshot: StepSnapshot, trainer: pl.Trainer) -> None:
+    """Describe a snapshot of the end of an epoch as the beginning of the next one. From the end Lightning would go on
+    with another batch of the epoch that has ended, and all later epochs would be shifted by that."""
+    loops = snapshot.loops
     epoch, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
     for counts in epoch.values():
         counts["completed"] = counts["processed"]
     batches |= {"current": dict.fromkeys(batches["current"], 0), "is_last_batch": False}
     validation = loops["epoch_loop.val_loop.batch_progress"]
     validation["total"] = dict.fromkeys(validation["total"], 0)
-    if _takes_the_start_for_a_validation(trainer, epoch["current"]["processed"], boundary.batches):
+    if _takes_the_start_for_a_validation(trainer, epoch["current"]["processed"], snapshot.batches):
         loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # it will be counted up once without a batch
-    return boundary
 
 
 def _takes_the_start_for_a_validation(trainer: pl.Trainer, epoch: int, batches: int) -> bool:
@@ -154,11 +188,11 @@ def will_validate(trainer: pl.Trainer) -> bool:
     return number > 0 and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
 
 
-def rank_state(trainer: pl.Trainer, **which: bool) -> dict[str, Any]:
-    """This rank's: random streams, and what callbacks keep of their own."""
+def rank_state(trainer: pl.Trainer, **options: bool) -> dict[str, Any]:
+    """State of this rank: its random streams, and what callbacks keep of their own."""
     callbacks = [callback for callback in trainer.callbacks if isinstance(callback, HasRankState)]  # type: ignore[attr-defined]
-    kept = {callback.state_key: callback.rank_state_dict(**which) for callback in callbacks}
-    return {"random": random_state(), "callbacks": {key: state for key, state in kept.items() if state}}
+    states = {callback.state_key: callback.rank_state_dict(**options) for callback in callbacks}
+    return {"random": random_state(), "callbacks": {key: state for key, state in states.items() if state}}
 
 
 def over_ranks(mine: T) -> list[T]:
@@ -171,9 +205,7 @@ def over_ranks(mine: T) -> list[T]:
 
 
 def detached(value: Any) -> Any:
-    """A copy of nested dictionaries and lists; what is in them is the same."""
-    copied: dict[type, Callable[[Any], Any]] = {
-        dict: lambda mapping: {key: detached(inner) for key, inner in mapping.items()},
-        list: lambda items: [detached(inner) for inner in items],
-    }
-    return copied.get(type(value), lambda other: other)(value)
+    """Copy of nested dictionaries and lists; what is in them is the same."""
+    if type(value) is dict:
+        return {key: detached(inner) for key, inner in value.items()}
+    return [detached(inner) for inner in value] if type(value) is list else value

@@ -7,7 +7,7 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger
 
 from tealightning.cli.resume import command_to_go_on, last_checkpoint
-from tealightning.reliability.checkpoint_files import SealedCheckpointIO
+from tealightning.reliability.checkpoint_files import VerifiedCheckpointIO
 
 SETTINGS = {
     "seed_everything": 0,
@@ -25,7 +25,7 @@ def trainer_of(tmp_path, loggers=True):
 
 def write(folder, step, settings=SETTINGS):
     path = folder / "checkpoints" / f"step={step:06d}.ckpt"
-    SealedCheckpointIO().save_checkpoint({"optimizer_states": [], "global_step": step}, path)
+    VerifiedCheckpointIO().save_checkpoint({"optimizer_states": [], "global_step": step}, path)
     if settings is not None:
         (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return path

@@ -25,7 +25,7 @@ from tealightning.callbacks import EvaluationRecord
 from tealightning.callbacks.report import Evaluation
 from tealightning.estimators import _constants
 from tealightning.reliability.checkpoint import ResumableCheckpoint
-from tealightning.reliability.checkpoint_files import SealedCheckpointIO, checkpoints, newest_good, step_of, verify
+from tealightning.reliability.checkpoint_files import VerifiedCheckpointIO, checkpoints, newest_good, step_of, verify
 from tealightning.reliability.files import append_lines
 from tealightning.reliability.logger import DurableCSVLogger, MetricsWriter
 from tealightning.worlds.folder import build_folder, load_playground
@@ -305,7 +305,7 @@ def test_checkpoint_that_does_not_fit_leaves_the_others_and_the_next_is_tried(
     undisturbed, playground, tmp_path, injected
 ):
     saver = ResumableCheckpoint(every_n_steps=1, keep=2)
-    settings = {"plugins": [SealedCheckpointIO()], "enable_checkpointing": True, "default_root_dir": tmp_path}
+    settings = {"plugins": [VerifiedCheckpointIO()], "enable_checkpointing": True, "default_root_dir": tmp_path}
     folder, seen = tmp_path / "checkpoints", []
 
     class Look(pl.Callback):
@@ -326,7 +326,7 @@ def test_checkpoint_that_does_not_fit_leaves_the_others_and_the_next_is_tried(
 @pytest.mark.fault("the disk is full for the last checkpoint", how="a limit on the size of files from a step on")
 def test_last_checkpoint_that_does_not_fit_ends_the_run_with_what_to_do(playground, tmp_path, capsys, injected):
     saver = ResumableCheckpoint(every_n_steps=1)
-    settings = {"plugins": [SealedCheckpointIO()], "enable_checkpointing": True, "default_root_dir": tmp_path}
+    settings = {"plugins": [VerifiedCheckpointIO()], "enable_checkpointing": True, "default_root_dir": tmp_path}
     full = FullFor(None)
     try:
         with (
@@ -350,7 +350,7 @@ def test_last_checkpoint_that_does_not_fit_ends_the_run_with_what_to_do(playgrou
 def test_newest_checkpoint_is_that_of_the_highest_step_whatever_the_clock_said(playground, tmp_path, injected):
     saver = ResumableCheckpoint(every_n_steps=1, keep=4)
     last = ModelCheckpoint(tmp_path / "other", every_n_train_steps=1, save_last=True, save_top_k=-1, filename="{step}")
-    settings = {"plugins": [SealedCheckpointIO()], "enable_checkpointing": True, "default_root_dir": tmp_path}
+    settings = {"plugins": [VerifiedCheckpointIO()], "enable_checkpointing": True, "default_root_dir": tmp_path}
     fit(playground, steps=3, callbacks=[saver, last], **settings)
     for folder in (tmp_path / "checkpoints", tmp_path / "other"):
         for age, path in enumerate(checkpoints(folder)):

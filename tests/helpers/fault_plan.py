@@ -19,7 +19,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from tealightning import RolloutCallback, register
-from tealightning.reliability import checkpoint_files as checkpoint_io
 from tealightning.rollouts import RolloutEngine, TransformersEngine
 
 
@@ -166,15 +165,17 @@ def _watch_rollouts(rollout: RolloutCallback) -> None:
 
 def _watch_files() -> None:
     """The writing of a checkpoint has moments, too."""
-    seal, replace = checkpoint_io._seal, os.replace
+    save, replace = torch.save, os.replace
 
-    def sealed(file: Any, **kwargs: Any) -> None:
+    def saved(checkpoint: Any, file: Any, **kwargs: Any) -> None:
+        save(checkpoint, file, **kwargs)
+        if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+            return
         if FAULT.plan.get("phase") == "half a checkpoint" and FAULT.plan["step"] == FAULT.step:
             file.truncate(file.tell() // 2)
             file.flush()
         FAULT.at("half a checkpoint")
         FAULT.at("checkpoint")
-        seal(file, **kwargs)
 
     def renamed(source: Any, target: Any) -> None:
         if str(target).endswith(".ckpt"):
@@ -183,4 +184,4 @@ def _watch_files() -> None:
         if str(target).endswith(".ckpt"):
             FAULT.at("after the rename")
 
-    checkpoint_io._seal, os.replace = sealed, renamed
+    torch.save, os.replace = saved, renamed

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from playground_fits import fit, module_of
 
 from tealightning import ResumableCheckpoint
-from tealightning.reliability.checkpoint_files import SealedCheckpointIO, checkpoints, verify
+from tealightning.reliability.checkpoint_files import VerifiedCheckpointIO, checkpoints, verify
 
 STEPS = 9
 EPOCH = 4  # steps
@@ -62,7 +62,7 @@ def train(playground, folder, *, steps=STEPS, every=1, keep=100, callbacks=(), i
         module=kwargs.pop("module", None) or module_of(playground),
         enable_checkpointing=True,
         default_root_dir=folder,
-        plugins=[SealedCheckpointIO()] if io else [],
+        plugins=[VerifiedCheckpointIO()] if io else [],
         **kwargs,
     )
     return diary.entries, record, trainer
@@ -173,6 +173,6 @@ def test_another_number_of_ranks_starts_random_streams_anew_and_says_so(playgrou
     path = checkpoints(tmp_path / "checkpoints")[0]
     state = torch.load(path, weights_only=True)
     state["tealightning_ranks"] *= 2
-    SealedCheckpointIO().save_checkpoint(state, path)
+    VerifiedCheckpointIO().save_checkpoint(state, path)
     with pytest.warns(UserWarning, match="random streams of 2 processes and this run has 1"):
         train(playground, tmp_path / "resumed", steps=3, ckpt_path=str(path))

@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1] / "tealightning"
+PACKAGE = Path(__file__).parents[2] / "tealightning"
 # Methods that wait for ever without an argument, and functions that do without `timeout=`.
 METHODS = {"join", "wait", "result", "acquire", "get", "recv"}
 FUNCTIONS = {

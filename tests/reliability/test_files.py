@@ -1,17 +1,23 @@
-"""Files and folders that are there whole or not at all, and folders that one process holds."""
+"""Files and folders that are there whole or not at all; the folder of a run."""
 
 import errno
-import fcntl
-import json
 import os
-import socket
+from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 from full_disk import largest_file
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import tealightning.reliability.files
-from tealightning.reliability.files import append_lines, cut_half_line, going_on_without, whole_folder, write_whole
-from tealightning.reliability.locks import locked
+from tealightning.reliability.files import (
+    append_lines,
+    cut_half_line,
+    going_on_without,
+    run_folder,
+    whole_folder,
+    write_whole,
+)
 
 
 def test_appended_lines_follow_the_others(tmp_path):
@@ -92,32 +98,34 @@ def test_run_goes_on_without_what_the_disk_refuses_and_says_so(tmp_path):
         raise KeyError("a defect is no full disk")
 
 
-def test_folder_is_held_by_one_and_named(tmp_path):
-    told = rf"in use\. It is process {os.getpid()} on {socket.gethostname()}, since 20"
-    with locked(tmp_path / "run", "in use."), pytest.raises(ValueError, match=told):
-        locked(tmp_path / "run", "in use.").__enter__()
-    with locked(tmp_path / "run", "in use."):
-        assert json.loads((tmp_path / "run" / ".lock").read_text())["pid"] == os.getpid()
+def folder_of(**kwargs):
+    return run_folder(pl.Trainer(accelerator="cpu", **{"enable_checkpointing": False} | kwargs))
 
 
-def test_holder_whose_process_has_ended_is_said_to_have_ended(tmp_path):
-    with locked(tmp_path, "in use."):
-        signed = json.loads((tmp_path / ".lock").read_text())
-        (tmp_path / ".lock").write_text(json.dumps(signed | {"pid": 2**22 + 1}))  # beyond the largest pid
-        with pytest.raises(ValueError, match="one that it started still holds the folder"), locked(tmp_path, "in use."):
-            pytest.fail("held twice")
+def test_the_first_loggers_folder_is_the_runs(tmp_path):
+    csv, tensorboard = CSVLogger(tmp_path, name="a"), TensorBoardLogger(tmp_path, name="b")
+    assert folder_of(logger=csv) == tmp_path / "a" / "version_0"
+    assert folder_of(logger=[tensorboard, csv]) == tmp_path / "b" / "version_0"
 
 
-def test_file_system_without_locks_is_warned_about(tmp_path, monkeypatch):
-    def no_locks(file, operation):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.warns(UserWarning, match="has no locks"), locked(tmp_path, "in use."):
-        pass
+def test_without_a_logger_it_is_the_trainers_root(tmp_path):
+    assert folder_of(logger=False, default_root_dir=tmp_path) == tmp_path
 
 
-def test_lock_waits_by_a_clock_that_does_not_jump(tmp_path, monkeypatch):
-    monkeypatch.setattr("time.time", iter([1e9, -1e9, 1e12]).__next__)
-    with locked(tmp_path, "in use."), pytest.raises(ValueError, match="in use"):
-        locked(tmp_path, "in use.", wait_seconds=0.5).__enter__()
+def test_a_trial_run_leaves_nothing_in_the_working_folder(tmp_path):
+    folder = folder_of(fast_dev_run=True, default_root_dir=tmp_path)
+    assert not folder.is_relative_to(tmp_path)
+    assert not folder.is_relative_to(Path(os.getcwd()))
+
+
+def test_full_disk_leaves_the_older_file_and_no_temporary_one(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "table.md"
+    write_whole(path, b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["table.md"]
