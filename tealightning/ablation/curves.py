@@ -1,4 +1,4 @@
-"""Training curves of an ablation: best-of-n against KL, metrics against steps, rewards before and after."""
+"""Curves of an ablation: best-of-n against KL and at equal KL, metrics against steps, rewards before and after."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,10 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from tealightning.ablation.collect import EvaluationData, common_prompts, read_training, rows_of
-from tealightning.ablation.estimates import Estimator, numbers
-from tealightning.functional.best_of_n import best_of_n, best_of_n_selected
+from tealightning.ablation.evaluations import (
+    Estimator,
+    EvaluationData,
+    Runs,
+    common_prompts,
+    json_numbers,
+    read_training,
+)
 
 TRAINING_METRICS = {
     "rollout/reward_mean": "reward_mean",
@@ -22,32 +28,26 @@ TRAINING_METRICS = {
     "train/rollouts_skipped": "rollouts_skipped",
 }
 BINS = 60
+NUM_KLS = 5
 
-Points = Sequence[Sequence[EvaluationData]]  # [seeds][evaluations]
+KLCurve = tuple[Tensor, Tensor]
+"""KL [K] in nats a completion, rising, and best-of-n [K, Q, len(ns)], of one run."""
 
 
-def checkpoints_of(
-    starts: Sequence[EvaluationData], points: Points, ns: Sequence[int], estimator: Estimator
-) -> list[dict[str, Any]]:
+def checkpoints_of(runs: Runs, ns: Sequence[int], estimator: Estimator) -> list[dict[str, Any]]:
     """Best-of-n, gold and KL at every evaluation that all seeds have, the starting policy first."""
-    columns = [[start, *during] for start, during in zip(starts, points, strict=True)]
     rows = []
-    for column in zip(*columns, strict=False):  # seeds that stopped earlier by a token budget end the list
-        keys = common_prompts(column)
-        rewards = [e.rewards[rows_of(e, keys)] for e in column]
-        gold = None
-        if all("gold" in e.columns for e in column):
-            golds = [e.columns["gold"][rows_of(e, keys)] for e in column]
-            selected = [best_of_n_selected(r, g, ns, ~r.isnan()) for r, g in zip(rewards, golds, strict=True)]
-            gold = estimator.curve(torch.stack(selected), ns)
-        kls = [e.columns.get("kl") for e in column]
-        kl = [k[rows_of(e, keys)] for e, k in zip(column, kls, strict=True) if k is not None]
+    # Seeds that stopped earlier by a token budget end the list.
+    for evaluations in zip(*runs.with_starts, strict=False):
+        keys = common_prompts(evaluations)
+        common = [evaluation.on(keys) for evaluation in evaluations]
+        kl = [e.columns["kl"] for e in common if "kl" in e.columns]
         rows.append(
             {
-                "step": sum(e.step for e in column) / len(column),
-                "kl": estimator(torch.stack(kl)[..., None])[0] if len(kl) == len(column) else None,
-                "best_of_n": estimator.curve(torch.stack([best_of_n(r, ns, ~r.isnan()) for r in rewards]), ns),
-                "gold_best_of_n": gold,
+                "step": sum(e.step for e in common) / len(common),
+                "kl": estimator(torch.stack(kl)[..., None])[0] if len(kl) == len(common) else None,
+                "best_of_n": estimator.best_of_n(common, ns),
+                "gold_best_of_n": estimator.gold_best_of_n(common, ns),
             }
         )
     return rows
@@ -63,11 +63,7 @@ def training_curves(folders: Sequence[Path], estimator: Estimator) -> dict[str, 
     for column, name in (TRAINING_METRICS | _components(runs[0])).items():
         if all(column in run and np.isfinite(run[column][:steps]).all() for run in runs):
             interval = estimator.interval(torch.tensor(np.stack([run[column][:steps] for run in runs]))[:, None, :])
-            result[name] = {
-                "mean": numbers(interval.mean),
-                "low": numbers(interval.low),
-                "high": numbers(interval.high),
-            }
+            result[name] = {key: json_numbers(getattr(interval, key)) for key in ("mean", "low", "high")}
     return result
 
 
@@ -99,3 +95,93 @@ def histograms(runs: Mapping[str, tuple[Sequence[EvaluationData], Sequence[Evalu
         "start": density(start),
         "variants": {name: density(values) for name, values in finals.items()},
     }
+
+
+def equal_kl(
+    runs: Mapping[str, Runs],
+    references: Mapping[str, str | None],
+    ns: Sequence[int],
+    kls: Sequence[float] | None,
+    estimator: Estimator,
+) -> dict[str, Any] | None:
+    """Best-of-n of every variant at the same KL to the starting policy: a run's curve, interpolated linearly in the
+    square root of the KL between its evaluations, prompt by prompt. Rewards rise about like that root (Gao et al.
+    2023); interpolating in the KL itself would understate the variants that move far between two evaluations.
+
+    A variant has no value where one of its seeds never got so far. Differences to its reference are paired by seed and
+    prompt.
+
+    Args:
+        runs: Variant -> its finished runs.
+        references: Variant -> the one that it is compared with.
+        ns: Best-of-n budgets.
+        kls: Where to compare; None = evenly up to the median over variants of the KL that all of a variant's seeds
+            reached.
+        estimator: Means with intervals.
+
+    Returns:
+        `equal_kl` of results.json; None if a run has no KL, or nothing has moved.
+    """
+    keys = common_prompts([e for r in runs.values() for part in (r.starts, *r.all_points) for e in part])
+    curves: dict[str, dict[int, KLCurve]] = {}
+    for name, own in runs.items():
+        if any("kl" not in e.columns for evaluations in own.with_starts for e in evaluations):
+            return None
+        of_seeds = [kl_curve([e.on(keys) for e in evaluations], ns) for evaluations in own.with_starts]
+        curves[name] = dict(zip(own.seeds, of_seeds, strict=True))
+    reach = {name: min(float(kl.max()) for kl, _ in own.values()) for name, own in curves.items()}
+    if kls is None:
+        top = float(np.median(list(reach.values())))
+        kls = [float(f"{top * (i + 1) / NUM_KLS:.3g}") for i in range(NUM_KLS)] if top > 0 else []
+    if not kls:
+        return None
+    variants = {}
+    for name, own_curves in curves.items():
+        reference = references.get(name)
+        others = curves.get(reference, {}) if reference else {}
+        variants[name] = [
+            {
+                "kl": kl,
+                "best_of_n": estimator.curve(torch.stack([at_kl(curve, kl) for curve in own_curves.values()]), ns),
+                "against_reference": _against(own_curves, others, kl, ns, estimator)
+                if reference and kl <= reach.get(reference, -1.0)
+                else None,
+            }
+            if kl <= reach[name]
+            else None
+            for kl in kls
+        ]
+    return {"kls": list(kls), "unit": "nats a completion", "variants": variants}
+
+
+def kl_curve(evaluations: Sequence[EvaluationData], ns: Sequence[int]) -> KLCurve:
+    """The curve of one run through its evaluations in the order of training.
+
+    Where the KL falls back below an earlier one, the later evaluation is left out."""
+    kls = [float(e.columns["kl"].mean()) for e in evaluations]
+    rising = [i for i, kl in enumerate(kls) if kl > max(kls[:i], default=-1.0)]
+    reached = torch.tensor([kls[i] for i in rising], dtype=torch.float64)
+    return reached, torch.stack([evaluations[i].best_of_n(ns) for i in rising])
+
+
+def at_kl(curve: KLCurve, kl: float) -> Tensor:
+    """[Q, len(ns)] best-of-n at a KL that the curve reaches; below its first point that point's."""
+    kls, values = curve
+    if len(kls) == 1:  # a run that never moved
+        return values[0]
+    roots, root = kls.sqrt(), kl**0.5
+    after = int(torch.searchsorted(roots, torch.tensor(root, dtype=roots.dtype)).clamp(1, len(kls) - 1))
+    share = (root - float(roots[after - 1])) / float(roots[after] - roots[after - 1])
+    return values[after - 1] + max(0.0, share) * (values[after] - values[after - 1])
+
+
+def _against(
+    own: Mapping[int, KLCurve], other: Mapping[int, KLCurve], kl: float, ns: Sequence[int], estimator: Estimator
+) -> list[dict[str, Any]] | None:
+    """Differences over the seeds that both have; None without any."""
+    seeds = [seed for seed in own if seed in other]
+    if not seeds:
+        return None
+    interval = estimator.interval(torch.stack([at_kl(own[seed], kl) - at_kl(other[seed], kl) for seed in seeds]))
+    p_values = json_numbers(interval.p_value)
+    return [{"n": n} | row | {"p_value": p} for n, row, p in zip(ns, estimator.rows(interval), p_values, strict=True)]

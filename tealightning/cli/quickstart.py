@@ -154,7 +154,7 @@ def _jobs(plan: "Plan") -> dict[str, "Job"]:
 
 def _values(plan: "Plan", job: "Job") -> tuple[Any, Any]:
     """Keys [Q] and best-of-n [Q, len(ns)] of the last evaluation of a run."""
-    from tealightning.ablation.collect import read_evaluations
+    from tealightning.ablation.evaluations import read_evaluations
     from tealightning.functional.best_of_n import best_of_n
 
     evaluation = read_evaluations(job.folder, "val")[-1]

@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from tealightning.ablation.collect import common_prompts, read_evaluations, read_training, rows_of
+from tealightning.ablation.evaluations import common_prompts, read_evaluations, read_training
 from tealightning.callbacks.evaluation_record import save_arrays
 
 
@@ -41,7 +41,9 @@ def test_common_prompts_are_found_in_every_evaluation(tmp_path):
     keys = common_prompts(evaluations)
     assert keys.tolist() == [3, 5]
     for evaluation in evaluations:
-        assert torch.equal(evaluation.rewards[rows_of(evaluation, keys), 0], torch.tensor([3.0, 5.0]).double())
+        common = evaluation.on(keys)
+        assert torch.equal(common.rewards[:, 0], torch.tensor([3.0, 5.0]).double())
+        assert common.columns["kl"].tolist() == [30.0, 50.0]
 
 
 def test_training_metrics_are_the_rows_with_a_rollout_step(tmp_path):
