@@ -1,4 +1,4 @@
-"""Run what is missing of an ablation: a process per run, several at a time."""
+"""Run what is missing of an ablation: a process per run, several at a time, each on its own device."""
 
 import contextlib
 import multiprocessing
@@ -7,12 +7,15 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tealightning.ablation.plan import Job
 from tealightning.ablation.progress import Display
@@ -22,11 +25,17 @@ Target = Callable[[Job, Send], Any]
 """Does a job, in a process of its own; a function of a module, so that it can be sent there."""
 
 STOP_SECONDS = 10.0
+_IMPORTED_BY_ALL = (
+    "tealightning.cli.training",
+    "tealightning.ablation.worker",
+    "datasets",
+    "transformers.models.llama",
+)
 
 
 @dataclass(kw_only=True, slots=True)
 class Outcome:
-    """What became of a job."""
+    """How a job ended."""
 
     status: str  # "finished", "failed" or "missing"
     error: str | None = None
@@ -44,16 +53,39 @@ class _Running:
 
 
 def outcome_of(job: Job) -> Outcome:
-    """What the job's folder says: a record of another configuration counts as none."""
+    """The outcome that the job's folder records; a record of another configuration counts as none."""
     record = read_record(job.folder)
     if record is None or record.get("hash") != job.hash:
         return Outcome(status="missing")
     return Outcome(status=record["status"], error=record.get("error"), record=record)
 
 
-def unfinished(jobs: Sequence[Job]) -> list[Job]:
+def unfinished_jobs(jobs: Sequence[Job]) -> list[Job]:
     """The jobs that are still to be run: also those that failed before."""
     return [job for job in jobs if outcome_of(job).status != "finished"]
+
+
+def environments_of(workers: int | None) -> list[dict[str, str]]:
+    """Environment variables of each worker: a GPU of its own where there are some, else a share of the CPU's cores.
+
+    Args:
+        workers: Runs at a time; None = one a GPU, or one a core with one thread each.
+    """
+    gpus = torch.cuda.device_count()
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        names = visible if len(visible) == gpus else [str(i) for i in range(gpus)]
+        return [{"CUDA_VISIBLE_DEVICES": names[i % gpus]} for i in range(workers or gpus)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = workers or cores
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // workers))
+    return [{"OMP_NUM_THREADS": threads} for _ in range(workers)]
+
+
+def modules_to_preload(jobs: Sequence[Job]) -> list[str]:
+    """Modules that the runs import anyway: seconds each, once for all of them."""
+    engines = {job.config["rollout"]["engine"]["class_path"].rpartition(".")[2] for job in jobs}
+    return [*_IMPORTED_BY_ALL, *(["vllm"] if "VLLMEngine" in engines else [])]
 
 
 def run_jobs(
@@ -81,7 +113,7 @@ def run_jobs(
         display: Shows progress.
 
     Returns:
-        What became of each job, by its folder.
+        Outcome of each job, by its folder.
 
     Raises:
         KeyboardInterrupt: after the processes were ended; what had finished is kept.
@@ -92,7 +124,7 @@ def run_jobs(
     slots = deque(range(workers))
     running: list[_Running] = []
     outcomes: dict[Path, Outcome] = {}
-    display = display or Display(len(jobs), workers)
+    display = display or Display(jobs, workers)
     try:
         with display:
             while queue or running:
@@ -179,8 +211,6 @@ def _child(job: Job, target: Target, connection: Connection, environment: dict[s
     except BaseException as error:  # whatever it was, the parent is told, and goes on with the others
         send({"error": describe(error)})
         with contextlib.suppress(OSError):
-            import traceback
-
             traceback.print_exc()
             sys.stderr.flush()
         os._exit(1)

@@ -1,21 +1,20 @@
 """Command `compare`: head-to-head ablations."""
 
 import argparse
+import contextlib
+import io
+import json
+import os
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tealightning.errors import UserError
 
 if TYPE_CHECKING:
-    from tealightning.ablation.spec import AblationSpec
-import json
-import os
-import shlex
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
     from tealightning.ablation.plan import Job, Plan, Resolve
+    from tealightning.ablation.spec import AblationSpec
     from tealightning.ablation.worker import Send
     from tealightning.cli.training import TrainingCLI
 
@@ -91,7 +90,7 @@ def compare(args: Sequence[str]) -> None:
         SystemExit: with status 1 if a run failed, after everything else was done.
     """
     options = parser().parse_args(list(args))
-    from tealightning.ablation.runner import outcome_of, unfinished
+    from tealightning.ablation.runner import outcome_of, unfinished_jobs
     from tealightning.ablation.spec import load_spec
 
     spec = restricted(load_spec(options.config), options)
@@ -103,8 +102,8 @@ def compare(args: Sequence[str]) -> None:
     if options.dry_run:
         show_plan(plan, options)
         return
-    with alone(spec.folder):
-        missing = [] if options.report_only else unfinished(plan.all_jobs)
+    with ablation_lock(spec.folder):
+        missing = [] if options.report_only else unfinished_jobs(plan.all_jobs)
         outcomes = {job.folder: outcome_of(job) for job in plan.all_jobs}
         if missing:
             outcomes |= run_missing(plan, missing, options)
@@ -171,18 +170,15 @@ def config_of(cli: "TrainingCLI") -> dict[str, Any]:
 
 
 def _built(args: Sequence[str]) -> "TrainingCLI":
-    import contextlib
-    import io
-
     from tealightning.cli.console import without_announcements
     from tealightning.cli.training import build_training
 
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), without_announcements():
+        with contextlib.redirect_stderr(printed), without_announcements():
             cli = build_training("fit", args)
     except SystemExit:
-        raise UserError(said.getvalue().strip().removeprefix("tealightning: error: ")) from None
+        raise UserError(printed.getvalue().strip().removeprefix("tealightning: error: ")) from None
     cli.check_together()
     return cli
 
@@ -203,14 +199,11 @@ def _option(key: str, value: Any) -> list[str]:
 
 def run_missing(plan: "Plan", missing: Sequence["Job"], options: argparse.Namespace) -> dict[Path, Any]:
     """Run the jobs and say what is going on."""
-    from tealightning.ablation.devices import environments_of, preloaded
     from tealightning.ablation.progress import Display
-    from tealightning.ablation.runner import run_jobs
+    from tealightning.ablation.runner import environments_of, modules_to_preload, run_jobs
 
     environments = environments_of(options.workers)
     workers = min(len(environments), len(missing))
-    display = Display(len(missing), workers, seconds_of(plan))
-    display.expect(missing)
     print(
         f"{len(missing)} of {len(plan.all_jobs)} runs to do, {workers} at a time, in {plan.spec.folder}/runs. "
         "Stop at any time: the same command goes on.",
@@ -227,8 +220,8 @@ def run_missing(plan: "Plan", missing: Sequence["Job"], options: argparse.Namesp
                 workers=workers,
                 retries=plan.spec.retries,
                 environments=environments,
-                preload=preloaded(missing),
-                display=display,
+                preload=modules_to_preload(missing),
+                display=Display(missing, workers, seconds_of(plan)),
             )
         except KeyboardInterrupt:
             print("\nStopped. Finished runs are kept; the same command goes on.", flush=True)
@@ -276,8 +269,8 @@ def report(plan: "Plan", outcomes: dict[Path, Any], options: argparse.Namespace,
 
 def show_plan(plan: "Plan", options: argparse.Namespace) -> None:
     """What would run, and an estimate of the time."""
-    from tealightning.ablation.devices import environments_of
     from tealightning.ablation.dry_run import describe_plan, measure_pilot
+    from tealightning.ablation.runner import environments_of
 
     seconds = seconds_of(plan)
     if not {"fit", "start"} <= seconds.keys() and not options.no_pilot:
@@ -300,27 +293,20 @@ def seconds_of(plan: "Plan") -> dict[str, float]:
     return {kind: sum(all_) / len(all_) for kind, all_ in taken.items()}
 
 
-class _environment:
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
     """Environment variables for a while; an empty value leaves one as it is."""
-
-    def __init__(self, values: dict[str, str]) -> None:
-        self.values = {name: value for name, value in values.items() if value}
-        self.before: dict[str, str | None] = {}
-
-    def __enter__(self) -> None:
-        self.before = {name: os.environ.get(name) for name in self.values}
-        os.environ.update(self.values)
-
-    def __exit__(self, *error: object) -> None:
-        for name, value in self.before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    before = dict(os.environ)
+    os.environ.update({name: value for name, value in values.items() if value})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
-def alone(folder: Path) -> Any:
-    """Hold the ablation's folder: two commands would write the same results."""
+def ablation_lock(folder: Path) -> Any:
+    """Lock of the ablation's folder: two commands would write the same results."""
     from tealightning.reliability.locks import locked
 
     return locked(folder, f"another `tealightning` command is at work in {shlex.quote(str(folder))}.")

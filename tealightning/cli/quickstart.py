@@ -40,17 +40,17 @@ def quickstart(args: Sequence[str]) -> None:
     )
     parser.add_argument("--workers", type=int, metavar="K", help="runs at a time; None: one a GPU, or one a CPU core")
     options = parser.parse_args(list(args))
-    from tealightning.ablation.runner import outcome_of, unfinished
+    from tealightning.ablation.runner import outcome_of, unfinished_jobs
     from tealightning.ablation.spec import load_spec
-    from tealightning.cli.compare import alone
+    from tealightning.cli.compare import ablation_lock
 
     spec = load_spec(options.config)
     if [*spec.variants] != [GRPO, TEA] or len(spec.seeds) != 1:
         raise UserError(f"{options.config}: a quickstart compares the variants {GRPO} and {TEA} with one seed.")
     build_playgrounds(spec.playgrounds)
     plan = plan_of(spec, resolve_on_disk)
-    with alone(spec.folder):
-        if missing := unfinished(plan.all_jobs):
+    with ablation_lock(spec.folder):
+        if missing := unfinished_jobs(plan.all_jobs):
             run_missing(plan, missing, options)
         for job in plan.all_jobs:
             if (outcome := outcome_of(job)).status != "finished":

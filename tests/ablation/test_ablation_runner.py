@@ -9,7 +9,7 @@ import ablation_jobs
 import pytest
 from ablation_jobs import act, job_of
 
-from tealightning.ablation.runner import outcome_of, run_jobs, unfinished
+from tealightning.ablation.runner import outcome_of, run_jobs, unfinished_jobs
 from tealightning.ablation.worker import RECORD, write_json
 
 HELPERS = Path(ablation_jobs.__file__).parent
@@ -37,7 +37,7 @@ def test_a_run_that_fails_leaves_the_others_alone_and_says_why(tmp_path, capsys)
     printed = capsys.readouterr().out
     assert "bad, seed 0: FAILED: ValueError: this one is meant to fail" in printed
     assert "[5/5]" in printed
-    assert [job.variant for job in unfinished(jobs)] == ["bad", "silent", "shot"]
+    assert [job.variant for job in unfinished_jobs(jobs)] == ["bad", "silent", "shot"]
 
 
 def test_a_failed_run_is_tried_again_as_often_as_asked(tmp_path):
