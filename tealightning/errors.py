@@ -5,7 +5,17 @@ class UserError(ValueError):
     """A setting, a file or a command that cannot be used; the message names it and says what would be right.
 
     Every other exception is a defect, of this package or of a user's own code, and keeps its traceback.
+
+    Args:
+        message: What is wrong, and what to do.
+        key: The whole dotted key of the setting, where it is known.
+        file: The config that sets it, where it is known; the message then begins with it.
     """
+
+    def __init__(self, message: str, *, key: str = "", file: str = "") -> None:
+        super().__init__(f"{file}: {message}" if file else message)
+        self.key = key
+        self.file = file
 
 
 class MissingFileError(UserError, FileNotFoundError):

@@ -21,13 +21,17 @@ def snake_case(class_name: str) -> str:
     return _WORD_STARTS.sub("_", class_name).lower()
 
 
-def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """The end of an error message about an unknown `name`: the nearest valid names, then all of them."""
-    valid = sorted(valid)
-    by_lower = {v.lower(): v for v in valid}
+def did_you_mean(name: str, valid: Iterable[str], *, list_up_to: int | None = None) -> str:
+    """The end of an error message about an unknown `name`: the nearest valid names, then all of them.
+
+    Args:
+        list_up_to: Of more valid names than this, only the nearest are named; None = all are listed.
+    """
+    by_lower = {v.lower(): v for v in sorted(valid)}
     near = [by_lower[n] for n in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-    return f"{hint} Valid: {', '.join(valid)}."
+    is_listed = list_up_to is None or len(by_lower) <= list_up_to
+    return hint + (f" Valid: {', '.join(by_lower.values())}." if is_listed else "")
 
 
 class Registry:

@@ -141,7 +141,7 @@ def test_estimator_of_the_readme_works_from_its_file(tmp_path: Path):
     (tmp_path / "top_mean.py").write_text(example, encoding="utf-8")
     # In a process of its own: tests that run over every registered estimator must not meet this one.
     code = (
-        "import torch; from tealightning.cli.plugins import import_plugin; import_plugin('top_mean.py');"
+        "import torch; from tealightning.cli.main import import_plugin; import_plugin('top_mean.py');"
         "from tealightning.estimators import build_estimator;"
         "print(build_estimator('top_mean', k=2)(torch.tensor([[0.0, 1, 2, 9]])).tolist())"
     )

@@ -173,12 +173,8 @@ def _built(args: Sequence[str]) -> "TrainingCLI":
     from tealightning.cli.console import without_announcements
     from tealightning.cli.training import build_training
 
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed), without_announcements():
-            cli = build_training("fit", args)
-    except SystemExit:
-        raise UserError(printed.getvalue().strip().removeprefix("tealightning: error: ")) from None
+    with contextlib.redirect_stderr(io.StringIO()), without_announcements():
+        cli = build_training("fit", args)
     cli.check_together()
     return cli
 

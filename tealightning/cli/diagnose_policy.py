@@ -42,8 +42,7 @@ def diagnose_policy_gradients(args: Sequence[str]) -> None:
     """Measure, print the table, and write page, CSV, plot and the pool's rewards.
 
     Raises:
-        ValueError: for options that do not fit each other.
-        SystemExit: for options or a config that do not parse.
+        UserError: for options that do not fit each other, or a config that does not parse.
     """
     options, config_args = _parser().parse_known_args(args)
     asked = parse_estimators(options.estimators)

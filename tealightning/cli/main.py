@@ -1,14 +1,15 @@
-"""Entry point: picks the command, loads plug-ins, and turns user errors into one clear message."""
+"""Entry point: picks the command, imports plug-ins, and prints errors that the user can mend as one message."""
 
+import importlib
+import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import tealightning
 from tealightning.cli.console import quiet_startup
-from tealightning.cli.plugins import import_plugin
 from tealightning.errors import UserError
+from tealightning.registry import did_you_mean
 from tealightning.reliability.progress import own_process
 
 USAGE = """\
@@ -33,15 +34,33 @@ options of every command:
   -h, --help               this help; `tealightning COMMAND --help` lists the command's options
 """
 
-_PACKAGE = Path(tealightning.__file__).parent
+_MODULES = {
+    "playground": "tealightning.cli.commands",
+    "estimators": "tealightning.cli.commands",
+    "quickstart": "tealightning.cli.quickstart",
+    "compare": "tealightning.cli.compare",
+    "diagnose": "tealightning.cli.diagnose_gradients",
+}
+"""Command -> the module whose function of that name runs it."""
+_TRAINING = ("fit", "validate", "test")
+
+_NOT_ON_PURPOSE = (
+    "tealightning did not expect this error. If the traceback ends in your own code, the cause is there; if memory ran "
+    "out, lower model.micro_batch_tokens; else it is a defect: please report it with the whole traceback."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; exits with status 2 on a user error."""
+    """Run the command line.
+
+    An error that the user can mend (see `_is_for_the_user`) is printed as one message, and the exit status is 2 or the
+    error's `exit_code`. Every other exception is raised, with a note that says what to do about it.
+    """
     if argv is None:
         own_process()
     args = list(sys.argv[1:] if argv is None else argv)
-    debug, args = _pop_flag(args, "--debug")
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
     if "--version" in args[:1]:
         print(f"tealightning {tealightning.__version__}")
         return
@@ -49,94 +68,91 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(USAGE, end="")
         return
     try:
-        given = list(args)
-        plugins, args = _pop_values(args, "--import")
-        for plugin in plugins:
-            import_plugin(plugin)
-        _run(args[0], args[1:], given)
-    except _user_errors() as error:
-        told = None if debug else _told_to_the_user(error)
-        if told is None:
+        _run(args)
+    except Exception as error:
+        if debug:
             raise
-        hint = "\n(--debug shows the traceback)" if told.__cause__ is not None else ""
-        words = " ".join([str(told), *getattr(told, "__notes__", ())])  # a note says in which phase it happened
+        if not _is_for_the_user(error):
+            error.add_note(_NOT_ON_PURPOSE)
+            raise
+        words = " ".join([str(error), *getattr(error, "__notes__", ())])  # a note says in which phase it happened
+        has_more = error.__cause__ is not None or not _is_own(error)
+        hint = "\n(--debug shows the traceback)" if has_more else ""
         print(f"tealightning: error: {' '.join(words.split())}{hint}", file=sys.stderr)
-        raise SystemExit(getattr(told, "exit_code", 2)) from error
+        raise SystemExit(getattr(error, "exit_code", 2)) from error
 
 
-def _run(command: str, args: list[str], given: list[str]) -> None:
+def _run(given: Sequence[str]) -> None:
+    plugins, rest = _plugins_and_command(given)
+    for plugin in plugins:
+        import_plugin(plugin)
+    command, args = (rest[0], rest[1:]) if rest else ("", [])
     quiet_startup()
-    if command == "playground":
-        from tealightning.cli.commands import playground
-
-        playground(args)
-    elif command == "quickstart":
-        from tealightning.cli.quickstart import quickstart
-
-        quickstart(args)
-    elif command == "estimators":
-        from tealightning.cli.commands import estimators
-
-        estimators(args)
-    elif command == "compare":
-        from tealightning.cli.compare import compare
-
-        compare(args)
-    elif command == "diagnose":
-        from tealightning.cli.diagnose_gradients import diagnose
-
-        diagnose(args)
-    else:
+    if command in _MODULES:
+        getattr(importlib.import_module(_MODULES[command]), command)(args)
+    elif command in _TRAINING:
         from tealightning.cli.training import run_training
 
         run_training(command, args, given)
+    else:
+        raise UserError(f"Unknown command {command!r}.{did_you_mean(command, [*_MODULES, *_TRAINING])}")
 
 
-def _user_errors() -> tuple[type[Exception], ...]:
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    return (ValueError, TypeError, OSError, ImportError, RuntimeError, MisconfigurationException)
-
-
-def _told_to_the_user(error: BaseException) -> BaseException | None:
-    """`error`, or the one it wraps, that was raised on purpose: by this package, or by Lightning's and the parser's
-    checks of settings, or for a missing file; None for a defect."""
-    from tealightning.cli.error_location import SettingError
-
-    if isinstance(error, SettingError):
-        return error
-    chain = [error]
-    while (wrapped := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(wrapped)
-    is_parsers = _raised_in(error).parent.name == "jsonargparse"  # it wraps what constructors raise
-    for candidate in chain if is_parsers else chain[:1]:
-        if _raised_in(candidate).is_relative_to(_PACKAGE):
-            return candidate
-    is_check = is_parsers or type(error).__name__ == "MisconfigurationException" or isinstance(error, FileNotFoundError)
-    return error if is_check else None
+def _is_own(error: Exception) -> bool:
+    """Whether this package raised it on purpose: it raises its own classes for whatever is not a defect."""
+    return isinstance(error, UserError) or type(error).__module__.startswith("tealightning.")
 
 
-def _raised_in(error: BaseException) -> Path:
-    frames = traceback.extract_tb(error.__traceback__)
-    return Path(frames[-1].filename) if frames else Path()
+def _is_for_the_user(error: Exception) -> bool:
+    """Whether the message says all: of this package's errors, of Lightning's checks of settings, of files and disks."""
+    return _is_own(error) or isinstance(error, OSError) or type(error).__name__ == "MisconfigurationException"
 
 
-def _pop_flag(args: list[str], flag: str) -> tuple[bool, list[str]]:
-    return flag in args, [a for a in args if a != flag]
-
-
-def _pop_values(args: list[str], option: str) -> tuple[list[str], list[str]]:
-    """The values of every `option VALUE` and `option=VALUE`, and the other arguments."""
-    values, rest = [], []
+def _plugins_and_command(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values of every `--import VALUE` and `--import=VALUE`, and the other arguments."""
+    plugins, rest = [], []
     remaining = iter(args)
     for arg in remaining:
-        if arg == option:
-            value = next(remaining, None)
-            if value is None:
-                raise UserError(f"{option} needs a value: a Python file or a module name.")
-            values.append(value)
-        elif arg.startswith(f"{option}="):
-            values.append(arg.removeprefix(f"{option}="))
-        else:
+        option, equals, value = arg.partition("=")
+        if option != "--import":
             rest.append(arg)
-    return values, rest
+            continue
+        plugin = value if equals else next(remaining, None)
+        if plugin is None:
+            raise UserError("--import needs a value: a Python file or a module name.")
+        plugins.append(plugin)
+    return plugins, rest
+
+
+def import_plugin(name: str) -> None:
+    """Import a Python file (`my_estimator.py`) or a module (`my_package.estimators`), whose `@register`-ed classes are
+    then known by name.
+
+    The folder of a file is put on `sys.path` and on `PYTHONPATH`: the class path that is saved with the run,
+    `my_estimator.MyEstimator`, then resolves in this process and in the ones it starts.
+
+    Raises:
+        UserError: if there is no such file or module.
+    """
+    path = Path(name)
+    if path.suffix == ".py":
+        if not path.is_file():
+            raise UserError(f"--import {name}: no such file (looked in {Path.cwd()}).")
+        _put_first(str(path.resolve().parent))
+        importlib.import_module(path.stem)
+        return
+    _put_first(str(Path.cwd()))
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and not name.startswith(error.name):
+            raise  # the module exists, something that it imports does not
+        raise UserError(f"--import {name}: no module of that name. A file ends in .py.") from error
+
+
+def _put_first(folder: str) -> None:
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if folder not in known:
+        os.environ["PYTHONPATH"] = os.pathsep.join([folder, *filter(None, known)])

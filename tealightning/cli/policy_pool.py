@@ -32,8 +32,7 @@ def collect_pool(
         The module, its policy on the device that it sampled on, and the pool.
 
     Raises:
-        ValueError: if the split has fewer prompts, or the trainer has several devices.
-        SystemExit: with status 2 for a config that does not parse.
+        UserError: for a config that does not parse, a split with fewer prompts, or several devices.
     """
     command = _COMMANDS[split]
     cli = build_training(command, [*args, *_overrides(num_prompts, num_samples)])

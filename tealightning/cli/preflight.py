@@ -15,7 +15,7 @@ import torch
 from jsonargparse import Namespace
 
 from tealightning.callbacks import EvaluationRecord, RolloutCallback
-from tealightning.cli.error_location import SettingError, located
+from tealightning.cli.error_messages import naming_settings
 from tealightning.data import PromptDataModule
 from tealightning.data.sources import check_source
 from tealightning.errors import UserError
@@ -30,17 +30,17 @@ PHASES: dict[str, tuple[Phase, ...]] = {"fit": ("train", "val"), "validate": ("v
 def check_seed(seed: Any) -> None:
     """
     Raises:
-        SettingError: for a seed that random number generators do not take.
+        UserError: for a seed that random number generators do not take.
     """
     if not isinstance(seed, bool) and isinstance(seed, int) and not 0 <= seed < 2**32:
-        raise SettingError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}.")
+        raise UserError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}.")
 
 
 def check_classes(settings: Any, key: str = "") -> None:
     """That every `class_path` is one: where a callable is taken, jsonargparse would call a function, whatever it does.
 
     Raises:
-        SettingError: naming the setting of the first that is not.
+        UserError: naming the setting of the first that is not.
     """
     if isinstance(settings, list):
         for item in settings:
@@ -49,7 +49,7 @@ def check_classes(settings: Any, key: str = "") -> None:
         return
     path = settings.get("class_path")
     if isinstance(path, str) and not _is_class(path):
-        raise SettingError(f"{key}: {path} is not a class. `class_path` takes classes only.")
+        raise UserError(f"{key}: {path} is not a class. `class_path` takes classes only.")
     for name in vars(settings) if isinstance(settings, Namespace) else settings:
         check_classes(settings[name], key if name == "init_args" else f"{key}.{name}".lstrip("."))
 
@@ -70,42 +70,42 @@ def check_together(command: str, trainer: pl.Trainer, model: Any, data: Any, con
         args: The command line, for messages.
 
     Raises:
-        SettingError: naming the settings that do not go together.
+        UserError: naming the settings that do not go together.
     """
     rollout = rollout_of(trainer)
     if command == "fit":
-        with located(config, args, "rollout.group_size"):
+        with naming_settings(config, args, "rollout.group_size"):
             model.estimator.check_group_size(rollout.group_size)
-        with located(config, args, "rollout"):
+        with naming_settings(config, args, "rollout"):
             rollout.check(command, model)
         _check_training(trainer, model, config, args)
     _check_trainer(config.trainer)
     _check_lengths(rollout)
     _check_samples(trainer, max(model.ns))
     if isinstance(data, PromptDataModule) and data.sources[PHASES[command][0]] is None:
-        raise SettingError(f"data.{PHASES[command][0]} is not set: give it a file or a data set of the hub.")
+        raise UserError(f"data.{PHASES[command][0]} is not set: give it a file or a data set of the hub.")
 
 
 def check_inputs(command: str, trainer: pl.Trainer, model: Any, data: Any, config: Any, args: Sequence[str]) -> None:
     """That what the run reads is there and of the right kind: prompts, policy, reference, reward, checkpoint.
 
     Raises:
-        SettingError: naming the setting, and the file or folder.
+        UserError: naming the setting, and the file or folder.
     """
     rollout = rollout_of(trainer)
     if isinstance(data, PromptDataModule):
         for phase in PHASES[command]:
-            with located(config, args, f"data.{phase}"):
+            with naming_settings(config, args, f"data.{phase}"):
                 if (source := data.sources[phase]) is not None:
                     check_source(source)
     _check_checkpoint(config.get("ckpt_path"))
     if isinstance(model, PostTrainingModule):
         _check_policy(command, model, config, args)
         _check_positions(rollout, positions_of(model.policy_config))
-    with located(config, args, "rollout.engine"):
+    with naming_settings(config, args, "rollout.engine"):
         rollout.engine.check()
     for key, reward in _rewards(trainer):
-        with located(config, args, key):
+        with naming_settings(config, args, key):
             reward.check()
 
 
@@ -117,19 +117,19 @@ def rollout_of(trainer: pl.Trainer) -> RolloutCallback:
 def _check_trainer(settings: Any) -> None:
     """What Lightning takes without a word, and fails on in the middle of a run."""
     if settings.val_check_interval == 0:
-        raise SettingError(
+        raise UserError(
             "trainer.val_check_interval must be at least 1 step or a share of an epoch in (0, 1], got 0; without "
             "validation: trainer.limit_val_batches=0."
         )
     for name, least in (("log_every_n_steps", 0), ("num_sanity_val_steps", -1)):
         if (value := getattr(settings, name)) is not None and value < least:
-            raise SettingError(f"trainer.{name} must be at least {least}, got {value}.")
+            raise UserError(f"trainer.{name} must be at least {least}, got {value}.")
 
 
 def _check_lengths(rollout: RolloutCallback) -> None:
     new, longest = rollout.sampling.max_new_tokens, rollout.max_model_len
     if longest is not None and new >= longest:
-        raise SettingError(
+        raise UserError(
             f"rollout.sampling.max_new_tokens={new} leaves no room for a prompt in rollout.max_model_len={longest}: it "
             f"must be at most {longest - 1}, or max_model_len larger."
         )
@@ -144,7 +144,7 @@ def _check_samples(trainer: pl.Trainer, samples: int) -> None:
             continue
         for name in ("kl_samples", "diversity_samples"):
             if getattr(callback, name) not in (*range(max(samples, 2) + 1), defaults[name].default):
-                raise SettingError(
+                raise UserError(
                     f"trainer.callbacks.{name} must be at most max(model.ns)={samples}, the samples that an evaluation "
                     f"takes of a prompt, got {getattr(callback, name)}."
                 )
@@ -152,38 +152,38 @@ def _check_samples(trainer: pl.Trainer, samples: int) -> None:
 
 def _check_training(trainer: pl.Trainer, model: Any, config: Any, args: Sequence[str]) -> None:
     if config.trainer.gradient_clip_val:
-        raise SettingError(
+        raise UserError(
             "trainer.gradient_clip_val: automatic gradient clipping is not supported for manual optimization. Set "
             "model.gradient_clip_norm instead."
         )
     if config.trainer.accumulate_grad_batches != 1:
-        raise SettingError(
+        raise UserError(
             "trainer.accumulate_grad_batches: gradient accumulation is not supported in manual optimization. "
             "data.batch_size sets the prompts of a step, and model.micro_batch_tokens what is computed at a time."
         )
     # As asked for, whatever Lightning makes of it on this device: clipping would take scaled gradients for real ones.
     if str(config.trainer.precision) in ("16", "16-mixed"):
-        raise SettingError("trainer.precision=16-mixed is not supported: use bf16-mixed, bf16-true or 32-true.")
+        raise UserError("trainer.precision=16-mixed is not supported: use bf16-mixed, bf16-true or 32-true.")
     if not isinstance(model, PostTrainingModule):
         return
-    with located(config, args, "model.optimizer"):
+    with naming_settings(config, args, "model.optimizer"):
         optimizer: Any = model.optimizer([torch.nn.Parameter(torch.zeros(2, 2))])
         for name, value in optimizer.defaults.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{name} must be a finite number, got {value}.")
     if model.lr_scheduler is not None:
-        with located(config, args, "model.lr_scheduler"):
+        with naming_settings(config, args, "model.lr_scheduler"):
             model.lr_scheduler(optimizer)
 
 
 def _check_policy(command: str, model: PostTrainingModule, config: Any, args: Sequence[str]) -> None:
     settings = {"trust_remote_code": model.load_kwargs["trust_remote_code"]}
-    with located(config, args, "model.policy"):
+    with naming_settings(config, args, "model.policy"):
         check_weights(model.policy_path)
         _ = model.policy_config
         _ = model.tokenizer
     if command == "fit" and model.loss.kl_coef > 0 and model.reference_path != model.policy_path:
-        with located(config, args, "model.reference"):
+        with naming_settings(config, args, "model.reference"):
             policy_config(model.reference_path, argument="reference", **settings)
             check_weights(model.reference_path, argument="reference")
 
@@ -192,12 +192,12 @@ def _check_positions(rollout: RolloutCallback, positions: int | None) -> None:
     if positions is None:
         return
     if rollout.max_model_len is not None and rollout.max_model_len > positions:
-        raise SettingError(
+        raise UserError(
             f"rollout.max_model_len must be at most {positions}, which is max_position_embeddings of the policy, "
             f"got {rollout.max_model_len}."
         )
     if rollout.sampling.max_new_tokens >= positions:
-        raise SettingError(
+        raise UserError(
             f"rollout.sampling.max_new_tokens must be below {positions}, the positions of the policy for prompt and "
             f"completion, got {rollout.sampling.max_new_tokens}."
         )
@@ -209,7 +209,7 @@ def _check_checkpoint(path: Any) -> None:
         isinstance(path, str | Path) and ("/" in str(path) or str(path).endswith(".ckpt")) and "://" not in str(path)
     )
     if is_path and not Path(path).expanduser().exists():
-        raise SettingError(f"ckpt_path: there is no file {Path(path).expanduser().absolute()}.")
+        raise UserError(f"ckpt_path: there is no file {Path(path).expanduser().absolute()}.")
 
 
 def _rewards(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,5 @@
 """Commands `fit`, `validate` and `test`: LightningCLI with a `rollout` section and short error messages."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,12 @@ from lightning.pytorch.loggers import CSVLogger
 
 from tealightning.callbacks import BestOfNReport, Deadlines, HealthChecks, ResumableCheckpoint, RolloutCallback
 from tealightning.cli.console import quiet_transformers
-from tealightning.cli.error_location import located
-from tealightning.cli.messages import explain
-from tealightning.cli.names import canonical_args, canonical_settings
+from tealightning.cli.error_messages import naming_settings, parse_error
 from tealightning.cli.preflight import check_classes, check_inputs, check_seed, check_together
 from tealightning.cli.resume import command_to_go_on, last_checkpoint
-from tealightning.cli.user_settings import with_a_fresh_estimator
+from tealightning.cli.user_settings import canonical_args, canonical_settings, with_estimator_defaults
 from tealightning.data import PromptDataModule
 from tealightning.errors import UserError
-from tealightning.registry import did_you_mean
 from tealightning.reliability.checkpoint_files import VerifiedCheckpointIO, warn_of_pickles
 from tealightning.reliability.files import run_folder, write_whole
 from tealightning.reliability.locks import claimed_run_folder, refuse_live_run, refuse_other_runs
@@ -44,11 +40,7 @@ line amounts to: --print_config."""
 
 
 class _Refused(SystemExit):
-    """A command line that does not parse; status 2."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(2)
-        self.message = message
+    """A command line that does not parse, with the parser's message; no parser around this one catches and wraps it."""
 
 
 class _Parser(LightningArgumentParser):
@@ -152,7 +144,7 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build everything; what a constructor refuses is told with the whole key of the setting."""
-        with located(self.resolved, self.args):
+        with naming_settings(self.resolved, self.args):
             super().instantiate_classes()
 
     def check_together(self) -> None:
@@ -196,12 +188,8 @@ def run_training(command: str, args: Sequence[str], given: Sequence[str] = ()) -
         given: The command line as the user gave it, with the options that are not in `args`.
 
     Raises:
-        ValueError: for an unknown command.
-        SystemExit: with status 2 for a config that does not parse.
+        UserError: for a config that does not parse.
     """
-    if command not in COMMANDS:
-        others = ["quickstart", "playground", "compare", "estimators", "diagnose"]
-        raise UserError(f"Unknown command {command!r}.{did_you_mean(command, [*COMMANDS, *others])}")
     _parse(TrainingCLI, command, args, given or [command, *args])
 
 
@@ -209,7 +197,7 @@ def build_training(command: str, args: Sequence[str]) -> TrainingCLI:
     """`trainer`, `model`, `datamodule` and `config` of `tealightning COMMAND ARGS`, built and not run.
 
     Raises:
-        SystemExit: with status 2 for a config that does not parse.
+        UserError: for a config that does not parse.
     """
     return _parse(_Unstarted, command, args, [command, *args])
 
@@ -229,12 +217,11 @@ def _parse(cli_class: type[TrainingCLI], command: str, args: Sequence[str], give
             auto_configure_optimizers=False,
             seed_everything_default=0,
             parser_kwargs={"allow_abbrev": False} | {name: _command_kwargs(name) for name in COMMANDS},
-            args=[command, *with_a_fresh_estimator(canonical_args(args))],
+            args=[command, *with_estimator_defaults(canonical_args(args))],
             given=given,
         )
     except _Refused as refused:
-        print(f"tealightning: error: {explain(refused.message, args)}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise parse_error(str(refused), args) from None
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -1,8 +1,9 @@
-"""Flatten the settings that the user wrote: which file or option an error comes from, what was replaced."""
+"""Settings as the user wrote them: which file or option sets a key, registered names in place of class paths."""
 
 import importlib
 import inspect
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,12 @@ import yaml
 from lightning.pytorch import Trainer
 
 from tealightning.callbacks import Deadlines, HealthChecks, ResumableCheckpoint, RolloutCallback
-from tealightning.cli.names import class_path, registry_of
 from tealightning.data import PromptDataModule
+from tealightning.errors import UserError
 from tealightning.estimators.base import ESTIMATORS
+from tealightning.registry import Registry, snake_case
+from tealightning.rewards.base import REWARDS
+from tealightning.rollouts.base import ENGINES
 from tealightning.training.loss import PolicyGradientLoss
 from tealightning.training.module import PostTrainingModule
 from tealightning.types import SamplingConfig
@@ -40,6 +44,13 @@ _MODULES = {
 }
 """Last part of a setting that takes a class -> where the classes for it are."""
 
+_REGISTRIES = (
+    (r"model\.estimator", ESTIMATORS),
+    (r"rollout\.engine", ENGINES),
+    (r"rollout\.reward(\.rewards\.[^.]+)*", REWARDS),
+)
+"""Pattern of a setting -> the registry whose names it takes."""
+
 
 @dataclass(kw_only=True, slots=True)
 class Setting:
@@ -47,10 +58,10 @@ class Setting:
 
     key: str  # dotted, without `init_args` and `class_path`: "model.estimator.target_n"
     value: Any  # of a class, its path
-    source: str  # the file's name; empty for an option
+    file: str  # that sets it; empty for an option
 
 
-def given_settings(args: Sequence[str]) -> list[Setting]:
+def user_settings(args: Sequence[str]) -> list[Setting]:
     """Every setting of the configs and options in `args`, in their order; what cannot be read is left out."""
     settings: list[Setting] = []
     remaining = iter(args)
@@ -60,7 +71,7 @@ def given_settings(args: Sequence[str]) -> list[Setting]:
             settings += _file_settings(value if equals else next(remaining, ""))
         elif option.startswith("--"):
             key = option.removeprefix("--").removesuffix("+").replace(".init_args.", ".").removesuffix(".class_path")
-            settings.append(Setting(key=key, value=value if equals else next(remaining, ""), source=""))
+            settings.append(Setting(key=key, value=value if equals else next(remaining, ""), file=""))
     return settings
 
 
@@ -72,51 +83,46 @@ def _file_settings(path: str) -> Iterator[Setting]:
     yield from flat_settings("", document, path)
 
 
-def flat_settings(key: str, node: Any, source: str) -> Iterator[Setting]:
+def flat_settings(key: str, node: Any, file: str) -> Iterator[Setting]:
+    """The settings in `node`, a value or a nested document at `key`, each under its whole key."""
     if isinstance(node, list):
         for item in node:
-            yield from flat_settings(key, item, source)
+            yield from flat_settings(key, item, file)
     if not isinstance(node, dict):
-        yield Setting(key=key, value=node, source=source)
+        yield Setting(key=key, value=node, file=file)
         return
-    yield Setting(key=key, value=node.get("class_path", node), source=source)
+    yield Setting(key=key, value=node.get("class_path", node), file=file)
     for name, value in node.items():
         if name == "init_args":
-            yield from flat_settings(key, value, source)
+            yield from flat_settings(key, value, file)
         elif name != "class_path":
-            yield from flat_settings(f"{key}.{name}".lstrip("."), value, source)
+            yield from flat_settings(f"{key}.{name}".lstrip("."), value, file)
 
 
-def with_a_fresh_estimator(args: Sequence[str]) -> list[str]:
+def with_estimator_defaults(args: Sequence[str]) -> list[str]:
     """`args`, and the options that reset what was set for an estimator that another one replaced.
 
     jsonargparse keeps the arguments that both classes have; `alpha` or `scale` mean something else in each, and a
     comparison would be of settings that nobody wrote. `target_n` stays: it says how many samples are deployed.
     """
     key = "model.estimator"
-    settings = [s for s in given_settings(args) if f"{s.key}.".startswith(f"{key}.")]
-    chosen: list[tuple[int, type]] = []  # position among the settings, class
-    for position, setting in enumerate(settings):
-        if setting.key == key and isinstance(setting.value, str):
-            try:
-                path = class_path(ESTIMATORS, setting.value)
-            except ValueError:  # told when it is parsed
-                return list(args)
-            cls = class_of(key, [Setting(key=key, value=path, source="")])
-            if cls is not None and (not chosen or chosen[-1][1] is not cls):
-                chosen.append((position, cls))
-    if len(chosen) < 2:
+    classes: list[type] = []
+    earlier, own = set[str](), set[str]()  # keys set before the last class was chosen, and after
+    for setting in user_settings(args):
+        cls = class_of(key, [setting])
+        if cls is not None and cls not in classes[-1:]:
+            classes.append(cls)
+            earlier, own = earlier | own, set()
+        own.add(setting.key)
+    if len(classes) < 2:
         return list(args)
-    position, cls = chosen[-1]
-    replaced, kept = ({s.key for s in part} for part in (settings[:position], settings[position:]))
-    parameters = inspect.signature(cls).parameters
     defaults = {
-        name: parameter.default
-        for name, parameter in parameters.items()
-        if f"{key}.{name}" in replaced - kept and name != "target_n" and parameter.default is not parameter.empty
+        f"{key}.{name}": parameter.default
+        for name, parameter in inspect.signature(classes[-1]).parameters.items()
+        if f"{key}.{name}" in earlier - own and name != "target_n" and parameter.default is not parameter.empty
     }
     return [*args] + [
-        f"--{key}.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in defaults.items()
+        f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in defaults.items()
     ]
 
 
@@ -145,10 +151,9 @@ def class_of(key: str, settings: Sequence[Setting]) -> type | None:
     registry = registry_of(key)
     module, _, name = paths[-1].rpartition(".")
     if not module and registry is not None:
-        found: Any = next((cls for cls in registry.classes() if cls.__name__ == name), None)
-    else:
-        found = next((c for m in ([module] if module else _modules_of(key)) if (c := _attribute(m, name))), None)
-    return found if inspect.isclass(found) else None
+        return next((cls for cls in registry.classes() if name in (cls.__name__, snake_case(cls.__name__))), None)
+    candidates = (_attribute(m, name) for m in ([module] if module else _modules_of(key)))
+    return next((cls for cls in candidates if inspect.isclass(cls)), None)
 
 
 def _modules_of(key: str) -> list[str]:
@@ -160,3 +165,68 @@ def _attribute(module: str, name: str) -> Any:
         return getattr(importlib.import_module(module), name, None)
     except ImportError:
         return None
+
+
+def registry_of(key: str) -> Registry | None:
+    """The registry whose names the setting `key` takes: dotted, without `init_args`."""
+    return next((registry for pattern, registry in _REGISTRIES if re.fullmatch(pattern, key)), None)
+
+
+def _class_path(registry: Registry, name: str, key: str) -> str:
+    """`tea` and `TEA` as `tealightning.estimators.tea.TEA`; a dotted path, a file or JSON as it is."""
+    if not re.fullmatch(r"[A-Za-z_]\w*", name):
+        return name
+    try:
+        cls = registry.get(name)
+    except UserError as error:
+        raise UserError(f"{key}: {error}", key=key) from None
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def canonical_args(args: Sequence[str]) -> list[str]:
+    """`args` with registered names as class paths: of `--model.estimator=tea`, `--model.estimator tea` and
+    `--model.estimator.help tea`. Everything else passes through.
+
+    Raises:
+        UserError: for an unknown name, with the nearest valid ones.
+    """
+    result: list[str] = []
+    expected: Registry | None = None  # by the option before
+    for arg in args:
+        option, equals, value = arg.partition("=")
+        registry = registry_of(_dotted_key(option)) if option.startswith("--") else None
+        if registry is not None and equals:
+            arg = f"{option}={_class_path(registry, value, _dotted_key(option))}"
+        elif expected is not None and not arg.startswith("-"):
+            arg = _class_path(expected, arg, _dotted_key(result[-1]))
+        result.append(arg)
+        expected = None if equals else registry
+    return result
+
+
+def _dotted_key(option: str) -> str:
+    key = option.removeprefix("--").replace(".init_args.", ".")
+    return key.removesuffix(".class_path").removesuffix(".help")
+
+
+def canonical_settings(settings: Any, key: str = "") -> Any:
+    """A parsed YAML document with registered names as class paths.
+
+    Raises:
+        UserError: for an unknown name, with the nearest valid ones; or for null in place of one.
+    """
+    registry = registry_of(key)
+    if registry is not None and settings is None:
+        raise UserError(f"{key} must be set, got null. Valid: {', '.join(registry.names())}.")
+    if registry is not None and isinstance(settings, str):
+        return _class_path(registry, settings, key)
+    if not isinstance(settings, dict):
+        return settings
+    result = {}
+    for name, value in settings.items():
+        if name == "class_path" and registry is not None and isinstance(value, str):
+            result[name] = _class_path(registry, value, key)
+        else:
+            inner = key if name == "init_args" else f"{key}.{name}".lstrip(".")
+            result[name] = canonical_settings(value, inner)
+    return result

@@ -1,8 +1,15 @@
 """What goes wrong is told in one message that names the setting and the nearest valid name; the status is 2."""
 
+import pickle
+import sys
+
 import pytest
 from command_line import PROSE, QUICKSTART, overlay, run
 from run_records import quickstart_args
+
+from tealightning.cli import commands, training
+from tealightning.errors import MissingFileError, UserError
+from tealightning.estimators import ESTIMATORS
 
 
 def refused(*args):
@@ -270,3 +277,70 @@ def test_a_group_without_any_score_is_survived_and_counted(fit_args, rewards_fil
         assert float(metrics["train/groups_too_small"]) == 0.25
         assert float(metrics["rollout/reward_mean"]) == sum(range(8, 32)) / 24
         assert float(metrics["train/grad_norm"]) > 0
+
+
+# ---------------------------------------------------------------- defects
+
+
+def test_a_bad_call_inside_the_package_is_no_error_of_the_user(monkeypatch):
+    monkeypatch.setattr(commands, "_describe", None)  # the package calls it: TypeError
+    with pytest.raises(TypeError, match="not callable") as raised:
+        run("estimators")
+    assert "it is a defect: please report it" in raised.value.__notes__[0]
+
+
+def test_rows_of_other_lengths_inside_the_package_are_no_error_of_the_user(monkeypatch):
+    monkeypatch.setattr(commands, "_describe", lambda cls: ("a", "b", "c", "d"))  # zip(strict=True): ValueError
+    with pytest.raises(ValueError, match="zip") as raised:
+        run("estimators")
+    assert "it is a defect: please report it" in raised.value.__notes__[0]
+
+
+def test_a_defect_in_a_constructor_keeps_its_traceback(fit_args, monkeypatch):
+    monkeypatch.setattr("tealightning.estimators._tail.check_alpha", None)
+    with pytest.raises(TypeError, match="not callable") as raised:
+        run(*fit_args)
+    assert raised.traceback[-1].path.name == "_tail.py"
+
+
+CONSTRUCTOR = """
+from tealightning.estimators import GRPO, register
+
+
+@register
+class {name}(GRPO):
+    def __init__(self, *, height: float = 1.0) -> None:
+        super().__init__()
+        {statement}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "statement", "message"),
+    [
+        ("RefusesHeight", "raise ValueError(f'height must be above 2, got {height}.')", "height must be above 2, got"),
+        ("AddsHeight", "self.height = height + 'm'", ": unsupported operand type(s) for +"),
+    ],
+)
+def test_an_error_of_the_users_own_class_names_its_setting(fit_args, tmp_path, monkeypatch, name, statement, message):
+    monkeypatch.setattr(ESTIMATORS, "_classes", dict(ESTIMATORS._classes))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    file = tmp_path / f"{name.lower()}.py"
+    file.write_text(CONSTRUCTOR.format(name=name, statement=statement))
+    told = refused(*fit_args, "--import", file, f"--model.estimator={name}", "--model.estimator.height=1")
+    assert "error: model.estimator" in told and message in told
+    assert "(--debug shows the traceback)" in told
+
+
+def test_a_config_that_does_not_parse_is_an_error_with_its_key_and_file(tmp_path):
+    file = overlay(tmp_path, "rollout: {group_size: many}")
+    with pytest.raises(UserError) as raised:
+        training.build_training("fit", ["-c", PROSE, "-c", file])
+    assert (raised.value.key, raised.value.file) == ("rollout.group_size", file)
+    assert str(raised.value) == f"{file}: rollout.group_size: expected an integer, got 'many'."
+
+
+def test_errors_of_the_user_are_the_built_in_errors_that_they_were():
+    assert issubclass(UserError, ValueError) and issubclass(MissingFileError, FileNotFoundError)
+    error = pickle.loads(pickle.dumps(UserError("it is wrong", key="a.b", file="c.yaml")))
+    assert (str(error), error.key, error.file) == ("c.yaml: it is wrong", "a.b", "c.yaml")

@@ -10,6 +10,7 @@ from run_records import quickstart_args
 
 from tealightning.cli.policy_pool import collect_pool
 from tealightning.diagnostics.pool import RolloutPool, pool_of, write_rewards
+from tealightning.errors import UserError
 from tealightning.training.micro_batches import score_completions
 
 ENGINE = "--rollout.engine=transformers_engine"
@@ -86,11 +87,10 @@ def test_collect_pool_refuses_several_devices(collected):
         collect_pool([*args, "--trainer.devices=2", "--trainer.strategy=ddp"], num_prompts=1, num_samples=2)
 
 
-def test_collect_pool_tells_of_a_mistyped_setting_like_any_command(capsys, collected):
+def test_collect_pool_tells_of_a_mistyped_setting_like_any_command(collected):
     args, _ = collected
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(
+        UserError, match=r"Unknown setting 'rollout\.grup_size'\. Did you mean 'group_size'\?"
+    ) as raised:
         collect_pool([*args, "--rollout.grup_size=4"], num_prompts=1, num_samples=2)
-    told = capsys.readouterr().err
-    assert exit_.value.code == 2
-    assert "Unknown setting 'rollout.grup_size'. Did you mean 'group_size'?" in told
-    assert told == run("validate", *args, "--rollout.grup_size=4").err
+    assert run("validate", *args, "--rollout.grup_size=4").err == f"tealightning: error: {raised.value}\n"
