@@ -365,11 +365,13 @@ def test_errors_of_a_server_do_not_tell_the_key():
 
 
 def test_requests_do_not_follow_to_another_server():
-    with stub_server({}) as (other, seen), stub_server({"/v1/models": lambda body: (307, {})}) as (url, _):
-        client = VLLMClient(url, api_key=CANARIES["VLLM_API_KEY"], timeout_seconds=5)
-        client_request = client._request("GET", "/v1/models", None, 5.0)
-        assert client_request.status_code == 307 and client_request.history == []
-    assert other and seen == []
+    with stub_server({}) as (other, seen):
+        there = {"Location": f"{other}/v1/models"}
+        with stub_server({"/v1/models": lambda body: (307, {}, there)}) as (url, _):
+            client = VLLMClient(url, api_key=CANARIES["VLLM_API_KEY"], timeout_seconds=5)
+            with pytest.raises(ServerError, match="answered 307"):
+                client.max_model_len()
+    assert seen == []
 
 
 def test_secrets_of_the_environment_are_kept_nowhere(playground, tmp_path, monkeypatch):

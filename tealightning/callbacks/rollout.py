@@ -215,7 +215,7 @@ class RolloutCallback(Callback):
         if self.steps_ahead:
             self._start_next(trainer, pl_module)
         else:
-            self.engine.rest()
+            self.engine.offload()
 
     def on_validation_batch_start(
         self,

@@ -1,5 +1,6 @@
 """The contract of a reward."""
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -105,6 +106,15 @@ def bisect_failures(
             middle = len(part) // 2
             parts += [part[middle:], part[:middle]]
     return scores
+
+
+def check_seconds(name: str, seconds: float) -> None:
+    """
+    Raises:
+        UserError: unless `seconds` is above 0 and no longer than a thread can wait.
+    """
+    if not 0 < seconds < threading.TIMEOUT_MAX:
+        raise UserError(f"{name} must be above 0, got {seconds}.")
 
 
 def summed_counts(parts: Iterable[dict[str, int]]) -> dict[str, int]:

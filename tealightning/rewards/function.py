@@ -1,6 +1,5 @@
 """Reward computed by a Python function of the user."""
 
-import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ import torch
 
 from tealightning.errors import UserError
 from tealightning.registry import register
-from tealightning.rewards.base import Reward, RewardScores, as_scores, bisect_failures
+from tealightning.rewards.base import Reward, RewardScores, as_scores, bisect_failures, check_seconds
 from tealightning.rewards.function_worker import (
     FunctionRaisedError,
     FunctionWorker,
@@ -186,8 +185,8 @@ class _TolerantCall:
 
 def _check_settings(timeout_seconds: float | None, deadline_seconds: float | None, on_error: str) -> None:
     for name, seconds in (("timeout_seconds", timeout_seconds), ("deadline_seconds", deadline_seconds)):
-        if seconds is not None and not 0 < seconds < threading.TIMEOUT_MAX:
-            raise UserError(f"{name} must be above 0, got {seconds}.")
+        if seconds is not None:
+            check_seconds(name, seconds)
     if deadline_seconds is not None and timeout_seconds is None:
         raise UserError("deadline_seconds has no effect without timeout_seconds: set that too.")
     if on_error not in ("raise", "unscored"):

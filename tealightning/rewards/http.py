@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tealightning.checks import check_integer, check_not_negative
 from tealightning.errors import UserError
 from tealightning.registry import register
-from tealightning.rewards.base import Reward, RewardScores
-from tealightning.rewards.http_call import Persistence, ScoringCall, Silence
-from tealightning.rewards.http_client import RewardClient, TokenFromEnvironment, checked_url
+from tealightning.rewards.base import Reward, RewardScores, check_seconds
+from tealightning.rewards.http_call import OutageClock, RetryPolicy, ScoringCall
+from tealightning.rewards.http_client import RewardClient
 from tealightning.types import Prompt
 
 
@@ -30,7 +31,7 @@ class HTTPReward(Reward):
     otherwise wrongly `retries` times, then with halves of the batch. Another answer of 3xx or 4xx ends the run.
 
     Args:
-        url: Where to post; redirects and proxies are not followed.
+        url: Address to post to; redirects and proxies are not followed.
         batch_size: Most completions of one request.
         concurrency: Most requests at a time, of each process of the training.
         timeout_seconds: Longest wait for one answer.
@@ -43,7 +44,7 @@ class HTTPReward(Reward):
         ca_file: Certificates (PEM) to trust instead of the usual ones.
 
     Raises:
-        ValueError: for a setting out of range, a `url` that is none, holds a password or would send the token
+        UserError: for a setting out of range, a `url` that is none, holds a password or would send the token
             unencrypted to another machine, or a variable that is not set.
     """
 
@@ -62,12 +63,19 @@ class HTTPReward(Reward):
         metadata_keys: list[str] | None = None,
         ca_file: str | None = None,
     ) -> None:
-        checked_url(url, sends_token=token_env is not None)
-        _check_at_least(1, batch_size=batch_size, concurrency=concurrency)
-        _check_at_least(0, retries=retries, backoff_seconds=backoff_seconds, max_backoff_seconds=max_backoff_seconds)
-        _check_above_0(timeout_seconds=timeout_seconds, deadline_seconds=deadline_seconds)
+        for name, value, minimum in (
+            ("batch_size", batch_size, 1),
+            ("concurrency", concurrency, 1),
+            ("retries", retries, 0),
+        ):
+            check_integer(name, value, minimum)
+        check_not_negative("backoff_seconds", backoff_seconds)
+        check_not_negative("max_backoff_seconds", max_backoff_seconds)
+        check_seconds("timeout_seconds", timeout_seconds)
+        check_seconds("deadline_seconds", deadline_seconds)
         self.metadata_keys = metadata_keys
-        self._persistence = Persistence(
+        self._client = RewardClient(url, token_env=token_env, timeout_seconds=timeout_seconds, ca_file=ca_file)
+        self._policy = RetryPolicy(
             batch_size=batch_size,
             concurrency=concurrency,
             deadline_seconds=deadline_seconds,
@@ -75,9 +83,7 @@ class HTTPReward(Reward):
             backoff_seconds=backoff_seconds,
             max_backoff_seconds=max_backoff_seconds,
         )
-        token = None if token_env is None else TokenFromEnvironment(token_env)
-        self._client = RewardClient(url, token=token, timeout_seconds=timeout_seconds, ca_file=ca_file)
-        self._silence = Silence(deadline_seconds)
+        self._outage = OutageClock(deadline_seconds)
         self._slots = threading.BoundedSemaphore(concurrency)
         self._series, self._numbers = uuid.uuid4().hex, itertools.count()
         self._call: ScoringCall | None = None
@@ -101,7 +107,7 @@ class HTTPReward(Reward):
         rows = zip(keys, prompts, completions, metadata, strict=True)
         items = {key: self._encoded(key, prompt, completion, row) for key, prompt, completion, row in rows}
         call = self._call = ScoringCall(
-            self._client.post, items, persistence=self._persistence, silence=self._silence, slots=self._slots
+            self._client, items, policy=self._policy, outage=self._outage, slots=self._slots
         )
         scores = call.run()
         if call.counts["unscored"]:
@@ -110,10 +116,9 @@ class HTTPReward(Reward):
         return RewardScores(total=total, components={self.name: total}, counts={self.name: call.counts})
 
     def close(self) -> None:
-        """End a call that another thread waits for, and close idle connections."""
+        """End a call that another thread waits for."""
         if self._call is not None:
             self._call.stop()
-        self._client.close()
 
     def __repr__(self) -> str:
         return f"HTTPReward({self._client.where!r})"
@@ -138,15 +143,3 @@ class HTTPReward(Reward):
                 stacklevel=3,
             )
         self.problem = call.problem
-
-
-def _check_at_least(least: int, **settings: float) -> None:
-    for name, value in settings.items():
-        if not least <= value < float("inf"):
-            raise UserError(f"{name} must be at least {least}, got {value}.")
-
-
-def _check_above_0(**settings: float) -> None:
-    for name, value in settings.items():
-        if not 0 < value < threading.TIMEOUT_MAX:
-            raise UserError(f"{name} must be above 0, got {value}.")

@@ -7,29 +7,29 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import httpx
 
 from tealightning.rewards.base import bisect_failures
 from tealightning.rewards.http_client import (
     BadAnswerError,
     FailedAnswerError,
     RequestTimeoutError,
+    RewardClient,
     UnavailableError,
-    full_jitter,
     scores_by_id,
 )
 
-Post = Callable[[bytes, Mapping[str, str]], bytes]
-
 _RETRIES_OF_HALVES = 1
-_SHARE_OF_DEADLINE_IN_SILENCE = 0.05
+_SHARE_OF_DEADLINE_IN_OUTAGE = 0.05
 _LOOK_SECONDS = 1.0
 _LONG_SECONDS = 10.0
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class Persistence:
+class RetryPolicy:
     """How to go on asking; see `HTTPReward`."""
 
     batch_size: int
@@ -39,8 +39,13 @@ class Persistence:
     backoff_seconds: float
     max_backoff_seconds: float
 
+    def wait_seconds(self, attempt: int, rng: random.Random) -> float:
+        """Full jitter: uniform on `[0, min(max_backoff_seconds, backoff_seconds * 2**attempt)]`, so that many clients
+        spread out."""
+        return rng.uniform(0.0, min(self.max_backoff_seconds, self.backoff_seconds * 2.0 ** min(attempt, 60)))
 
-class Silence:
+
+class OutageClock:
     """Since when a server has given no scores, over all calls: a server that is gone is waited for once, not in every
     call."""
 
@@ -49,15 +54,15 @@ class Silence:
         self._since: float | None = None
         self._reported = False
 
-    def begins(self) -> None:
+    def start(self) -> None:
         if self._since is None:
             self._since = time.monotonic()
 
-    def ends(self) -> None:
+    def stop(self) -> None:
         self._since, self._reported = None, False
 
     def report(self, problem: str | None) -> None:
-        """Warn, once a silence, when it is a long one."""
+        """Warn, once an outage, when it is a long one."""
         if self._since is not None and not self._reported and time.monotonic() - self._since > _LONG_SECONDS:
             self._reported = True
             warnings.warn(
@@ -70,46 +75,46 @@ class Silence:
         usual, since = started + self._most_seconds, self._since
         if since is None:
             return usual
-        return min(usual, max(since + self._most_seconds, started + _SHARE_OF_DEADLINE_IN_SILENCE * self._most_seconds))
+        return min(usual, max(since + self._most_seconds, started + _SHARE_OF_DEADLINE_IN_OUTAGE * self._most_seconds))
 
 
 class ScoringCall:
     """Scores items by id, in threads. They are daemons: a request that does not end keeps no process alive.
 
     Args:
-        post: Sends a body with headers, returns that of the answer.
+        client: Sends the requests.
         items: JSON of each item by its id.
-        persistence: How to go on.
-        silence: Shared by all calls.
+        policy: How to go on after failures.
+        outage: Shared by all calls.
         slots: Shared by all calls: a request takes one.
 
     Attributes:
-        counts: What happened, how often.
+        counts: Number of retries, of failures of each kind, and of completions without a score.
         problem: Why completions were given up; None = none were.
     """
 
     def __init__(
         self,
-        post: Post,
+        client: RewardClient,
         items: Mapping[str, str],
         *,
-        persistence: Persistence,
-        silence: Silence,
+        policy: RetryPolicy,
+        outage: OutageClock,
         slots: threading.Semaphore,
     ) -> None:
-        self._post = post
+        self._client = client
         self._items = items
-        self._persistence = persistence
-        self._silence = silence
+        self._policy = policy
+        self._outage = outage
         self._slots = slots
         self._rng = random.Random()  # of its own: the global stream belongs to the training
         self._changed = threading.Condition()
         self._scores: dict[str, float] = {}
         self._error: BaseException | None = None
         self._over = threading.Event()
-        keys, size = list(items), persistence.batch_size
+        keys, size = list(items), policy.batch_size
         self._batches = deque(keys[start : start + size] for start in range(0, len(keys), size))
-        self._workers = min(persistence.concurrency, len(self._batches))
+        self._threads_left = min(policy.concurrency, len(self._batches))
         self._started = time.monotonic()
         self.counts = dict.fromkeys(("retries", "timeouts", "errors", "unscored"), 0)
         self.problem: str | None = None
@@ -121,13 +126,13 @@ class ScoringCall:
         Raises:
             RewardServerError: if the server refuses.
         """
-        for _ in range(self._workers):
+        for _ in range(self._threads_left):
             threading.Thread(target=self._work, name="reward requests", daemon=True).start()
         try:
             with self._changed:
-                while self._workers and self._error is None and self._goes_on():
+                while self._threads_left and self._error is None and self._goes_on():
                     self._changed.wait(min(_LOOK_SECONDS, max(0.0, self._seconds_left())))
-                    self._silence.report(self._last_error)
+                    self._outage.report(self._last_error)
         finally:
             self._over.set()
         with self._changed:
@@ -147,19 +152,20 @@ class ScoringCall:
         return not self._over.is_set() and self._seconds_left() > 0
 
     def _seconds_left(self) -> float:
-        return self._silence.deadline(self._started) - time.monotonic()
+        return self._outage.deadline(self._started) - time.monotonic()
 
     # ---------------------------------------------------------------- in the threads
 
     def _work(self) -> None:
         error: BaseException | None = None
         try:
-            while self._goes_on() and (batch := self._next_batch()):
-                self._score(batch)
+            with self._client.connection() as connection:
+                while self._goes_on() and (batch := self._next_batch()):
+                    self._score(connection, batch)
         except BaseException as raised:  # raised again where the call waits
             error = raised
         with self._changed:
-            self._workers -= 1
+            self._threads_left -= 1
             self._error = self._error or error
             self._changed.notify_all()
 
@@ -168,68 +174,59 @@ class ScoringCall:
         with self._changed:
             return self._batches.popleft() if self._batches else []
 
-    def _score(self, batch: Sequence[str]) -> None:
+    def _score(self, connection: httpx.HTTPTransport, batch: Sequence[str]) -> None:
         """Ask for a batch until it is scored; a batch that the server fails at is asked for in halves."""
-        retries = iter([self._persistence.retries])
+        retries = iter([self._policy.retries])
 
         def attempt(keys: Sequence[str]) -> Sequence[float] | None:
-            return self._ask_until_scored(keys, next(retries, _RETRIES_OF_HALVES))
+            return self._ask_until_scored(connection, keys, next(retries, _RETRIES_OF_HALVES))
 
         bisect_failures(batch, attempt, self._goes_on)
 
-    def _ask_until_scored(self, keys: Sequence[str], retries: int) -> Sequence[float] | None:
+    def _ask_until_scored(
+        self, connection: httpx.HTTPTransport, keys: Sequence[str], retries: int
+    ) -> Sequence[float] | None:
         """Scores of `keys`, NaN where there is none; None = the server failed at them more than `retries` times."""
         waits = failures = 0
         while (missing := [key for key in keys if key not in self._scores]) and self._goes_on():
-            retry_after, failed = 0.0, True
+            retry_after = 0.0
             try:
-                self._ask(missing)
-            except UnavailableError as error:  # it may come back: only the deadline ends this
-                retry_after, failed = error.retry_after, False
-                self._note("errors", error)
-            except RequestTimeoutError as error:
-                self._note("timeouts", error)
-            except (FailedAnswerError, BadAnswerError) as error:
-                self._note("errors", error)
-            else:
+                self._ask(connection, missing)
                 if all(key in self._scores for key in keys):
                     break
-                self._note("errors", BadAnswerError("the server left completions out"))
-            failures, waits = failures + failed, waits + 1
-            if failures > retries or not self._pause(waits - 1, retry_after):
+                raise BadAnswerError("the server left completions out")
+            except UnavailableError as error:  # it may come back: only the deadline ends this
+                retry_after = error.retry_after
+                self._record("errors", error)
+            except FailedAnswerError as error:
+                failures += 1
+                self._record("timeouts" if isinstance(error, RequestTimeoutError) else "errors", error)
+            delay = retry_after + self._policy.wait_seconds(waits, self._rng)
+            if failures > retries or delay >= self._seconds_left() or self._over.wait(delay):
                 self.problem = self._last_error
                 return None
+            waits += 1
             self._count("retries")
         return [self._scores.get(key, math.nan) for key in keys]
 
-    def _ask(self, keys: Sequence[str]) -> None:
+    def _ask(self, connection: httpx.HTTPTransport, keys: Sequence[str]) -> None:
         """One request; keeps what it scored."""
         if not self._slots.acquire(timeout=max(0.0, self._seconds_left())):
             raise UnavailableError("earlier requests still wait for their answers")
         try:
             body = f'{{"items": [{", ".join(self._items[key] for key in keys)}]}}'.encode()
             digest = hashlib.blake2b("\n".join(keys).encode(), digest_size=16).hexdigest()
-            content = self._post(body, {"Content-Type": "application/json", "Idempotency-Key": digest})
+            content = self._client.post(connection, body, {"Idempotency-Key": digest})
         finally:
             self._slots.release()
         scores = scores_by_id(content, frozenset(keys))
         if scores:
-            self._silence.ends()
+            self._outage.stop()
         with self._changed:
             self._scores |= scores
 
-    def _pause(self, attempt: int, retry_after: float) -> bool:
-        """Wait before the next request; False = there is no time for another."""
-        delay = retry_after + full_jitter(
-            attempt,
-            first_seconds=self._persistence.backoff_seconds,
-            most_seconds=self._persistence.max_backoff_seconds,
-            rng=self._rng,
-        )
-        return delay < self._seconds_left() and not self._over.wait(delay)
-
-    def _note(self, kind: str, error: Exception) -> None:
-        self._silence.begins()
+    def _record(self, kind: str, error: Exception) -> None:
+        self._outage.start()
         self._count(kind)
         self._last_error = str(error)
 

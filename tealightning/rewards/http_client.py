@@ -1,37 +1,198 @@
-"""HTTP client of a reward server: one request, what its answer says, and how long to wait for the next."""
+"""HTTP client of a reward server: one request, and what its answer says."""
 
 import ipaddress
 import json
 import math
 import os
-import random
 import ssl
 import time
 from collections.abc import Collection, Mapping
+from contextlib import closing
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from http.cookiejar import DefaultCookiePolicy
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
 
-import requests
-from requests.adapters import HTTPAdapter
-from requests.auth import AuthBase
-from urllib3.exceptions import HTTPError, ReadTimeoutError
+import httpx
 
 from tealightning.errors import UserError
 
+_CONNECT_SECONDS = 10.0
+_LONGEST_BODY = 64 << 20  # bytes; an answer without an end must not fill the memory
+_QUOTED_CHARACTERS = 300
+_UNAVAILABLE = {429, 502, 503, 504}
+_FAILED = {408, 413, 425}  # of the requests' fault statuses, those that another try or a smaller batch may mend
 
-def full_jitter(attempt: int, *, first_seconds: float, most_seconds: float, rng: random.Random) -> float:
-    """Uniform on `[0, min(most_seconds, first_seconds * 2**attempt)]`, so that many clients spread out.
+
+class UnavailableError(RuntimeError):
+    """No answer, or one that says "later"; `retry_after` is how many seconds later, 0 if it does not say."""
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class FailedAnswerError(RuntimeError):
+    """The server failed at this batch."""
+
+
+class RequestTimeoutError(FailedAnswerError):
+    """No whole answer in time."""
+
+
+class BadAnswerError(FailedAnswerError):
+    """The answer is not what was asked for, and nothing of it is used."""
+
+
+class RewardServerError(RuntimeError):
+    """The server refuses: a setting is wrong here or there, and asking again does not help."""
+
+
+class RewardClient:
+    """Posts JSON to one address. It talks to that address only: no proxies, no redirects, no cookies.
 
     Args:
-        attempt: Failures so far, minus 1.
-        first_seconds: Longest wait after the first failure.
-        most_seconds: Longest wait of all.
-        rng: Its own stream: the global ones belong to the training.
+        url: Address of the reward server.
+        token_env: Name of the environment variable with a bearer token, which is read for each request and kept
+            nowhere; None = none is sent.
+        timeout_seconds: Longest wait for a whole answer.
+        ca_file: Certificates to trust instead of the usual ones.
+
+    Raises:
+        UserError: if `url` is none, holds a password or would send the token unencrypted to another machine, if the
+            token is not there or cannot be sent, or the certificates cannot be read. The message holds no secret.
     """
-    return rng.uniform(0.0, min(most_seconds, first_seconds * 2.0 ** min(attempt, 60)))
+
+    def __init__(
+        self, url: str, *, timeout_seconds: float, token_env: str | None = None, ca_file: str | None = None
+    ) -> None:
+        self.url = checked_url(url, sends_token=token_env is not None)
+        self.where = str(self.url.copy_with(query=None, fragment=None))
+        """The address for messages: without the query, which may hold a secret."""
+        self.token_env = token_env
+        self.timeout_seconds = timeout_seconds
+        if token_env is not None:
+            _check_token(token_env)
+        try:
+            self._certificates = (
+                ssl.create_default_context(cafile=ca_file) if ca_file else httpx.create_ssl_context(trust_env=False)
+            )
+        except OSError as error:
+            raise UserError(f"ca_file: no certificates (PEM) can be read from {ca_file}: {error}") from error
+
+    def connection(self) -> httpx.HTTPTransport:
+        """A connection for one thread, a context manager; it reconnects when needed. (httpx's `Client` would add
+        proxies of the environment, redirects and cookies, and log the query.)"""
+        return httpx.HTTPTransport(verify=self._certificates, trust_env=False)
+
+    def post(self, connection: httpx.HTTPTransport, body: bytes, headers: Mapping[str, str]) -> bytes:
+        """The body of a successful answer.
+
+        Raises:
+            UnavailableError: without an answer, or for one that says "later".
+            FailedAnswerError: for another answer that another try, or a smaller batch, may mend.
+            RewardServerError: for one that says that a setting is wrong.
+
+        Nothing that is raised holds the request, and with it the token.
+        """
+        deadline = time.monotonic() + self.timeout_seconds
+        timeouts = httpx.Timeout(self.timeout_seconds, connect=min(_CONNECT_SECONDS, self.timeout_seconds))
+        headers = {"Content-Type": "application/json", "User-Agent": "tealightning", **headers}
+        if self.token_env is not None:
+            headers["Authorization"] = f"Bearer {os.environ.get(self.token_env, '')}"
+        request = httpx.Request(
+            "POST", self.url, content=body, headers=headers, extensions={"timeout": timeouts.as_dict()}
+        )
+        try:
+            with closing(connection.handle_request(request)) as answer:
+                content = self._read(answer, deadline)
+        except httpx.TransportError as error:
+            problem: RuntimeError = self._unanswered(error)
+        else:
+            if answer.status_code == 200:
+                return content
+            problem = self._error(answer, content)
+        raise problem
+
+    def _read(self, answer: httpx.Response, deadline: float) -> bytes:
+        """All of it; the timeout of httpx is for one read, and a slow enough server would never meet it."""
+        content = bytearray()
+        for chunk in answer.iter_raw():
+            content += chunk
+            if len(content) > _LONGEST_BODY:
+                raise FailedAnswerError(f"{self.where} sent more than {_LONGEST_BODY >> 20} MiB")
+            if time.monotonic() > deadline:
+                raise httpx.ReadTimeout("")
+        return bytes(content)
+
+    def _unanswered(self, error: Exception) -> RuntimeError:
+        causes: list[BaseException] = [error]
+        while cause := causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(cause)
+        if isinstance(error, httpx.ReadTimeout):
+            return RequestTimeoutError(f"{self.where} did not answer within {self.timeout_seconds:g} s")
+        if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
+            return RewardServerError(
+                f"{self.where} has a certificate that is not trusted; ca_file names others to trust."
+            )
+        types = dict.fromkeys(type(cause).__name__ for cause in causes)  # messages hold addresses, types do not
+        return UnavailableError(f"{self.where} cannot be reached ({': '.join(types)})")
+
+    def _error(self, answer: httpx.Response, content: bytes) -> RuntimeError:
+        status = answer.status_code
+        said = " ".join(content.decode("utf-8", errors="replace").split())
+        if self.token_env is not None and (token := os.environ.get(self.token_env)):
+            said = said.replace(token, "***")  # should the server have repeated it
+        message = f"{self.where} answered {status}: {said[:_QUOTED_CHARACTERS] or '(nothing)'}"
+        if status in _UNAVAILABLE:
+            return UnavailableError(message, retry_after_seconds(answer.headers.get("Retry-After")))
+        if status >= 500 or status in _FAILED or (200 <= status < 300):
+            return FailedAnswerError(message)
+        if 300 <= status < 400:
+            return RewardServerError(f"{message}. Redirects are not followed: give the final address as url.")
+        hint = " Is token_env set, and the token right?" if status in (401, 403) else " Is url right?"
+        return RewardServerError(message + hint)
+
+
+def checked_url(url: str, *, sends_token: bool) -> httpx.URL:
+    """`url`, if a reward server can be there.
+
+    Raises:
+        UserError: for something else than http(s)://host/path, for a password in it, and for a token that would
+            travel unencrypted to another machine. The message does not hold what may be secret.
+    """
+    expected = "url must be http://host:port/path or https://host/path"
+    try:
+        parts = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise UserError(f"{expected}: {error}") from None
+    if parts.userinfo:
+        raise UserError(f"{expected}, without a name and password: put a token into the environment (token_env).")
+    if parts.scheme not in ("http", "https") or not parts.host or (parts.port or 1) > 65535:
+        raise UserError(f"{expected}, got {url.partition('?')[0]!r}.")
+    if sends_token and parts.scheme == "http" and not _is_this_machine(parts.host):
+        raise UserError(
+            f"url: {parts.scheme}://{parts.netloc.decode()} is not encrypted, and everyone on the way could read the "
+            "token: use https, or a tunnel to 127.0.0.1."
+        )
+    return parts
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_token(variable: str) -> None:
+    token = os.environ.get(variable, "")
+    if not token:
+        raise UserError(f"token_env names the environment variable {variable!r}, which is not set.")
+    if not (token.isascii() and token.isprintable() and " " not in token):
+        raise UserError(
+            f"token_env: the environment variable {variable!r} holds a space, a line end or another character that "
+            "a token cannot have."
+        )
 
 
 def retry_after_seconds(header: str | None, now: datetime | None = None) -> float:
@@ -48,10 +209,6 @@ def retry_after_seconds(header: str | None, now: datetime | None = None) -> floa
     return max(0.0, (until - (now or datetime.now(UTC))).total_seconds())
 
 
-class BadAnswerError(UserError):
-    """The answer is not what was asked for, and nothing of it is used."""
-
-
 def scores_by_id(body: bytes, asked: Collection[str]) -> dict[str, float]:
     """The scores in `{"scores": [{"id": ..., "score": ...}, ...]}`, whatever their order.
 
@@ -59,7 +216,7 @@ def scores_by_id(body: bytes, asked: Collection[str]) -> dict[str, float]:
     is left out, as if its id were missing.
 
     Args:
-        body: Of the answer.
+        body: Body of the answer.
         asked: The ids that the answer may name.
 
     Raises:
@@ -105,201 +262,3 @@ def _number(value: Any) -> float | None:
     except OverflowError:  # an integer of more than 308 digits
         return None
     return number if math.isfinite(number) else math.nan
-
-
-_CONNECT_SECONDS = 10.0
-_LONGEST_BODY = 64 << 20  # bytes; an answer without an end must not fill the memory
-_QUOTED_CHARACTERS = 300
-_UNAVAILABLE = {429, 502, 503, 504}
-_FAILED = {408, 413, 425}  # of the requests' fault statuses, those that another try or a smaller batch may mend
-
-
-class UnavailableError(RuntimeError):
-    """No answer, or one that says "later"; `retry_after` is how many seconds later, 0 if it does not say."""
-
-    def __init__(self, message: str, retry_after: float = 0.0) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class FailedAnswerError(RuntimeError):
-    """The server failed at this batch."""
-
-
-class RequestTimeoutError(FailedAnswerError):
-    """No whole answer in time."""
-
-
-class RewardServerError(RuntimeError):
-    """The server refuses: a setting is wrong here or there, and asking again does not help."""
-
-
-class TokenFromEnvironment(AuthBase):
-    """Sends a bearer token that is read from the environment for each request and kept nowhere.
-
-    Args:
-        variable: Name of the environment variable.
-
-    Raises:
-        ValueError: if it is not set, or cannot be sent. The message does not hold the token.
-    """
-
-    def __init__(self, variable: str) -> None:
-        self.variable = variable
-        token = os.environ.get(variable, "")
-        if not token:
-            raise UserError(f"token_env names the environment variable {variable!r}, which is not set.")
-        if not (token.isascii() and token.isprintable() and " " not in token):
-            raise UserError(
-                f"token_env: the environment variable {variable!r} holds a space, a line end or another character that "
-                "a token cannot have."
-            )
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers["Authorization"] = f"Bearer {os.environ.get(self.variable, '')}"
-        return request
-
-    def hide(self, text: str) -> str:
-        """`text` without the token, should a server have repeated it."""
-        token = os.environ.get(self.variable, "")
-        return text.replace(token, "***") if token else text
-
-
-class RewardClient:
-    """Posts JSON to one address, from any thread. It talks to that address only: no proxies, no redirects, no cookies.
-
-    Args:
-        url: Of the reward server.
-        token: Adds the bearer token; None = none is sent.
-        timeout_seconds: Longest wait for a whole answer.
-        ca_file: Certificates to trust instead of the usual ones.
-    """
-
-    def __init__(
-        self, url: str, *, token: TokenFromEnvironment | None, timeout_seconds: float, ca_file: str | None = None
-    ) -> None:
-        self.url = url
-        self.timeout_seconds = timeout_seconds
-        self._token = token
-        self._session = requests.Session()
-        self._session.trust_env = False  # no proxy of the environment, and a .netrc would replace the token
-        self._session.auth = token
-        self._session.verify = ca_file or True
-        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        for prefix in ("http://", "https://"):
-            self._session.mount(prefix, HTTPAdapter(pool_maxsize=64, max_retries=0))
-
-    @property
-    def where(self) -> str:
-        """The address for messages: without the query, which may hold a secret."""
-        parts = urlsplit(self.url)
-        return f"{parts.scheme}://{parts.netloc}{parts.path}"
-
-    def post(self, body: bytes, headers: Mapping[str, str]) -> bytes:
-        """The body of a successful answer.
-
-        Raises:
-            UnavailableError: without an answer, or for one that says "later".
-            FailedAnswerError: for another answer that another try, or a smaller batch, may mend.
-            RewardServerError: for one that says that a setting is wrong.
-
-        Nothing that is raised holds the request, and with it the token.
-        """
-        deadline = time.monotonic() + self.timeout_seconds
-        try:
-            timeouts = (min(_CONNECT_SECONDS, self.timeout_seconds), self.timeout_seconds)
-            with self._session.post(
-                self.url, data=body, headers=headers, timeout=timeouts, allow_redirects=False, stream=True
-            ) as answer:
-                content = self._read(answer, deadline)
-        except (OSError, HTTPError) as error:  # every exception of requests is an OSError
-            if _is_slow(error):
-                raise RequestTimeoutError(f"{self.where} did not answer within {self.timeout_seconds:g} s") from None
-            if _is_certificate(error):
-                raise RewardServerError(
-                    f"{self.where} has a certificate that is not trusted; ca_file names others to trust."
-                ) from None
-            raise UnavailableError(f"{self.where} cannot be reached ({_kind(error)})") from None
-        if answer.status_code == 200:
-            return content
-        raise self._error(answer, content)
-
-    def close(self) -> None:
-        self._session.close()
-
-    def _read(self, answer: requests.Response, deadline: float) -> bytes:
-        """All of it; the timeout of requests is for one read, and a slow enough server would never meet it."""
-        content = bytearray()
-        while chunk := answer.raw.read1(1 << 16, decode_content=True):  # what has come, not a full chunk of it
-            content += chunk
-            if len(content) > _LONGEST_BODY:
-                raise FailedAnswerError(f"{self.where} sent more than {_LONGEST_BODY >> 20} MiB")
-            if time.monotonic() > deadline:
-                raise requests.ReadTimeout
-        return bytes(content)
-
-    def _error(self, answer: requests.Response, content: bytes) -> RuntimeError:
-        status = answer.status_code
-        said = " ".join(content.decode("utf-8", errors="replace").split())
-        said = self._token.hide(said) if self._token is not None else said
-        message = f"{self.where} answered {status}: {said[:_QUOTED_CHARACTERS] or '(nothing)'}"
-        if status in _UNAVAILABLE:
-            return UnavailableError(message, retry_after_seconds(answer.headers.get("Retry-After")))
-        if status >= 500 or status in _FAILED or (200 <= status < 300):
-            return FailedAnswerError(message)
-        if 300 <= status < 400:
-            return RewardServerError(f"{message}. Redirects are not followed: give the final address as url.")
-        hint = " Is token_env set, and the token right?" if status in (401, 403) else " Is url right?"
-        return RewardServerError(message + hint)
-
-
-def checked_url(url: str, *, sends_token: bool) -> SplitResult:
-    """The parts of `url`.
-
-    Raises:
-        ValueError: for something else than http(s)://host/path, for a password in it, and for a token that would
-            travel unencrypted to another machine. The message does not hold what may be secret.
-    """
-    expected = "url must be http://host:port/path or https://host/path"
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError as error:
-        raise UserError(f"{expected}: {error}") from None
-    if parts.username is not None or parts.password is not None:
-        raise UserError(f"{expected}, without a name and password: put a token into the environment (token_env).")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"{expected}, got {url.partition('?')[0]!r}.")
-    if sends_token and parts.scheme == "http" and not _is_this_machine(parts.hostname):
-        raise UserError(
-            f"url: {parts.scheme}://{parts.netloc} is not encrypted, and everyone on the way could read the token: use "
-            "https, or a tunnel to 127.0.0.1."
-        )
-    return parts
-
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _wrapped(error: BaseException) -> list[BaseException]:
-    """`error` and what it wraps, innermost last: requests wraps urllib3's exceptions, which wrap Python's."""
-    inner = [one for one in (*error.args, getattr(error, "reason", None)) if isinstance(one, BaseException)]
-    return [error, *(_wrapped(inner[0]) if inner else [])]
-
-
-def _is_certificate(error: BaseException) -> bool:
-    return any(isinstance(one, ssl.SSLCertVerificationError) for one in _wrapped(error))
-
-
-def _is_slow(error: BaseException) -> bool:
-    """Whether the answer, not the connection, took too long."""
-    return any(isinstance(one, requests.ReadTimeout | ReadTimeoutError) for one in _wrapped(error))
-
-
-def _kind(error: BaseException) -> str:
-    """The types of it and of what it wraps: messages hold addresses, types do not."""
-    return ": ".join(type(one).__name__ for one in _wrapped(error))

@@ -1,7 +1,8 @@
 """The contract of a rollout engine."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ENGINES = Registry("engine")
+
+_SIGNS_OF_FULL_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "memoryerror")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,9 +84,38 @@ class RolloutEngine(ABC):
     def sync_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take over the trainer's weights, given as `(name, tensor)` with tied parameters under every name."""
 
-    def rest(self) -> None:  # noqa: B027 - optional hook
-        """The trainer is about to train: hand back memory that the next `sync_weights` or `generate` can take again."""
+    def offload(self) -> None:  # noqa: B027 - optional hook
+        """Hand back memory while the trainer trains; the next `sync_weights` or `generate` takes it again."""
 
     @abstractmethod
     def close(self) -> None:
         """Release memory and processes; safe to call twice."""
+
+
+class EngineError(RuntimeError):
+    """An engine broke down; the message says in which phase."""
+
+
+@contextmanager
+def engine_phase(name: str, phase: str, memory_hint: str, on_failure: Callable[[], None]) -> Iterator[None]:
+    """Turn every exception but a ValueError, which is about the request, into an EngineError: the engine cannot be used
+    any more.
+
+    Args:
+        name: Name of the engine, for the message.
+        phase: What the engine is doing.
+        memory_hint: What to change if it was out of memory.
+        on_failure: Called before the error is raised.
+
+    Raises:
+        EngineError: with the phase.
+    """
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:  # a library's own: an assertion, a CUDA error, a queue that is empty ...
+        on_failure()
+        words = f"{type(error).__name__}: {error}"
+        hint = f" {memory_hint}" if any(sign in words.lower() for sign in _SIGNS_OF_FULL_MEMORY) else ""
+        raise EngineError(f"{name} broke down while {phase}: {words}.{hint}") from error

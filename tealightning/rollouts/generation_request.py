@@ -1,5 +1,6 @@
 """A generation request: its checks, what ends a completion, its text, and the seeds of its samples."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,6 @@ from tealightning.types import SamplingConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-import hashlib
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,6 +81,31 @@ def vllm_sampling(sampling: SamplingConfig, rule: EndRule, *, num_samples: int, 
         "stop": rule.strings,
         "detokenize": bool(rule.strings),
     }
+
+
+def vllm_arguments(context: EngineContext, *, dtype: str, on_cpu: bool) -> dict[str, Any]:
+    """The arguments of `vllm.LLM`, the same as those of `vllm serve`, that the engines' promises rest on.
+
+    Args:
+        context: What the engine is started with.
+        dtype: Of weights and activations; "auto" = the policy's.
+        on_cpu: Whether vLLM runs on a CPU.
+    """
+    arguments: dict[str, Any] = {
+        "tokenizer": context.tokenizer.name_or_path or context.policy_path,
+        "dtype": str(context.policy.dtype).removeprefix("torch.") if dtype == "auto" else dtype,
+        "max_model_len": context.max_model_len,
+        "load_format": "safetensors",  # never a pickle
+        "generation_config": "vllm",  # not the model folder's defaults
+        "logprobs_mode": "processed_logprobs",  # after temperature, top-k and top-p
+        "seed": 0,  # not used: every request has its own
+    }
+    if on_cpu:
+        # A step that ends inside a prompt rewinds the generator of a seeded request, which CPU generators cannot: so
+        # prompts are never split. The cache is small, because its default is a share of the machine's memory.
+        arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, context.max_model_len)}
+        arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": 2**28}
+    return arguments
 
 
 def completion_texts(

@@ -3,23 +3,31 @@
 The only file that imports vLLM, and only once an engine starts.
 """
 
+import logging
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from tealightning.checks import check_integer
 from tealightning.errors import MissingPackageError, UserError
 from tealightning.registry import register
-from tealightning.rollouts.base import EngineContext, RolloutEngine
-from tealightning.rollouts.engine_errors import broken_down
-from tealightning.rollouts.generation_request import EndRule, check_requests, completion_texts, end_rule, vllm_sampling
-from tealightning.rollouts.vllm_isolation import contained, placement
+from tealightning.rollouts.base import EngineContext, RolloutEngine, engine_phase
+from tealightning.rollouts.generation_request import (
+    check_requests,
+    completion_texts,
+    end_rule,
+    vllm_arguments,
+    vllm_sampling,
+)
 from tealightning.training.policy_weights import checked_off, policy_weights, refuse_partial_push, weight_names
 from tealightning.types import Completion, SamplingConfig
 
@@ -82,8 +90,7 @@ class VLLMEngine(RolloutEngine):
             raise UserError(f"rollout.engine.kv_cache_gib must be above 0 or null, got {kv_cache_gib}.")
         if not 0 < gpu_memory_utilization <= 1:
             raise UserError(f"rollout.engine.gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization}.")
-        if max_num_seqs < 1:
-            raise UserError(f"rollout.engine.max_num_seqs must be at least 1, got {max_num_seqs}.")
+        check_integer("rollout.engine.max_num_seqs", max_num_seqs, 1)
         if taken := _OWN_ARGS.intersection(extra_args or {}):
             raise UserError(f"rollout.engine.extra_args may not hold {sorted(taken)}: the engine sets them itself.")
         self.dtype = dtype
@@ -117,17 +124,15 @@ class VLLMEngine(RolloutEngine):
             RuntimeError: if several ranks were launched and their process group does not exist yet.
         """
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-            raise RuntimeError(
-                "VLLMEngine.start came before the process group: vLLM would make one for each rank alone."
-            )
-        with contained(context.device):
+            raise RuntimeError("VLLMEngine.start came before the process group: vLLM would make one for each rank.")
+        with isolated(context.device):
             args = self._llm_args(context)
             key = repr(sorted(args.items()))
             if self._llm is not None and key != self._key:
                 self.close()
             if self._llm is None:
                 idle = _IDLE.setdefault(key, [])
-                with broken_down("vLLM", "starting the engine", _MEMORY_HINT, self._give_up):
+                with self._phase("starting the engine"):
                     self._llm = idle.pop() if idle else _load(args, context.device)
                 self._release = weakref.finalize(self, idle.append, self._llm)
             self._context, self._key = context, key
@@ -152,10 +157,15 @@ class VLLMEngine(RolloutEngine):
         if not prompt_token_ids:
             return []
         rule = end_rule(context, sampling)
-        params = [_sampling_params(sampling, rule, num_samples=num_samples, seed=seed) for seed in seeds]
         prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_token_ids]
-        broken = broken_down("vLLM", "generating", _MEMORY_HINT, self._give_up)
-        with contained(context.device), self._no_compiling(), broken:
+        # vLLM compiles a one-line helper for log-probs, which takes longer on a CPU than it can ever save.
+        compiles_not = self.enforce_eager is not False and _runs_on_cpu()
+        stance = torch.compiler.set_stance("force_eager") if compiles_not else nullcontext()
+        with isolated(context.device), stance, self._phase("generating"):
+            from vllm import SamplingParams
+
+            fields = [vllm_sampling(sampling, rule, num_samples=num_samples, seed=seed) for seed in seeds]
+            params = [SamplingParams(**of_prompt) for of_prompt in fields]
             self._wake_up()
             outputs = self._llm.generate(prompts, params, use_tqdm=False)
         raw = [sample for output in outputs for sample in sorted(output.outputs, key=lambda sample: sample.index)]
@@ -172,17 +182,16 @@ class VLLMEngine(RolloutEngine):
         """
         context = self._started()
         missing = weight_names(context.policy)
-        broken = broken_down("vLLM", "syncing weights", _MEMORY_HINT, self._give_up)
-        with contained(context.device), torch.no_grad(), broken:
+        with isolated(context.device), self._phase("syncing weights"):
             self._wake_up()
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checked_off(weights, missing)})
             self._llm.reset_prefix_cache()  # it was computed with the old weights
         refuse_partial_push(missing)
 
-    def rest(self) -> None:
-        """Go to sleep, if that is asked for."""
+    def offload(self) -> None:
+        """Put the engine to sleep, if `sleep` is set."""
         if self.sleep and not self._asleep:
-            with contained(self._started().device):
+            with isolated(self._started().device):
                 self._llm.sleep(level=1)  # 2 would drop the weights, and a sync need not come next
             self._asleep = True
 
@@ -199,8 +208,11 @@ class VLLMEngine(RolloutEngine):
             self._release()
         self._llm = self._context = self._release = None
 
-    def _give_up(self) -> None:
-        """It has broken down: no engine is to get it again."""
+    def _phase(self, phase: str) -> AbstractContextManager[None]:
+        return engine_phase("vLLM", phase, _MEMORY_HINT, self._abandon)
+
+    def _abandon(self) -> None:
+        """Give up an `LLM` that has broken down: no engine is to get it again."""
         if self._release is not None:
             self._release.detach()
             _BROKEN.append(self._llm)
@@ -213,49 +225,25 @@ class VLLMEngine(RolloutEngine):
         return self._context
 
     def _llm_args(self, context: EngineContext) -> dict[str, Any]:
-        args: dict[str, Any] = {
-            "model": context.policy_path,
-            "tokenizer": context.tokenizer.name_or_path or context.policy_path,
-            "dtype": str(context.policy.dtype).removeprefix("torch.") if self.dtype == "auto" else self.dtype,
-            "max_model_len": context.max_model_len,
+        on_cpu = _runs_on_cpu()
+        args = {"model": context.policy_path, **vllm_arguments(context, dtype=self.dtype, on_cpu=on_cpu)}
+        args |= {
             "max_num_seqs": self.max_num_seqs,
             "enable_prefix_caching": self.enable_prefix_caching,
-            "enforce_eager": self._eager,
-            "load_format": "safetensors",  # never a pickle
-            "generation_config": "vllm",  # not the model folder's defaults
-            "logprobs_mode": "processed_logprobs",  # after temperature, top-k and top-p
-            "seed": 0,  # not used: every request has its own
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }
-        if _runs_on_cpu():
-            # A step that ends inside a prompt rewinds the generator of a seeded request, which CPU generators cannot:
-            # so prompts are never split.
-            args |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, context.max_model_len)}
-        kv_cache_gib = 0.25 if self.kv_cache_gib is None and _runs_on_cpu() else self.kv_cache_gib
-        if kv_cache_gib is None:
+        if self.enforce_eager is not None:
+            args["enforce_eager"] = self.enforce_eager
+        if self.kv_cache_gib is not None:
+            args["kv_cache_memory_bytes"] = int(self.kv_cache_gib * 2**30)
+        elif not on_cpu:
             args["gpu_memory_utilization"] = self.gpu_memory_utilization
-        else:
-            args["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
+        if self.sleep and on_cpu:
+            raise UserError("rollout.engine.sleep=true needs vLLM on a GPU: its CPU build has no sleep mode.")
         if self.sleep:
-            if _runs_on_cpu():
-                raise UserError("rollout.engine.sleep=true needs vLLM on a GPU: its CPU build has no sleep mode.")
             args["enable_sleep_mode"] = True
         return args | placement(context.device) | self.extra_args
-
-    @property
-    def _eager(self) -> bool:
-        return _runs_on_cpu() if self.enforce_eager is None else self.enforce_eager
-
-    def _no_compiling(self) -> Any:
-        """vLLM compiles a one-line helper for log-probs, which takes longer on a CPU than it can ever save."""
-        return torch.compiler.set_stance("force_eager") if self._eager and _runs_on_cpu() else nullcontext()
-
-
-def _sampling_params(sampling: SamplingConfig, rule: EndRule, *, num_samples: int, seed: int) -> Any:
-    from vllm import SamplingParams
-
-    return SamplingParams(**vllm_sampling(sampling, rule, num_samples=num_samples, seed=seed))
 
 
 def _completion(sample: Any, text: str) -> Completion:
@@ -268,9 +256,7 @@ def _load(args: dict[str, Any], device: torch.device) -> Any:
     from vllm import LLM
 
     if _runs_on_cpu() and device.type != "cpu":
-        raise UserError(
-            f'The policy is on {device} and the installed vLLM runs on CPUs: pip install "tealightning[vllm]".'
-        )
+        raise UserError(f'The policy is on {device}, but this vLLM runs on CPUs: pip install "tealightning[vllm]".')
     try:
         return LLM(**args)
     except ValueError as error:
@@ -280,12 +266,47 @@ def _load(args: dict[str, Any], device: torch.device) -> Any:
         ) from error
 
 
-def _runs_on_cpu() -> bool:
-    """Whether the installed vLLM is the CPU build.
+@contextmanager
+def isolated(device: torch.device) -> Iterator[None]:
+    """Undo what vLLM does to the trainer's process: it seeds and draws from the global generators, replaces
+    `torch.set_num_threads`, sets environment variables that processes started later would inherit, and warns.
 
-    Raises:
-        ImportError: if there is none, with the ways out.
-    """
+    Lightning evaluates in inference mode, and tensors made in it could not be updated by a sync in training: there is
+    none inside."""
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    environment = dict(os.environ)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # "Triton not available"
+    rng = isolate_rng(include_cuda=device.type == "cuda")
+    with torch.inference_mode(False), torch.no_grad(), rng, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            yield
+        finally:
+            torch.set_num_threads = set_num_threads
+            torch.set_num_threads(num_threads)
+            for name in set(os.environ) - set(environment):
+                if not name.startswith("VLLM_"):  # its own, which it may read again
+                    del os.environ[name]
+            os.environ.update(environment)
+
+
+def placement(device: torch.device) -> dict[str, Any]:
+    """Arguments with which each rank's engine runs alone on that rank's GPU."""
+    if device.type != "cuda":
+        return {}
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        # vLLM's way to live in processes that something else launched; it finds its place in these variables.
+        os.environ.update(RANK=str(dist.get_rank()), LOCAL_RANK=str(device.index or 0))
+        return {"distributed_executor_backend": "external_launcher"}
+    if device.index:
+        raise UserError(f"vLLM uses the first visible GPU and the policy is on {device}: set CUDA_VISIBLE_DEVICES.")
+    return {}
+
+
+def _runs_on_cpu() -> bool:
+    """Whether the installed vLLM is the CPU build; an ImportError says what to do if there is none."""
     try:
         from vllm.platforms import current_platform
     except ImportError as error:

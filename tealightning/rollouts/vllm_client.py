@@ -1,6 +1,5 @@
 """HTTP client of a `vllm serve` process: generation and weight updates over its public routes."""
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import requests
+import httpx
 
 from tealightning.errors import UserError
 
@@ -49,16 +48,23 @@ class VLLMClient:
         self.url = url.rstrip("/")
         self.timeout_seconds = timeout_seconds
         self._connections = connections
-        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._explain = explain
+        # Prompts and key are for this server alone: no proxy or .netrc of the environment, no redirects. A connection
+        # of its own for each request: the server closes idle ones, which would be a race with training.
+        self._http = httpx.Client(
+            headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
+            timeout=httpx.Timeout(timeout_seconds, connect=_CONNECT_SECONDS),
+            limits=httpx.Limits(max_keepalive_connections=0),
+            trust_env=False,
+        )
 
-    # ---------------------------------------------------------------- what it is
+    # ---------------------------------------------------------------- state
 
     def is_healthy(self) -> bool:
         """Whether it answers and its engine lives."""
         try:
-            return self._request("GET", "/health", None, 5.0).status_code == 200
-        except requests.RequestException:
+            return self._http.get(f"{self.url}/health", timeout=5.0).status_code == 200
+        except httpx.TransportError:
             return False
 
     def max_model_len(self) -> int:
@@ -138,21 +144,6 @@ class VLLMClient:
 
     # ---------------------------------------------------------------- transport
 
-    def _request(
-        self, method: str, route: str, body: dict[str, Any] | None, timeout_seconds: float
-    ) -> requests.Response:
-        # A connection of its own for each request: the server closes idle ones, which would be a race with training.
-        with requests.Session() as session:
-            session.trust_env = False  # no proxy for a server of one's own, and a .netrc would replace the key
-            return session.request(
-                method,
-                self.url + route,
-                json=body,
-                headers=self._headers,
-                timeout=(_CONNECT_SECONDS, timeout_seconds),
-                allow_redirects=False,  # prompts and key are for this server alone
-            )
-
     def _call(self, method: str, route: str, phase: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON answer (None if there is none).
 
@@ -161,10 +152,10 @@ class VLLMClient:
         """
         where = f"The vLLM server at {self.url}"
         try:
-            answer = self._request(method, route, body, self.timeout_seconds)
-        except requests.Timeout as error:
+            answer = self._http.request(method, self.url + route, json=body)
+        except httpx.TimeoutException as error:
             raise ServerError(f"{where} did not answer within {self.timeout_seconds:g} s while {phase}.") from error
-        except requests.RequestException as error:
+        except httpx.TransportError as error:
             raise ServerError(
                 f"{where} cannot be reached while {phase} ({type(error).__name__}).{self._why()}"
             ) from error
@@ -174,7 +165,7 @@ class VLLMClient:
             )
         if answer.status_code == 401:
             raise ServerError(f"{where} refuses the API key: set rollout.engine.api_key_env.")
-        if not answer.ok or answer.is_redirect:
+        if not answer.is_success:
             raise ServerError(f"{where} answered {answer.status_code} while {phase}: {_message(answer)}{self._why()}")
         return answer.json() if answer.content else None
 
@@ -183,11 +174,11 @@ class VLLMClient:
         return f" {reason}" if reason else ""
 
 
-def _message(answer: requests.Response) -> str:
+def _message(answer: httpx.Response) -> str:
     """What a failed answer says."""
     try:
         error = answer.json().get("error", answer.text)
-    except (json.JSONDecodeError, AttributeError):
+    except (ValueError, AttributeError):
         return answer.text[:2000]
     return str(error.get("message", error) if isinstance(error, dict) else error)[:2000]
 

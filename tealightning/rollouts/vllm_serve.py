@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from tealightning.errors import MissingPackageError, UserError
 from tealightning.functional.log_probs import token_log_probs
 from tealightning.reliability.processes import LocalServer
 from tealightning.rollouts.base import EngineContext, RolloutEngine
+from tealightning.rollouts.generation_request import vllm_arguments
 from tealightning.rollouts.vllm_client import ServerError, VLLMClient
 from tealightning.types import SamplingConfig
 
@@ -54,66 +54,22 @@ def check_serve_args(args: Sequence[str]) -> None:
         raise UserError(f"rollout.engine.serve_args may not hold {taken}: the engine sets them itself.")
 
 
-def check_positive(**settings: float) -> None:
-    """
-    Raises:
-        ValueError: for a setting that is not above 0.
-    """
-    for name, value in settings.items():
-        if not value > 0:
-            raise UserError(f"rollout.engine.{name} must be above 0, got {value}.")
-
-
-def launch(
-    context: EngineContext,
-    *,
-    port: int,
-    dtype: str,
-    nccl: bool,
-    api_key: str | None,
-    serve_args: Sequence[str],
-    serve_env: dict[str, str],
-    log_file: Path | None,
-) -> LocalServer:
-    """`vllm serve` on this machine; it goes on loading when this returns.
-
-    Raises:
-        ImportError: if vLLM is not installed.
-        ValueError: if the trainer is on a GPU and the server has not been given its own, or `log_file` has no folder.
-    """
-    if context.device.type == "cuda" and "CUDA_VISIBLE_DEVICES" not in serve_env:
-        raise UserError(
-            f"The policy is on {context.device}: name the server's GPUs, for example "
-            "rollout.engine.serve_env={CUDA_VISIBLE_DEVICES: '1'}, or use VLLMEngine, which shares the trainer's."
-        )
-    if log_file is not None and not log_file.absolute().parent.is_dir():
-        raise UserError(f"rollout.engine.log_file: the folder of {log_file} does not exist.")
-    command = serve_command(context, port=port, dtype=dtype, nccl=nccl, serve_args=serve_args)
-    return LocalServer(command, serve_environment(context, api_key=api_key, serve_env=serve_env), log_file)
-
-
 def serve_command(context: EngineContext, *, port: int, dtype: str, nccl: bool, serve_args: Sequence[str]) -> list[str]:
     """`vllm serve` on the loopback interface with all that `VLLMServerEngine` relies on.
 
     Raises:
         ImportError: if vLLM is not installed.
     """
-    command = [*_program(), context.policy_path]
-    command += ["--tokenizer", context.tokenizer.name_or_path or context.policy_path]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
-    command += ["--max-model-len", str(context.max_model_len)]
-    command += ["--load-format", "safetensors"]  # never a pickle
-    command += ["--generation-config", "vllm"]  # not the model folder's defaults
-    command += ["--logprobs-mode", "processed_logprobs"]  # after temperature, top-k and top-p
-    command += ["--enable-scale-out", "--seed", "0"]
+    command = [*_program(), context.policy_path, "--host", "127.0.0.1", "--port", str(port), "--enable-scale-out"]
+    on_cpu = context.device.type == "cpu"
+    for name, value in vllm_arguments(context, dtype=dtype, on_cpu=on_cpu).items():
+        flag = name.replace("_", "-")
+        command += [
+            f"--no-{flag}" if value is False else f"--{flag}",
+            *([] if isinstance(value, bool) else [str(value)]),
+        ]
     if nccl:
         command += ["--weight-transfer-config", '{"backend": "nccl"}']
-    if context.device.type == "cpu":
-        # A step that ends inside a prompt rewinds the generator of a seeded request, which CPU generators cannot: so
-        # prompts are never split. The cache is small, because its default is a share of the machine's memory.
-        command += ["--enforce-eager", "--no-enable-chunked-prefill"]
-        command += ["--max-num-batched-tokens", str(max(4096, context.max_model_len))]
-        command += ["--kv-cache-memory-bytes", str(2**28)]
     return [*command, *serve_args]
 
 

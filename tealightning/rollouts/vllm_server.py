@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tealightning.checks import check_choice, check_integer, check_positive
 from tealightning.errors import UserError
 from tealightning.registry import register
 from tealightning.reliability.processes import LocalServer, free_port
@@ -21,14 +22,14 @@ from tealightning.rollouts.vllm_serve import (
     check_length,
     check_log_probs_mode,
     check_policy,
-    check_positive,
     check_serve_args,
     check_versions,
     explain,
-    launch,
+    serve_command,
+    serve_environment,
     wait_until_ready,
 )
-from tealightning.rollouts.weight_push import WeightPush, new_push
+from tealightning.rollouts.weight_push import FilePush, NCCLPush, new_push
 from tealightning.training.policy_weights import checked_off, policy_weights, refuse_partial_push, weight_names
 from tealightning.types import Completion, SamplingConfig
 
@@ -79,15 +80,12 @@ class VLLMServerEngine(RolloutEngine):
     ) -> None:
         if url is not None and not url.startswith(("http://", "https://")):
             raise UserError(f"rollout.engine.url must begin with http:// or https://, got {url!r}.")
-        if weight_transfer not in ("file", "nccl"):
-            raise UserError(f"rollout.engine.weight_transfer must be file or nccl, got {weight_transfer!r}.")
+        check_choice("rollout.engine.weight_transfer", weight_transfer, ("file", "nccl"))
         if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise UserError(f"rollout.engine.dtype must be auto or a dtype of torch such as bfloat16, got {dtype!r}.")
-        check_positive(
-            max_concurrent_requests=max_concurrent_requests,
-            request_timeout_seconds=request_timeout_seconds,
-            start_timeout_seconds=start_timeout_seconds,
-        )
+        check_integer("rollout.engine.max_concurrent_requests", max_concurrent_requests, 1)
+        check_positive("rollout.engine.request_timeout_seconds", request_timeout_seconds)
+        check_positive("rollout.engine.start_timeout_seconds", start_timeout_seconds)
         if weight_transfer == "file" and not weights_dir and not is_local(url):
             raise UserError(
                 f"rollout.engine.weights_dir must name a folder that {url} sees under the same path (a network file "
@@ -110,7 +108,7 @@ class VLLMServerEngine(RolloutEngine):
         self._context: EngineContext | None = None
         self._client: VLLMClient | None = None
         self._server: LocalServer | None = None  # on rank 0, if it was started here
-        self._pusher: WeightPush | None = None  # on rank 0
+        self._pusher: FilePush | NCCLPush | None = None  # on rank 0
         self._served: tuple[Any, ...] = ()  # what `_server` was started with
         self._version = ""  # of the weights that the server was given
 
@@ -238,17 +236,17 @@ class VLLMServerEngine(RolloutEngine):
         return self.url or self._client.url, socket.gethostname()  # type: ignore[union-attr]
 
     def _launch(self, context: EngineContext) -> None:
-        port = free_port()
-        server = self._server = launch(
-            context,
-            port=port,
-            dtype=str(context.policy.dtype).removeprefix("torch.") if self.dtype == "auto" else self.dtype,
-            nccl=self.weight_transfer == "nccl",
-            api_key=api_key_from(self.api_key_env),
-            serve_args=self.serve_args,
-            serve_env=self.serve_env,
-            log_file=self.log_file,
-        )
+        if context.device.type == "cuda" and "CUDA_VISIBLE_DEVICES" not in self.serve_env:
+            raise UserError(
+                f"The policy is on {context.device}: name the server's GPUs, for example "
+                "rollout.engine.serve_env={CUDA_VISIBLE_DEVICES: '1'}, or use VLLMEngine, which shares the trainer's."
+            )
+        if self.log_file is not None and not self.log_file.absolute().parent.is_dir():
+            raise UserError(f"rollout.engine.log_file: the folder of {self.log_file} does not exist.")
+        port, nccl = free_port(), self.weight_transfer == "nccl"
+        command = serve_command(context, port=port, dtype=self.dtype, nccl=nccl, serve_args=self.serve_args)
+        environment = serve_environment(context, api_key=api_key_from(self.api_key_env), serve_env=self.serve_env)
+        server = self._server = LocalServer(command, environment, self.log_file)
         self._client = self._connect(f"http://127.0.0.1:{port}", lambda: explain(server))
         wait_until_ready(server, self._client, self.start_timeout_seconds)
 

@@ -5,7 +5,7 @@ import shutil
 import socket
 import tempfile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,18 +20,8 @@ from tealightning.rollouts.vllm_client import VLLMClient, is_local
 Weights = list[tuple[str, Tensor]]
 
 
-class WeightPush(Protocol):
-    """Gives one server new weights, again and again."""
-
-    def push(self, client: VLLMClient, weights: Weights) -> None:
-        """Every worker of the server holds `weights` when this returns."""
-
-    def close(self) -> None:
-        """Release what it holds."""
-
-
 class FilePush:
-    """Writes a safetensors file, which the server loads and this removes again.
+    """Pushes weights through a safetensors file, which the server loads and this removes again.
 
     Args:
         parent: An existing folder at the same path for trainer and server, for example on a network file system. None =
@@ -111,7 +101,7 @@ class NCCLPush:
         self._sender = None
 
 
-def new_push(transfer: str, weights_dir: str | None, url: str | None, device: torch.device) -> WeightPush:
+def new_push(transfer: str, weights_dir: str | None, url: str | None, device: torch.device) -> FilePush | NCCLPush:
     """The push called `transfer` ("file" or "nccl") to the server at `url`; None = on this machine."""
     if transfer == "file":
         return FilePush(weights_dir)

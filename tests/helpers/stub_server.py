@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Answer = Callable[[dict[str, Any]], tuple[int, Any]]
-"""From the body of a request to a status and a body."""
+Answer = Callable[[dict[str, Any]], tuple[Any, ...]]
+"""From the body of a request to a status, a body and, if there are any, headers."""
 
 
 def choice(token_ids: list[int], log_probs: list[float], *, version: str = "", index: int = 0) -> dict[str, Any]:
@@ -32,10 +32,11 @@ def stub_server(answers: dict[str, Answer]) -> Iterator[tuple[str, list[tuple[st
             body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
             seen.append((self.path, body, dict(self.headers)))
             answer = answers.get(self.path.partition("?")[0])
-            status, result = answer(body) if answer else (404, {"error": "Not Found"})
+            status, result, *headers = answer(body) if answer else (404, {"error": "Not Found"})
             content = json.dumps(result).encode()
             self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
+            for name, value in {"Content-Length": str(len(content)), **(headers[0] if headers else {})}.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(content)
 

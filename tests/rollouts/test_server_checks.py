@@ -172,9 +172,9 @@ def test_engine_gives_up_on_a_server_that_does_not_get_ready(context, monkeypatc
     ("kwargs", "message"),
     [
         ({"url": "127.0.0.1:8000"}, "url must begin with http"),
-        ({"weight_transfer": "ipc"}, "weight_transfer must be file or nccl, got 'ipc'"),
+        ({"weight_transfer": "ipc"}, "weight_transfer must be one of file, nccl, got 'ipc'"),
         ({"dtype": "half16"}, "dtype must be auto or a dtype of torch"),
-        ({"max_concurrent_requests": 0}, "max_concurrent_requests must be above 0, got 0"),
+        ({"max_concurrent_requests": 0}, "max_concurrent_requests must be an integer of at least 1, got 0"),
         ({"url": "http://gpu7:8000"}, "weights_dir must name a folder that http://gpu7:8000 sees"),
         ({"serve_args": ["--logprobs_mode=raw_logits"]}, r"serve_args may not hold \['--logprobs-mode'\]"),
     ],

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tiny_policies import PROMPTS, SEEDS, engine_context, largest_difference, perturb_, save_policy, token_ids
 
 from tealightning.rollouts import VLLMEngine, policy_weights
-from tealightning.rollouts.vllm_isolation import placement
+from tealightning.rollouts.vllm import placement
 from tealightning.types import SamplingConfig
 
 SAMPLING = SamplingConfig(max_new_tokens=24)
@@ -127,7 +127,7 @@ def test_vllm_says_which_setting_gives_it_too_little_memory(folder):
         ({"extra_args": {"logprobs_mode": "raw_logits"}}, r"extra_args may not hold \['logprobs_mode'\]"),
         ({"kv_cache_gib": 0.0}, "kv_cache_gib must be above 0"),
         ({"gpu_memory_utilization": 1.5}, r"gpu_memory_utilization must be in \(0, 1\], got 1.5"),
-        ({"max_num_seqs": 0}, "max_num_seqs must be at least 1"),
+        ({"max_num_seqs": 0}, "max_num_seqs must be an integer of at least 1"),
     ],
 )
 def test_vllm_refuses_bad_settings(kwargs, message):

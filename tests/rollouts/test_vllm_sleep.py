@@ -52,12 +52,12 @@ def test_vllm_sleeps_when_it_rests_and_wakes_up_for_work(folder):
         lambda: engine.generate([[3, 4]], num_samples=1, sampling=SamplingConfig(max_new_tokens=2), seeds=[7]),
         lambda: engine.sync_weights(policy_weights(context.policy)),
     ):
-        engine.rest()
-        engine.rest()
+        engine.offload()
+        engine.offload()
         assert engine.watched.asleep
         work()
         assert not engine.watched.asleep
-    engine.rest()
+    engine.offload()
     engine.close()
     assert not engine.watched.asleep and engine.watched.naps == 3
 
@@ -66,7 +66,7 @@ def test_vllm_stays_awake_unless_asked_to_sleep(folder):
     engine = VLLMEngine()
     engine.start(engine_context(folder))
     engine._llm = watched = SleepyLLM(engine._llm)
-    engine.rest()
+    engine.offload()
     assert watched.naps == 0
     engine.close()
 

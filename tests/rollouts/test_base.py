@@ -2,21 +2,21 @@
 
 import pytest
 
-from tealightning.rollouts.engine_errors import EngineError, broken_down
+from tealightning.rollouts.base import EngineError, engine_phase
 
 
 def test_memory_errors_say_what_to_change():
     broken = []
     with (
         pytest.raises(EngineError, match=r"^vLLM broke down while generating: MemoryError: 3 GiB\. Lower something\.$"),
-        broken_down("vLLM", "generating", "Lower something.", lambda: broken.append(True)),
+        engine_phase("vLLM", "generating", "Lower something.", lambda: broken.append(True)),
     ):
         raise MemoryError("3 GiB")
     assert broken == [True]
 
 
 def test_other_errors_have_no_advice_and_keep_their_cause():
-    with pytest.raises(EngineError) as caught, broken_down("vLLM", "syncing weights", "Lower.", list):
+    with pytest.raises(EngineError) as caught, engine_phase("vLLM", "syncing weights", "Lower.", list):
         raise AssertionError("shape")
     assert str(caught.value) == "vLLM broke down while syncing weights: AssertionError: shape."
     assert isinstance(caught.value.__cause__, AssertionError)
@@ -24,6 +24,6 @@ def test_other_errors_have_no_advice_and_keep_their_cause():
 
 def test_what_it_was_asked_for_is_no_breakdown():
     broken = []
-    with pytest.raises(ValueError, match="too long"), broken_down("vLLM", "generating", "", lambda: broken.append(1)):
+    with pytest.raises(ValueError, match="too long"), engine_phase("vLLM", "generating", "", lambda: broken.append(1)):
         raise ValueError("too long")
     assert broken == []
