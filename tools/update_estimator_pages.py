@@ -23,8 +23,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from tealightning.diagnostics.fidelity_tables import display_row
-from tealightning.reporting.tables import markdown_table
+from tealightning.diagnostics.fidelity_report import world_table
 
 WORLD, MS, TARGET_N, ALPHA = "gaussian", (16, 32), 128, 0.25
 BLOCK = re.compile(r"<!-- fidelity -->\n.*?<!-- /fidelity -->\n", re.DOTALL)
@@ -63,15 +62,12 @@ def block(name: str, rows: Sequence[dict]) -> str:
         raise ValueError(
             f"The CSV has no row of {name} in the {WORLD} world at m in {MS}, N={TARGET_N}, alpha={ALPHA}."
         )
-    footnotes: list[str] = []
-    lines = [display_row(row, footnotes, ()) for row in chosen]
-    notes = "".join(f"\n\n({i}) {note}" for i, note in enumerate(footnotes, 1))
     source = f"`{chosen[0]['command']}`, commit {chosen[0]['commit']}, seed {chosen[0]['seed']}"
     return (
         "<!-- fidelity -->\n"
         f"**Fidelity.** Against the exact gradient of best-of-{TARGET_N} for normal rewards "
         "([what the columns mean](../how-to/diagnose-gradients.md#reading-the-table)):\n\n"
-        f"{markdown_table(lines, COLUMNS)}{notes}\n\n{source}.\n"
+        f"{world_table(chosen, (), COLUMNS)}\n\n{source}.\n"
         "<!-- /fidelity -->\n"
     )
 

@@ -1,35 +1,35 @@
-"""Command `diagnose gradients -c CONFIG`: gradient fidelity on the policy and the reward of a config."""
+"""Command `diagnose gradients -c CONFIG`: gradient fidelity on a pool of rollouts of a config's policy and reward."""
 
 import argparse
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
-from tealightning.cli.policy_pool import collect_pool
+from tealightning.callbacks import RolloutCallback
+from tealightning.cli.diagnose import at_least
+from tealightning.cli.training import build_training
+from tealightning.data import PromptDataModule
+from tealightning.diagnostics.fidelity_report import ceiling_text, policy_table, write_policy_fidelity
 from tealightning.diagnostics.measurements import EstimatorSpec, parse_estimators
-from tealightning.diagnostics.policy_fidelity import SPLITS, FidelityReport, FidelityStudy
-from tealightning.diagnostics.policy_fidelity_report import (
-    LEGEND,
-    ceiling_lines,
-    fidelity_table,
-    plot_fidelity,
-    write_csv_rows,
-)
-from tealightning.diagnostics.pool import RolloutPool, write_rewards
+from tealightning.diagnostics.policy_fidelity import SPLITS, PolicyFidelity
+from tealightning.diagnostics.pool import RolloutPool, pool_of, write_rewards
 from tealightning.diagnostics.projections import LinearProjection, score_vectors
 from tealightning.errors import UserError
 from tealightning.estimators import ESTIMATORS
-from tealightning.reporting.provenance import provenance, provenance_lines
+from tealightning.reporting.provenance import provenance
 from tealightning.training.module import PostTrainingModule
+from tealightning.types import PromptBatch
 
 BINARY_REWARDS = ("pass_at_n", "grpo_lead")
 """Estimators for rewards of 0 and 1, which say nothing about others."""
-
+_COMMANDS = {"val": "validate", "test": "test"}
 _DESCRIPTION = """\
 How faithful each estimator's gradient from m rollouts is to the best-of-N gradient of the policy of a config. A large
 pool of rollouts a prompt is sampled by the config's own engine and scored by its own reward; the oracle is the unbiased
@@ -45,33 +45,33 @@ def diagnose_policy_gradients(args: Sequence[str]) -> None:
         UserError: for options that do not fit each other, or a config that does not parse.
     """
     options, config_args = _parser().parse_known_args(args)
-    asked = parse_estimators(options.estimators)
+    specs = parse_estimators(options.estimators)
     _check(options, config_args)
-    seconds = {}
-    started = time.perf_counter()
+    times = [time.perf_counter()]
     module, pool = collect_pool(config_args, num_prompts=options.prompts, num_samples=options.pool, split=options.split)
-    seconds["rollouts"] = time.perf_counter() - started
-    specs, reasons = _suitable(asked, pool) if options.estimators is None else (asked, [])
+    specs, left_out = _suitable(specs, pool) if options.estimators is None else (specs, [])
 
-    started = time.perf_counter()
+    times.append(time.perf_counter())
     projection = LinearProjection(module.policy, size=options.projection, seed=options.seed)
-    scores = _score(module, pool, projection)
-    seconds["score vectors"] = time.perf_counter() - started
+    with tqdm(total=pool.rewards.numel(), desc="Score vectors", unit=" rollouts", dynamic_ncols=True) as bar:
+        score = partial(score_vectors, max_tokens=module.micro_batch_tokens, on_progress=bar.update)
+        scores = [score(module.policy, batch, projection).unflatten(0, batch.rewards.shape) for batch in pool.batches]
 
-    started = time.perf_counter()
-    study = FidelityStudy(
-        pool.rewards,
-        scores,
-        target_n=options.target_n,
-        group_sizes=options.group_sizes,
-        alpha=options.alpha,
-        seed=options.seed,
-    )
+    times.append(time.perf_counter())
+    names = ("target_n", "group_sizes", "alpha", "seed")
+    study = PolicyFidelity(pool.rewards, torch.cat(scores), **{name: getattr(options, name) for name in names})
     with tqdm(total=SPLITS * len(specs) * len(study.group_sizes), desc="Estimators", dynamic_ncols=True) as bar:
-        report = study.run(specs, on_progress=bar.update)
-    seconds["estimators"] = time.perf_counter() - started
-    facts = _facts(options, module, pool, projection, study, seconds)
-    _write(options, args, pool, report, [*facts, *reasons])
+        ceiling, rows = study.run(specs, on_progress=bar.update)
+
+    times.append(time.perf_counter())
+    facts = [*_facts(options, module, pool, projection, study, times), *left_out]
+    source = provenance(["diagnose", "gradients", *args], seed=options.seed)
+    files = write_policy_fidelity(options.out, ceiling, rows, source, facts, target_n=options.target_n)
+    write_rewards(options.out / "rewards.jsonl", pool)
+    print("\n".join(f"- {fact}" for fact in facts))
+    print(f"\n{ceiling_text(ceiling)}\n\n{policy_table(rows)}\n")
+    for name, file in zip(("Page", "Figures", "Plot", "Rewards"), [*files, options.out / "rewards.jsonl"], strict=True):
+        print(f"{name}: {file}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,19 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompts", type=int, default=48, help="the first ones of the split (default: 48)")
     add("--pool", type=int, default=1024, help="rollouts a prompt, at least 2 N and 4 m (default: 1024)")
     add("--split", choices=["val", "test"], default="val", help="of the config's data (default: val)")
-    add(
-        "--estimators",
-        nargs="+",
-        metavar="NAME[:PARAMETER=VALUE,...]",
-        help='as in: tea "direct:tail=gpd,alpha=0.5" (default: every registered one that suits the rewards)',
-    )
+    estimators_help = 'as in: tea "direct:tail=gpd,alpha=0.5" (default: every registered one that suits the rewards)'
+    add("--estimators", nargs="+", metavar="NAME[:PARAMETER=VALUE,...]", help=estimators_help)
     add("--projection", type=int, default=16, help="K: each weight's gradient becomes K x K numbers (default: 16)")
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="of projection, groups and bootstrap; rollouts have the config's (default: 0)",
-    )
+    seed_help = "of projection, groups and bootstrap; rollouts have the config's (default: 0)"
+    add("--seed", type=int, default=0, help=seed_help)
     add("--out", type=Path, default=Path("runs/diagnose_policy"), help="folder (default: runs/diagnose_policy)")
     return parser
 
@@ -109,18 +101,11 @@ def _check(options: argparse.Namespace, config_args: Sequence[str]) -> None:
     """Refuse before anything is sampled."""
     if not any(arg.partition("=")[0] in ("-c", "--config") for arg in config_args):
         raise UserError("diagnose gradients measures the policy of a config: add -c configs/quickstart.yaml.")
-    smallest = min(options.group_sizes)
-    if smallest < 2 or options.target_n < 2:
-        raise UserError(f"-m and -N must be at least 2, got {smallest} and {options.target_n}.")
-    if options.prompts < 2:
-        raise UserError(f"--prompts must be at least 2 for an interval over prompts, got {options.prompts}.")
-    if options.projection < 1:
-        raise UserError(f"--projection must be at least 1, got {options.projection}.")
+    at_least(2, m=min(options.group_sizes), N=options.target_n)
+    at_least(2, "for an interval over prompts", prompts=options.prompts)
+    at_least(1, projection=options.projection)
     needed = max(2 * options.target_n, 4 * max(options.group_sizes))
-    if options.pool < needed:
-        raise UserError(
-            f"--pool must be at least {needed}: each half needs N rollouts, and two groups of m; got {options.pool}."
-        )
+    at_least(needed, "each half needs N rollouts, and two groups of m", pool=options.pool)
 
 
 def _suitable(specs: Sequence[EstimatorSpec], pool: RolloutPool) -> tuple[list[EstimatorSpec], list[str]]:
@@ -136,60 +121,100 @@ def _suitable(specs: Sequence[EstimatorSpec], pool: RolloutPool) -> tuple[list[E
     return [spec for spec in specs if not any(spec in left for left in kinds.values())], reasons
 
 
-def _score(module: PostTrainingModule, pool: RolloutPool, projection: LinearProjection) -> Tensor:
-    """[Q, M, D]."""
-    with tqdm(total=pool.rewards.numel(), desc="Score vectors", unit=" rollouts", dynamic_ncols=True) as bar:
-        score = partial(score_vectors, max_tokens=module.micro_batch_tokens, on_progress=bar.update)
-        scores = [score(module.policy, batch, projection).unflatten(0, batch.rewards.shape) for batch in pool.batches]
-    return torch.cat(scores)
-
-
 def _facts(
     options: argparse.Namespace,
     module: PostTrainingModule,
     pool: RolloutPool,
     projection: LinearProjection,
-    study: FidelityStudy,
-    seconds: dict[str, float],
+    study: PolicyFidelity,
+    times: Sequence[float],
 ) -> list[str]:
     """What was measured, in short sentences."""
-    unscored = int((~pool.valid).sum())
-    spread = pool.rewards.nanmean(dim=1).std(), _std(pool.rewards)
+    means = pool.rewards.nanmean(dim=1, keepdim=True)
+    within = (pool.rewards - means).square().nanmean().sqrt()
+    phases = ("rollouts", "score vectors", "estimators")
+    seconds = [f"{name} {end - start:.0f}" for name, start, end in zip(phases, times, times[1:], strict=False)]
     return [
         f"policy: {module.policy_path}, {projection.covered:.0%} of its trainable parameters (its linear layers) "
         f"projected to {projection.num_features} numbers",
-        f"pool: {len(pool.ids)} prompts ({options.split}) with {options.pool} rollouts, {unscored} not scored, halves "
-        f"of {study.half_size}; reward's standard deviation {spread[1]:.3g} within prompts, {spread[0]:.3g} between",
+        f"pool: {len(pool.ids)} prompts ({options.split}) with {options.pool} rollouts, {int((~pool.valid).sum())} not "
+        f"scored, halves of {study.half_size}; reward's standard deviation {within:.3g} within prompts, "
+        f"{means.std():.3g} between",
         f"N = {options.target_n}, alpha = {options.alpha:g}",
-        "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()),
+        f"seconds: {', '.join(seconds)}",
     ]
 
 
-def _std(rewards: Tensor) -> float:
-    """Root mean square of the within-prompt standard deviations."""
-    centred = rewards - rewards.nanmean(dim=1, keepdim=True)
-    return float(centred.square().nanmean().sqrt())
+# ---------------------------------------------------------------- the pool
 
 
-def _write(
-    options: argparse.Namespace,
-    args: Sequence[str],
-    pool: RolloutPool,
-    report: FidelityReport,
-    facts: Sequence[str],
-) -> None:
-    origin = provenance_lines(provenance(["diagnose", "gradients", *args], seed=options.seed))
-    measured = "\n".join(f"- {fact}" for fact in facts)
-    result = f"{ceiling_lines(report.ceiling)}\n\n{fidelity_table(report.rows)}"
-    title = f"# Fidelity to the best-of-{options.target_n} gradient of a live policy"
-    folder: Path = options.out
-    folder.mkdir(parents=True, exist_ok=True)
-    page = folder / "policy_fidelity.md"
-    page.write_text("\n\n".join([title, origin + "\n" + measured, result, LEGEND]) + "\n", encoding="utf-8")
-    write_csv_rows(folder / "policy_fidelity.csv", report.rows)
-    plot_fidelity(folder / "policy_fidelity.png", report, target_n=options.target_n)
-    write_rewards(folder / "rewards.jsonl", pool)
-    print(f"{measured}\n\n{result}\n")
-    for name, file in (("Page", page), ("Figures", folder / "policy_fidelity.csv")):
-        print(f"{name}: {file}")
-    print(f"Plot: {folder / 'policy_fidelity.png'}\nRewards: {folder / 'rewards.jsonl'}")
+def collect_pool(
+    args: Sequence[str], *, num_prompts: int, num_samples: int, split: Literal["val", "test"] = "val"
+) -> tuple[PostTrainingModule, RolloutPool]:
+    """Sample and score `num_samples` rollouts of the split's first `num_prompts` prompts.
+
+    It is a `tealightning validate ARGS` (or `test`) with `max(ns) = num_samples`: the same engine, reward, sampling and
+    seeds. Loggers and the config's callbacks are left out, and a prompt is a batch.
+
+    Args:
+        args: Arguments of the config: `["-c", "configs/quickstart.yaml", "--rollout.engine=TransformersEngine"]`.
+        num_prompts: Q.
+        num_samples: M.
+        split: Prompts of the config's data.
+
+    Returns:
+        The module, its policy on the device that it sampled on, and the pool.
+
+    Raises:
+        UserError: for a config that does not parse, a split with fewer prompts, or several devices.
+    """
+    command = _COMMANDS[split]
+    overrides = [
+        f"--model.ns=[{num_samples}]",
+        f"--trainer.limit_val_batches={num_prompts}",
+        f"--trainer.limit_test_batches={num_prompts}",
+        "--trainer.logger=false",
+        "--trainer.callbacks=null",
+        "--trainer.enable_checkpointing=false",
+        "--trainer.enable_model_summary=false",
+    ]
+    cli = build_training(command, [*args, *overrides])
+    if cli.trainer.world_size > 1:  # before any process is launched
+        raise UserError(
+            f"a pool is collected on one device, got {cli.trainer.world_size}: set --trainer.devices=1 "
+            "(and --trainer.num_nodes=1)."
+        )
+    collector = _BatchCollector(split, num_prompts)
+    cli.trainer.callbacks.append(collector)  # type: ignore[attr-defined]
+    cli.datamodule.val_batch_size = 1
+    device = cli.trainer.strategy.root_device
+    run = getattr(cli.trainer, command)
+    run(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config[command]["ckpt_path"], verbose=False)
+    for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, RolloutCallback):
+            callback.close()
+    return cli.model.to(device), pool_of(collector.batches)
+
+
+class _BatchCollector(Callback):
+    """Collects the batches of an evaluation, their rollouts on the CPU."""
+
+    def __init__(self, split: Literal["val", "test"], num_prompts: int) -> None:
+        self.split = split
+        self.num_prompts = num_prompts
+        self.batches: list[PromptBatch] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what would give another pool than was asked for, before anything is sampled."""
+        data: PromptDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        available = len(data.prompt_sets[self.split])
+        if available < self.num_prompts:
+            raise UserError(f"data.{self.split} has {available} prompts, and {self.num_prompts} were asked for.")
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: PromptBatch, batch_idx: int, *args: Any
+    ) -> None:
+        """Keep the batch."""
+        self.batches.append(batch.to("cpu"))
+
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]

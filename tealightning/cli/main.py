@@ -39,7 +39,7 @@ _MODULES = {
     "estimators": "tealightning.cli.commands",
     "quickstart": "tealightning.cli.quickstart",
     "compare": "tealightning.cli.compare",
-    "diagnose": "tealightning.cli.diagnose_gradients",
+    "diagnose": "tealightning.cli.diagnose",
 }
 """Command -> the module whose function of that name runs it."""
 _TRAINING = ("fit", "validate", "test")

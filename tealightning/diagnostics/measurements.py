@@ -1,24 +1,35 @@
-"""What `diagnose gradients` measures: estimators named on the command line, by world, m, N and alpha."""
+"""Measure estimators in analytic worlds: by name, world, m, N and alpha, and by training in the two-arm world."""
 
 import inspect
 import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, product
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Generator, Tensor
 from tqdm import tqdm
 
-from tealightning.diagnostics.fidelity import fidelity, group_gradients, norm_of_mean, sample_chunks
-from tealightning.diagnostics.slopes import controlled_mean, group_controls
-from tealightning.diagnostics.worlds import Latent, World, build_world
+from tealightning.diagnostics.fidelity import (
+    Advantages,
+    Row,
+    controlled_mean,
+    fidelity,
+    group_controls,
+    group_gradients,
+    norm_of_mean,
+    sample_chunks,
+)
+from tealightning.diagnostics.worlds import Latent, World, build_world, draw_rewards
 from tealightning.errors import UserError
 from tealightning.estimators import ESTIMATORS, AdvantageEstimator, estimator_names
+from tealightning.functional.moments import ratio_or_zero
 from tealightning.registry import snake_case
+
+# ---------------------------------------------------------------- estimators by name
 
 VARIANTS = ("tea:scale=none", "direct:tail=gpd", "direct:tail=empirical")
 """Measured beside the registered estimators, where these have the parameters."""
@@ -26,7 +37,7 @@ VARIANTS = ("tea:scale=none", "direct:tail=gpd", "direct:tail=empirical")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EstimatorSpec:
-    """An estimator and the arguments that were given for it; the others follow from m, N and alpha."""
+    """An estimator and some of its arguments; the others follow from m, N and alpha."""
 
     name: str  # registered
     arguments: tuple[tuple[str, Any], ...] = ()
@@ -34,21 +45,21 @@ class EstimatorSpec:
     @property
     def label(self) -> str:
         """`tea[scale=none]`: the row of tables and the legend of plots."""
-        given = ",".join(f"{key}={value}" for key, value in self.arguments)
-        return f"{self.name}[{given}]" if given else self.name
+        arguments = ",".join(f"{key}={value}" for key, value in self.arguments)
+        return f"{self.name}[{arguments}]" if arguments else self.name
 
     @property
-    def parameters(self) -> set[str]:
-        """What its constructor takes and was not given."""
+    def open_parameters(self) -> set[str]:
+        """Parameters of its constructor without an argument."""
         return set(inspect.signature(ESTIMATORS.get(self.name)).parameters) - {key for key, _ in self.arguments}
 
     def all_arguments(self, *, m: int, target_n: int, alpha: float) -> dict[str, Any]:
-        """Those given, and those that it takes of N, alpha and `k`, which is min(N, m)."""
+        """Its arguments, with N, alpha and `k`, which is min(N, m), where it takes them."""
         known = {"target_n": target_n, "alpha": alpha, "k": min(target_n, m)}
-        return {key: value for key, value in known.items() if key in self.parameters} | dict(self.arguments)
+        return {key: value for key, value in known.items() if key in self.open_parameters} | dict(self.arguments)
 
     def build(self, *, m: int, target_n: int, alpha: float) -> AdvantageEstimator:
-        """The estimator with these.
+        """Build the estimator.
 
         Raises:
             ValueError: for a parameter that it does not have, or a value out of range.
@@ -57,14 +68,14 @@ class EstimatorSpec:
 
 
 def parse_estimator(text: str) -> EstimatorSpec:
-    """`name` or `name:parameter=value,...`; values as in YAML.
+    """Parse `name` or `name:parameter=value,...`; values as in YAML.
 
     Raises:
         ValueError: for an unknown name (with the nearest valid ones) or an argument that is no `parameter=value`.
     """
-    name, _, given = text.partition(":")
+    name, _, rest = text.partition(":")
     arguments = []
-    for part in filter(None, given.split(",")):
+    for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
         if not (key.strip() and equals and value.strip()):
             raise UserError(f"--estimators: expected NAME or NAME:PARAMETER=VALUE,..., got {text!r}.")
@@ -72,35 +83,46 @@ def parse_estimator(text: str) -> EstimatorSpec:
     return EstimatorSpec(name=snake_case(ESTIMATORS.get(name).__name__), arguments=tuple(arguments))
 
 
-def default_estimators() -> list[EstimatorSpec]:
-    """Every registered estimator, each followed by its `VARIANTS`."""
-    variants = [parse_estimator(text) for text in VARIANTS if text.partition(":")[0] in estimator_names()]
-    result = []
-    for name in estimator_names():
-        result.append(EstimatorSpec(name=name))
-        has = EstimatorSpec(name=name).parameters
-        result += [v for v in variants if v.name == name and {key for key, _ in v.arguments} <= has]
-    return result
-
-
 def parse_estimators(texts: Sequence[str] | None) -> list[EstimatorSpec]:
-    """What was asked for, each once; everything registered if nothing was."""
-    return default_estimators() if texts is None else list(dict.fromkeys(map(parse_estimator, texts)))
+    """Parse names, each once; None stands for every registered estimator, each followed by its `VARIANTS`."""
+    if texts is not None:
+        return list(dict.fromkeys(map(parse_estimator, texts)))
+    variants = [parse_estimator(text) for text in VARIANTS if text.partition(":")[0] in estimator_names()]
+    specs = []
+    for plain in (EstimatorSpec(name=name) for name in estimator_names()):
+        own = [v for v in variants if v.name == plain.name and {key for key, _ in v.arguments} <= plain.open_parameters]
+        specs += [plain, *own]
+    return specs
 
 
 @dataclass(kw_only=True, slots=True)
 class Trial:
-    """What an estimator makes of groups of a size."""
+    """Outcome of calling an estimator on groups of a size."""
 
-    refused: str = ""  # why it does not take them
-    warned: str = ""  # what it says about them
+    refusal: str = ""  # why it does not take them
+    warning: str = ""
     reward_units: bool = False  # A(4 R) = 4 A(R): its gradient has a scale that can be right or wrong
+
+    @property
+    def note(self) -> str:
+        """The refusal or the warning."""
+        return self.refusal or self.warning
+
+    @property
+    def units(self) -> str:
+        """The scale of its gradient: "reward" or "own"; empty if it refused."""
+        return "" if self.refusal else "reward" if self.reward_units else "own"
 
 
 def try_out(estimator: AdvantageEstimator, m: int, lowest: float = -math.inf) -> Trial:
-    """Call it on a few groups of m rewards; an estimator with a lowest reward meets only rewards above it if those that
-    it is meant for, of which the lowest is `lowest`, are."""
-    rewards = torch.randn(16, m, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    """Call an estimator on a few groups of m rewards.
+
+    Args:
+        estimator: If it has a lowest reward, it meets only rewards above that, provided that `lowest` is not below it.
+        m: Rollouts a group.
+        lowest: Lowest of the rewards that the estimator is meant for.
+    """
+    rewards = torch.randn(16, m, generator=Generator().manual_seed(0), dtype=torch.float64)
     if lowest >= estimator.lowest_reward > -math.inf:
         rewards = estimator.lowest_reward + rewards.abs()
     with warnings.catch_warnings(record=True) as caught:
@@ -108,12 +130,14 @@ def try_out(estimator: AdvantageEstimator, m: int, lowest: float = -math.inf) ->
         try:
             advantages, scaled = estimator(rewards), estimator(4 * rewards)
         except ValueError as error:
-            return Trial(refused=str(error))
+            return Trial(refusal=str(error))
     return Trial(
-        warned=" ".join(dict.fromkeys(str(w.message) for w in caught)),
+        warning=" ".join(dict.fromkeys(str(w.message) for w in caught)),
         reward_units=bool(advantages.any()) and torch.allclose(scaled, 4 * advantages, rtol=1e-9, atol=1e-12),
     )
 
+
+# ---------------------------------------------------------------- measurements in the worlds
 
 M_SWEEP = (16, 32, 64, 128, 256, 512)
 ALPHA_SWEEP = (0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75, 1.0)
@@ -121,12 +145,10 @@ TAIL_SWEEP = ("gpd_-0.4", "gpd_-0.3", "gpd_-0.2", "gpd_-0.1", "gpd_0", "gpd_0.1"
 ALPHA_WORLDS = ("gaussian", "mixture", "gpd_0")
 SWEEPS = ("m", "alpha", "tail")
 
-Row = dict[str, Any]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Cell:
-    """One combination, in which every estimator is measured."""
+class Measurement:
+    """A setting in which every estimator is measured."""
 
     sweep: str  # "main", or what varies: "m", "alpha", "tail"
     world: str
@@ -135,106 +157,162 @@ class Cell:
     alpha: float
 
 
-def main_cells(
+def main_measurements(
     worlds: Sequence[str], ms: Sequence[int], target_ns: Sequence[int], alphas: Sequence[float]
-) -> list[Cell]:
+) -> list[Measurement]:
     """All combinations."""
     return [
-        Cell(sweep="main", world=world, m=m, target_n=n, alpha=alpha)
-        for world in worlds
-        for m in ms
-        for n in target_ns
-        for alpha in alphas
+        Measurement(sweep="main", world=world, m=m, target_n=n, alpha=alpha)
+        for world, m, n, alpha in product(worlds, ms, target_ns, alphas)
     ]
 
 
-def sweep_cells(sweep: str, *, m: int, target_n: int, alpha: float) -> list[Cell]:
-    """What varies in a sweep: the group size, the tail level, or the tail index of the rewards."""
-    if sweep == "m":
-        return [Cell(sweep=sweep, world="gaussian", m=size, target_n=target_n, alpha=alpha) for size in M_SWEEP]
-    if sweep == "alpha":
-        return [
-            Cell(sweep=sweep, world=world, m=m, target_n=target_n, alpha=level)
-            for world in ALPHA_WORLDS
-            for level in ALPHA_SWEEP
-        ]
-    return [Cell(sweep=sweep, world=world, m=m, target_n=target_n, alpha=alpha) for world in TAIL_SWEEP]
+def sweep_measurements(sweep: str, *, m: int, target_n: int, alpha: float) -> list[Measurement]:
+    """The settings of a sweep over the group size, the tail level, or the tail index of the rewards."""
+    settings: dict[str, tuple[Sequence[str], Sequence[int], Sequence[float]]] = {
+        "m": (("gaussian",), M_SWEEP, (alpha,)),
+        "alpha": (ALPHA_WORLDS, (m,), ALPHA_SWEEP),
+        "tail": (TAIL_SWEEP, (m,), (alpha,)),
+    }
+    worlds, ms, alphas = settings[sweep]
+    return [
+        Measurement(sweep=sweep, world=world, m=size, target_n=target_n, alpha=level)
+        for world, size, level in product(worlds, ms, alphas)
+    ]
 
 
 def takes_part(spec: EstimatorSpec, sweep: str) -> bool:
-    """The sweeps over alpha and the tail index are about estimators that look at a tail."""
-    return sweep in ("main", "m") or "alpha" in spec.parameters or (sweep == "tail" and "alpha" in dict(spec.arguments))
+    """Whether an estimator is part of a sweep: those over alpha and the tail index are about estimators of a tail."""
+    has_alpha = "alpha" in spec.open_parameters or (sweep == "tail" and "alpha" in dict(spec.arguments))
+    return sweep in ("main", "m") or has_alpha
 
 
 def measure(
-    cells: Iterable[Cell], specs: Sequence[EstimatorSpec], *, groups: int, seed: int, progress: bool = False
+    measurements: Iterable[Measurement],
+    specs: Sequence[EstimatorSpec],
+    *,
+    groups: int,
+    seed: int,
+    progress: bool = False,
 ) -> list[Row]:
-    """A row for every cell and estimator, in that order. Cells of one world and m share their groups.
+    """A row for every measurement and estimator, in that order; measurements of one world and m share their groups.
 
     Raises:
         ValueError: for a world or an estimator's argument that does not exist or is out of range.
     """
-    together = [list(found) for _, found in groupby(cells, key=lambda cell: (cell.sweep, cell.world, cell.m))]
+    batches = [list(batch) for _, batch in groupby(measurements, key=lambda each: (each.sweep, each.world, each.m))]
+    first = batches[0][0]
     for spec in specs:  # wrong arguments are reported before the work begins
-        first = together[0][0]
         spec.build(m=first.m, target_n=first.target_n, alpha=first.alpha)
-    worlds = {found[0].world: build_world(found[0].world) for found in together}
+    worlds = {batch[0].world: build_world(batch[0].world) for batch in batches}
     rows: list[Row] = []
-    for found in tqdm(together, unit="world", desc="fidelity", disable=not progress, leave=False):
-        rows += _measure_together(worlds[found[0].world], found, specs, groups=groups, seed=seed)
+    for batch in tqdm(batches, unit="world", desc="fidelity", disable=not progress, leave=False):
+        rows += _measure_batch(worlds[batch[0].world], batch, specs, groups=groups, seed=seed)
     return rows
 
 
-def _measure_together(
-    world: World, cells: Sequence[Cell], specs: Sequence[EstimatorSpec], *, groups: int, seed: int
+def _measure_batch(
+    world: World, batch: Sequence[Measurement], specs: Sequence[EstimatorSpec], *, groups: int, seed: int
 ) -> list[Row]:
-    m = cells[0].m
-    jobs = [(cell, spec, _key(cell, spec)) for cell in cells for spec in specs if takes_part(spec, cell.sweep)]
-    # Without N and alpha an estimator is the same in every cell.
-    built = {key: spec.build(m=m, target_n=cell.target_n, alpha=cell.alpha) for cell, spec, key in jobs}
-    lowest = float(world.sample(64, m, torch.Generator().manual_seed(seed))[0].min())
+    """The rows of measurements of one world and m."""
+    sweep, m = batch[0].sweep, batch[0].m
+    jobs = [(each, spec, _key(each, spec)) for each in batch for spec in specs if takes_part(spec, sweep)]
+    # Without N and alpha an estimator is the same in every measurement.
+    built = {key: spec.build(m=m, target_n=each.target_n, alpha=each.alpha) for each, spec, key in jobs}
+    lowest = float(world.sample(64, m, Generator().manual_seed(seed))[0].min())
     trials = {key: try_out(estimator, m, lowest) for key, estimator in built.items()}
-    accepted = {key: estimator for key, estimator in built.items() if not trials[key].refused}
+    accepted = {key: estimator for key, estimator in built.items() if not trials[key].refusal}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # `trials` holds them
         gradients = group_gradients(accepted, world, m, groups=groups, seed=seed)
-    controls = _controls(world, cells[0], groups, seed) if cells[0].sweep == "m" else None
+    if sweep == "m":
+        assert isinstance(world, Latent), "control variates need the latent"
+        chunks = sample_chunks(world, m, groups=groups, seed=seed)
+        controls = torch.cat([group_controls(scores[..., 0], batch[0].alpha) for _, scores in chunks])
     rows = []
-    for cell, spec, key in jobs:
-        row, truth = _row(cell, spec, trials[key]), world.exact_gradient(cell.target_n)
+    for each, spec, key in jobs:
+        row: Row = {"sweep": sweep, "world": each.world, "estimator": spec.label, "m": m, "target_n": each.target_n}
+        row |= {"alpha": each.alpha, "units": trials[key].units, "note": trials[key].note}
         if key in gradients:
-            row |= fidelity(gradients[key], truth, world.directions).flat()
-            if controls is not None:
-                row |= _controlled_bias(gradients[key].gradients, controls, truth)
+            truth = world.exact_gradient(each.target_n)
+            row |= fidelity(gradients[key], truth, world.directions)
+            if sweep == "m":  # a norm several times more precise than `bias`
+                mean, covariance = controlled_mean(gradients[key].gradients, controls)
+                row["controlled_bias"], row["controlled_bias_se"] = norm_of_mean(mean - truth, covariance)
         rows.append(row)
     return rows
 
 
-def _key(cell: Cell, spec: EstimatorSpec) -> str:
-    return f"{spec.name}{spec.all_arguments(m=cell.m, target_n=cell.target_n, alpha=cell.alpha)}"
+def _key(each: Measurement, spec: EstimatorSpec) -> str:
+    return f"{spec.name}{spec.all_arguments(m=each.m, target_n=each.target_n, alpha=each.alpha)}"
 
 
-def _row(cell: Cell, spec: EstimatorSpec, trial: Trial) -> Row:
-    return {
-        "sweep": cell.sweep,
-        "world": cell.world,
-        "estimator": spec.label,
-        "m": cell.m,
-        "target_n": cell.target_n,
-        "alpha": cell.alpha,
-        "units": "" if trial.refused else "reward" if trial.reward_units else "own",
-        "note": trial.refused or trial.warned,
-    }
+# ---------------------------------------------------------------- training in the two-arm world
+
+PROMPTS, STEPS, LEARNING_RATE = 64, 300, 0.03
+DECISION_SETTINGS = ((16, 128), (16, 512), (32, 512), (64, 512))
+"""(m, N) of the table of decisions."""
 
 
-def _controls(world: World, cell: Cell, groups: int, seed: int) -> Tensor:
-    assert isinstance(world, Latent), "control variates need the latent"
-    chunks = sample_chunks(world, cell.m, groups=groups, seed=seed)
-    return torch.cat([group_controls(scores[..., 0], cell.alpha) for _, scores in chunks])
+def train_two_arms(
+    estimator: Advantages, m: int, *, seeds: Sequence[int], prompts: int = PROMPTS, steps: int = STEPS
+) -> Tensor:
+    """Final probability of arm B for every seed: [S] float64, from 0.5 and by Adam at 0.03.
+
+    A softmax policy chooses between A, which has the larger mean and the larger best of 16, and B, which has the
+    larger best of 128 and beyond (see `worlds.TwoArms`). The advantages are divided by their root mean square over the
+    batch, so that all estimators train at one speed. The seeds are trained side by side; a seed's result does not
+    depend on the others.
+
+    Args:
+        estimator: Rewards [P, m] to advantages [P, m].
+        m: Rollouts a prompt.
+        seeds: One for each training.
+        prompts: Prompts a step.
+        steps: Adam steps.
+    """
+    generators = [Generator().manual_seed(seed) for seed in seeds]
+    logits = torch.zeros(len(seeds), 2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=LEARNING_RATE, maximize=True)
+    for _ in range(steps):
+        policy = torch.softmax(logits.detach(), dim=1)
+        plays = [_play(p, prompts, m, generator) for p, generator in zip(policy[:, 1], generators, strict=True)]
+        arms, rewards = (torch.stack(each) for each in zip(*plays, strict=True))
+        advantages = estimator(rewards.flatten(0, 1)).view_as(rewards)
+        rms = advantages.square().mean(dim=(1, 2), keepdim=True).sqrt()
+        advantages = ratio_or_zero(advantages, rms)
+        chosen = torch.stack([1 - arms, arms], dim=-1)
+        logits.grad = (advantages[..., None] * (chosen - policy[:, None, None])).mean(dim=(1, 2))
+        optimizer.step()
+    return torch.softmax(logits.detach(), dim=1)[:, 1]
 
 
-def _controlled_bias(gradients: Tensor, controls: Tensor, truth: Tensor) -> Row:
-    """A norm several times more precise than `bias`: see `tealightning.diagnostics.slopes`."""
-    mean, covariance = controlled_mean(gradients, controls)
-    bias, error = norm_of_mean(mean - truth, covariance)
-    return {"controlled_bias": bias, "controlled_bias_se": error}
+def _play(probability: Tensor, prompts: int, m: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Arms [P, m] float64 (1 = B) and their rewards."""
+    arms = (torch.rand(prompts, m, generator=generator, dtype=torch.float64) < probability).double()
+    return arms, draw_rewards(arms, generator)
+
+
+def measure_decisions(
+    specs: Iterable[EstimatorSpec],
+    *,
+    settings: Sequence[tuple[int, int]] = DECISION_SETTINGS,
+    alpha: float = 0.25,
+    seeds: Sequence[int] = range(5),
+    progress: bool = False,
+) -> list[Row]:
+    """A row for every (m, N) and estimator: mean, lowest and highest final probability of B over the seeds.
+
+    An estimator that refuses an m has a row with the reason as its `note` and no probabilities.
+    """
+    rows = []
+    jobs = [(m, target_n, spec) for m, target_n in settings for spec in specs]
+    for m, target_n, spec in tqdm(jobs, unit="training", desc="decision", disable=not progress, leave=False):
+        estimator = spec.build(m=m, target_n=target_n, alpha=alpha)
+        row: Row = {"estimator": spec.label, "m": m, "target_n": target_n, "alpha": alpha}
+        trial = try_out(estimator, m)
+        if not trial.refusal:
+            final = train_two_arms(estimator, m, seeds=seeds)
+            row |= {"mean": float(final.mean()), "lowest": float(final.min()), "highest": float(final.max())}
+        rows.append(row | {"seeds": len(seeds), "note": trial.note})
+    return rows

@@ -1,15 +1,20 @@
-"""Pool of many rollouts per prompt that the instruments measure on."""
+"""Pool of many rollouts per prompt: joined from batches, read from files of rewards, split into halves and groups."""
 
+import csv
+import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tealightning.errors import UserError
+from tealightning.estimators import AdvantageEstimator
+from tealightning.functional.max_at_k import max_at_k_loo_weights
 from tealightning.types import PromptBatch, RolloutBatch
 
 
@@ -19,9 +24,8 @@ class RolloutPool:
 
     ids: list[str]  # Q prompts, unique
     rewards: Tensor  # [Q, M] float64; NaN = could not be scored
-    batches: list[RolloutBatch] = field(
-        default_factory=list
-    )  # each [P_b, M] rewards, in the order of `ids`; on the CPU
+    # each [P_b, M] rewards, in the order of `ids`; on the CPU
+    batches: list[RolloutBatch] = field(default_factory=list)
 
     @property
     def valid(self) -> Tensor:
@@ -30,7 +34,7 @@ class RolloutPool:
 
 
 def pool_of(batches: Sequence[PromptBatch]) -> RolloutPool:
-    """The pool of batches whose rollouts are attached, all with the same number a prompt.
+    """Join batches whose rollouts are attached, all with the same number a prompt.
 
     Raises:
         ValueError: if there is no batch, a batch has no rollouts, or their numbers a prompt differ.
@@ -49,9 +53,198 @@ def pool_of(batches: Sequence[PromptBatch]) -> RolloutPool:
     )
 
 
+# ---------------------------------------------------------------- files of rewards
+
+
 def write_rewards(path: Path, pool: RolloutPool) -> None:
-    """One line a prompt: `{"id": ..., "rewards": [M numbers]}`, null for a rollout that could not be scored."""
+    """Write a line a prompt: `{"id": ..., "rewards": [M numbers]}`, null for a rollout that could not be scored."""
     with path.open("w", encoding="utf-8") as file:
         for prompt_id, rewards in zip(pool.ids, pool.rewards.tolist(), strict=True):
             scored = [reward if math.isfinite(reward) else None for reward in rewards]
             file.write(json.dumps({"id": prompt_id, "rewards": scored}, ensure_ascii=False) + "\n")
+
+
+def read_run(folder: Path, which: Literal["before", "after"]) -> RolloutPool:
+    """Read the validation rewards of a run before or after training.
+
+    Raises:
+        ValueError: if the run has not written them.
+    """
+    file = folder / f"rewards_{which}.jsonl"
+    if not file.is_file():
+        raise UserError(
+            f"{file}: no such file. The callback BestOfNReport writes it once a run has two validations "
+            "(trainer.num_sanity_val_steps=-1 makes the first one before training)."
+        )
+    return read_rewards(file)
+
+
+def read_rewards(path: Path) -> RolloutPool:
+    """Read the rewards in a file; prompts may have different numbers of them, NaN fills up.
+
+    - `*.csv`: columns `prompt_id` and `reward`, a line a sample; an empty reward could not be scored.
+    - otherwise JSON lines: `{"rewards": [...], "id": ...}` a prompt, with `key` for `id`, or without either; null or
+      NaN could not be scored.
+
+    Samples of one prompt are pooled wherever they stand.
+
+    Raises:
+        ValueError: naming file and line, if it does not exist, or holds something else, or nothing.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: this is not UTF-8 text: {error.reason}.") from None
+    by_id: dict[str, list[float]] = {}
+    for prompt_id, rewards in (_csv_lines if path.suffix.lower() == ".csv" else _json_lines)(path, text):
+        by_id.setdefault(prompt_id, []).extend(rewards)
+    width = max(map(len, by_id.values()), default=0)
+    if width == 0:
+        raise UserError(f"{path}: there are no rewards in it.")
+    rows = [rewards + [math.nan] * (width - len(rewards)) for rewards in by_id.values()]
+    return RolloutPool(ids=list(by_id), rewards=torch.tensor(rows, dtype=torch.float64))
+
+
+def _json_lines(path: Path, text: str) -> Iterator[tuple[str, list[float]]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{place}: this is not JSON: {error.msg}.") from None
+        if not isinstance(row, dict) or not isinstance(row.get("rewards"), list):
+            raise UserError(f'{place}: expected {{"rewards": [numbers]}}, got {line.strip()[:60]!r}.')
+        for value in row["rewards"]:
+            if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+                raise _not_a_reward(place, value)
+        prompt_id = row.get("id", row.get("key", f"line {number}"))
+        yield str(prompt_id), [math.nan if value is None else float(value) for value in row["rewards"]]
+
+
+def _csv_lines(path: Path, text: str) -> Iterator[tuple[str, list[float]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    columns = reader.fieldnames or ()
+    if {"prompt_id", "reward"} - set(columns):
+        raise UserError(f"{path}, line 1: expected columns prompt_id and reward, got {columns or 'nothing'}.")
+    for row in reader:
+        place = f"{path}, line {reader.line_num}"
+        if row["reward"] is None:
+            raise UserError(f"{place}: expected {len(columns)} columns, as in line 1.")
+        try:
+            yield row["prompt_id"], [float(row["reward"]) if row["reward"].strip() else math.nan]
+        except ValueError:
+            raise _not_a_reward(place, row["reward"]) from None
+
+
+def _not_a_reward(place: str, value: Any) -> UserError:
+    return UserError(
+        f"{place}: a reward is a number, or null (in CSV: empty) if it could not be scored; got {value!r}."
+    )
+
+
+# ---------------------------------------------------------------- halves of a pool, in groups of m
+
+THINNED = 1024
+"""Most coordinates of simulated steps: enough for a cosine, and every layer has some of them."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Half:
+    """Half of a pool."""
+
+    rewards: Tensor  # [Q, h] float64, all finite
+    scores: Tensor  # [Q, h, D] float, projected grad log pi of each rollout
+
+    @property
+    def stride(self) -> int:
+        """Which coordinates simulated steps have: every one, or every second, ..."""
+        return -(-self.scores.shape[-1] // THINNED)
+
+    def oracle(self, target_n: int) -> Tensor:
+        """[Q, D] float64: the unbiased best-of-N gradient of each prompt, `(1/h) sum_i w_i s_i` with the weights of
+        `max_at_k_loo_weights` at k = N."""
+        weights = max_at_k_loo_weights(self.rewards, target_n) / self.rewards.shape[1]
+        return torch.stack([each @ scores.double() for each, scores in zip(weights, self.scores, strict=True)])
+
+
+def half_size(rewards: Tensor, *, smallest: int) -> int:
+    """h, the size of the halves of every prompt's scored rollouts: half of what the prompt with the fewest has.
+
+    Args:
+        rewards: [Q, M] float; NaN = unscorable.
+        smallest: Smallest h: the larger of N and m.
+
+    Raises:
+        ValueError: if h is smaller.
+    """
+    size = int(torch.isfinite(rewards).sum(dim=1).min()) // 2
+    if size < smallest:
+        raise UserError(
+            f"pool: halves of {smallest} scored rollouts a prompt are needed (N, and the largest m), got {size}: "
+            f"raise --pool to {2 * smallest} or more, or lower -N or -m."
+        )
+    return size
+
+
+def split_halves(rewards: Tensor, scores: Tensor, size: int, generator: torch.Generator) -> tuple[Half, Half]:
+    """Two disjoint random halves of `size` scored rollouts a prompt.
+
+    Args:
+        rewards: [Q, M] float; NaN = unscorable, in no half.
+        scores: [Q, M, D].
+        size: h.
+        generator: Source of the order.
+    """
+    order = torch.rand(rewards.shape, generator=generator).masked_fill(~torch.isfinite(rewards), 2.0).argsort(dim=1)
+    halves = []
+    for rows in (order[:, :size], order[:, size : 2 * size]):
+        chosen = torch.stack([each[row] for each, row in zip(scores, rows, strict=True)])
+        halves.append(Half(rewards=rewards.double().gather(1, rows), scores=chosen))
+    return halves[0], halves[1]
+
+
+class Groups:
+    """A half in G disjoint groups of m: neighbours make a group, the order of a half is random.
+
+    Args:
+        half: Where the rollouts come from.
+        m: Rollouts a group.
+    """
+
+    def __init__(self, half: Half, m: int) -> None:
+        self.half, self.m = half, m
+        self.num_groups = half.rewards.shape[1] // m
+        scores = half.scores[:, : self.num_groups * m].unflatten(1, (self.num_groups, m))
+        self.products = torch.stack([each @ each.mT for each in scores])
+        """[Q, G, m, m] inner products of the score vectors in each group."""
+        self.thinned = scores[..., :: half.stride].contiguous()
+        """[Q, G, m, D'] the coordinates of simulated steps."""
+
+    def weights(self, estimator: AdvantageEstimator) -> Tensor:
+        """`A_i/m`, the factor of each rollout's score vector in its group's gradient: [Q, G, m] float64."""
+        rewards = self.half.rewards[:, : self.num_groups * self.m].unflatten(1, (self.num_groups, self.m))
+        return (estimator(rewards.flatten(0, 1)) / self.m).view(rewards.shape)
+
+    def gradients(self, weights: Tensor) -> Tensor:
+        """`sum_i weights_i s_i` of every group, thinned: [Q, G, D']."""
+        factors = weights.to(self.thinned.dtype)[:, :, None]
+        return torch.stack([torch.bmm(each, scores)[:, 0] for each, scores in zip(factors, self.thinned, strict=True)])
+
+    def mean_and_noise(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean of the groups' gradients [Q, D] and trace of the covariance of one group's [Q], both float64.
+
+        The groups are independent, so the noise is their sample variance `(sum_g |e_g|^2 - G |mean|^2)/(G - 1)`; NaN
+        for a single group.
+        """
+        shares = weights.new_zeros(self.half.rewards.shape)
+        shares[:, : self.num_groups * self.m] = weights.flatten(1)
+        shares = (shares / self.num_groups).to(self.half.scores.dtype)
+        mean = torch.stack([each @ scores for each, scores in zip(shares, self.half.scores, strict=True)]).double()
+        lengths = torch.einsum("qgi,qgij,qgj->q", weights, self.products.double(), weights)
+        if self.num_groups < 2:
+            return mean, torch.full_like(lengths, float("nan"))
+        return mean, (lengths - self.num_groups * mean.square().sum(dim=-1)).clamp(min=0) / (self.num_groups - 1)

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tealightning.diagnostics.plots import plot_prediction, plot_qq
 from tealightning.diagnostics.pool import RolloutPool
-from tealightning.diagnostics.tail_plots import plot_prediction, plot_qq
 from tealightning.diagnostics.tail_verdict import Verdict, interval, judge_tail
 from tealightning.functional.statistics import mean_over_prompts
 from tealightning.functional.tail import tail_size

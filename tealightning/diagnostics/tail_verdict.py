@@ -7,8 +7,9 @@ from scipy.stats import binom
 from scipy.stats import t as student_t
 from torch import Tensor
 
-from tealightning.functional.statistics import mean_over_prompts
+from tealightning.functional.statistics import MeanEstimate, mean_over_prompts
 from tealightning.functional.tail_checks import MIN_TAIL, REJECTED_BELOW, TailChecks
+from tealightning.functional.tail_prediction import HeldOut
 from tealightning.functional.tail_shape import ShapeFit
 
 Name = Literal["gaussian", "heavier", "bounded", "discrete", "two_pointed", "binary", "undecided"]
@@ -21,88 +22,6 @@ LARGEST_ATOM = 0.25
 TWO_CLUSTERS = 0.9
 """Two-pointed: in most prompts more than this share of the tested rewards' variance lies between two clusters. A
 uniform distribution has 0.75, two equal clusters with a gap as wide as each of them 0.92."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
-    """One word on the tail, its reason in a sentence, and what to train with."""
-
-    name: Name
-    reason: str
-    estimator: str  # registered name
-    settings: dict[str, Any] = field(default_factory=dict)  # of the estimator, besides `target_n` and `alpha`
-    alternative: str = ""  # what else fits, in words
-
-
-def by_values(checks: TailChecks) -> Verdict | None:
-    """Binary, discrete or two-pointed; None for what looks like a continuous reward."""
-    if checks.distinct_in_all == 2:
-        return _binary(checks.samples)
-    return _discrete(checks) or _nearly_discrete(checks) or _two_pointed(checks)
-
-
-def _binary(samples: Tensor) -> Verdict:
-    low, high = samples.unique().tolist()
-    return Verdict(
-        name="binary",
-        reason=f"All rewards are one of two values, {low:g} and {high:g}.",
-        estimator="pass_at_n",
-        settings={} if low <= 0.5 < high else {"threshold": (low + high) / 2},
-    )
-
-
-def _discrete(checks: TailChecks) -> Verdict | None:
-    ties = float(checks.ties.mean())
-    values = float(checks.distinct_in_tail.double().median())
-    if ties <= TIED or values > FEW_VALUES:
-        return None
-    return Verdict(
-        name="discrete",
-        reason=f"{ties:.0%} of the upper tail's samples share their value with another one of the prompt, and a tail "
-        f"has {values:.0f} different values (median): a coarse reward, or a policy that repeats its answers, far from "
-        "a Gaussian tail.",
-        estimator="tea",
-        settings={"tail": "empirical"},
-        alternative="max_at_k, if training samples as many as deployment",
-    )
-
-
-def _nearly_discrete(checks: TailChecks) -> Verdict | None:
-    """Discrete if much of what was tested is a single value, whatever the rest looks like."""
-    share = float(checks.atoms[checks.distinct > 1].mean())
-    if share <= LARGEST_ATOM:
-        return None
-    return Verdict(
-        name="discrete",
-        reason=f"{share:.0%} of {tested(checks)} have one and the same value (mean over prompts): the reward is nearly "
-        "discrete, far from a Gaussian tail. A verifier's score, a clip, or a policy that repeats its answers.",
-        estimator="tea",
-        settings={"tail": "empirical"},
-        alternative="max_at_k, or tail_rl",
-    )
-
-
-def _two_pointed(checks: TailChecks) -> Verdict | None:
-    """Two clusters, as of a verifier with a little noise: a Gaussian would be extrapolated from the gap between."""
-    known = checks.two_clusters[~checks.two_clusters.isnan()]
-    separate = known > TWO_CLUSTERS
-    if len(known) == 0 or float(separate.double().mean()) <= 0.5:
-        return None
-    return Verdict(
-        name="two_pointed",
-        reason=f"Two clusters explain {known[separate].mean():.0%} of the variance of {tested(checks)}, in "
-        f"{separate.double().mean():.0%} of the prompts: the reward is nearly two-pointed, far from a Gaussian tail.",
-        estimator="tea",
-        settings={"tail": "empirical"},
-        alternative="tail_rl; or pass_at_n, with a threshold between the clusters if they are the same for all prompts",
-    )
-
-
-def tested(checks: TailChecks) -> str:
-    """What was compared with a Gaussian, in words."""
-    part = "all" if checks.tested_share == 1 else f"the upper {checks.tested_share:g}"
-    return f"{part} of a prompt's rewards"
-
 
 SIGNIFICANCE = 0.003
 """Two-sided level of each test: a Gaussian reward is called something else in about 1% of the cases."""
@@ -119,6 +38,79 @@ LONG_TAIL = 16
 so noisy that a Gaussian tail comes closer in every analytic world (docs/results/gradient-fidelity.md)."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """One word on the tail, its reason in a sentence, and what to train with."""
+
+    name: Name
+    reason: str
+    estimator: str  # registered name
+    settings: dict[str, Any] = field(default_factory=dict)  # of the estimator, besides `target_n` and `alpha`
+    alternative: str = ""  # what else fits, in words
+
+
+def _empirical(name: Name, reason: str, alternative: str) -> Verdict:
+    return Verdict(name=name, reason=reason, estimator="tea", settings={"tail": "empirical"}, alternative=alternative)
+
+
+def _by_values(checks: TailChecks) -> Verdict | None:
+    """Binary, discrete or two-pointed; None for what looks like a continuous reward."""
+    if checks.distinct_in_all == 2:
+        low, high = checks.samples.unique().tolist()
+        return Verdict(
+            name="binary",
+            reason=f"All rewards are one of two values, {low:g} and {high:g}.",
+            estimator="pass_at_n",
+            settings={} if low <= 0.5 < high else {"threshold": (low + high) / 2},
+        )
+    return _discrete(checks) or _nearly_discrete(checks) or _two_pointed(checks)
+
+
+def _discrete(checks: TailChecks) -> Verdict | None:
+    ties = float(checks.ties.mean())
+    values = float(checks.distinct_in_tail.double().median())
+    if ties <= TIED or values > FEW_VALUES:
+        return None
+    reason = (
+        f"{ties:.0%} of the upper tail's samples share their value with another one of the prompt, and a tail "
+        f"has {values:.0f} different values (median): a coarse reward, or a policy that repeats its answers, far from "
+        "a Gaussian tail."
+    )
+    return _empirical("discrete", reason, "max_at_k, if training samples as many as deployment")
+
+
+def _nearly_discrete(checks: TailChecks) -> Verdict | None:
+    """Discrete if much of what was tested is a single value, whatever the rest looks like."""
+    share = float(checks.atoms[checks.distinct > 1].mean())
+    if share <= LARGEST_ATOM:
+        return None
+    reason = (
+        f"{share:.0%} of {_tested(checks)} have one and the same value (mean over prompts): the reward is nearly "
+        "discrete, far from a Gaussian tail. A verifier's score, a clip, or a policy that repeats its answers."
+    )
+    return _empirical("discrete", reason, "max_at_k, or tail_rl")
+
+
+def _two_pointed(checks: TailChecks) -> Verdict | None:
+    """Two clusters, as of a verifier with a little noise: a Gaussian would be extrapolated from the gap between."""
+    known = checks.two_clusters[~checks.two_clusters.isnan()]
+    separate = known > TWO_CLUSTERS
+    if len(known) == 0 or float(separate.double().mean()) <= 0.5:
+        return None
+    reason = (
+        f"Two clusters explain {known[separate].mean():.0%} of the variance of {_tested(checks)}, in "
+        f"{separate.double().mean():.0%} of the prompts: the reward is nearly two-pointed, far from a Gaussian tail."
+    )
+    alternative = "tail_rl; or pass_at_n, with a threshold between the clusters if they are the same for all prompts"
+    return _empirical("two_pointed", reason, alternative)
+
+
+def _tested(checks: TailChecks) -> str:
+    """The samples that were compared with a Gaussian, in words."""
+    part = "all" if checks.tested_share == 1 else f"the upper {checks.tested_share:g}"
+    return f"{part} of a prompt's rewards"
+
+
 def judge_tail(checks: TailChecks, *, training_tail: int = 4) -> Verdict:
     """The verdict: values first (too few, discrete, or two-pointed), then the shape, the predictions, and the QQ line.
 
@@ -129,12 +121,12 @@ def judge_tail(checks: TailChecks, *, training_tail: int = 4) -> Verdict:
     with_spread = int((checks.distinct > 1).sum())
     if with_spread == 0:
         return _undecided("no prompt has two different rewards, so there is nothing to look at")
-    if (found := by_values(checks)) is not None:
-        return found
+    if (verdict := _by_values(checks)) is not None:
+        return verdict
     shape = checks.shape
     if shape is None:
         return _undecided(
-            f"{tested(checks)} are {checks.tested.shape[1]} samples, and {MIN_TAIL} are needed: sample more a prompt"
+            f"{_tested(checks)} are {checks.tested.shape[1]} samples, and {MIN_TAIL} are needed: sample more a prompt"
         )
     if with_spread < MIN_PROMPTS:
         return _undecided(f"{with_spread} prompts have different rewards, and {MIN_PROMPTS} are needed")
@@ -153,50 +145,48 @@ def _by_shape(checks: TailChecks, shape: ShapeFit, training_tail: int) -> Verdic
     is_clear = two_sided(difference, float(shape.standard_error), int(shape.num_prompts)) < SIGNIFICANCE
     if not is_clear or abs(difference) < SMALLEST_SHAPE_DIFFERENCE:
         return None
-    side = "above" if difference > 0 else "below"
-    name: Literal["heavier", "bounded"] = "heavier" if difference > 0 else "bounded"
-    return _not_gaussian(checks, name, f"{_describe(checks, shape)}, clearly {side} it", training_tail)
+    reason = f"{_describe(checks, shape)}, clearly {'above' if difference > 0 else 'below'} it"
+    return _not_gaussian(checks, "heavier" if difference > 0 else "bounded", reason, training_tail)
+
+
+def _prediction_surplus(held_out: HeldOut) -> tuple[float, MeanEstimate]:
+    """The error of the prediction at the largest n: beyond a Gaussian's, and as it is."""
+    error = mean_over_prompts(held_out.error[:, -1])
+    return float(error.mean - held_out.gaussian_error[-1]), error
 
 
 def _by_prediction(checks: TailChecks, training_tail: int) -> Verdict | None:
     """Heavier or bounded if a Gaussian tail predicts best-of-n clearly too low or too high."""
     if checks.held_out is None:
         return None
-    error = mean_over_prompts(checks.held_out.error[:, -1])
-    surplus = float(error.mean - checks.held_out.gaussian_error[-1])
+    surplus, error = _prediction_surplus(checks.held_out)
     is_clear = two_sided(surplus, float(error.standard_error), int(error.num_prompts)) < SIGNIFICANCE
     if not is_clear or abs(surplus) < SMALLEST_PREDICTION_ERROR:
         return None
-    side = "lower" if surplus < 0 else "higher"
-    return _not_gaussian(
-        checks,
-        "heavier" if surplus < 0 else "bounded",
+    reason = (
         f"best-of-{checks.held_out.ns[-1]} is predicted {abs(surplus):.2f} ± {float(error.standard_error):.2f} reward "
-        f"standard deviations {side}, relative to what is measured, than for Gaussian samples",
-        training_tail,
+        f"standard deviations {'lower' if surplus < 0 else 'higher'}, relative to what is measured, than for Gaussian "
+        "samples"
     )
+    return _not_gaussian(checks, "heavier" if surplus < 0 else "bounded", reason, training_tail)
 
 
-def _not_gaussian(checks: TailChecks, name: Literal["heavier", "bounded"], reason: str, training_tail: int) -> Verdict:
+def _not_gaussian(checks: TailChecks, name: Name, reason: str, training_tail: int) -> Verdict:
     """What comes closest in the analytic worlds of that kind (docs/results/gradient-fidelity.md)."""
     if checks.held_out is not None:
-        surplus = float(mean_over_prompts(checks.held_out.error[:, -1]).mean - checks.held_out.gaussian_error[-1])
+        surplus, _ = _prediction_surplus(checks.held_out)
         part = abs(surplus) / float(mean_over_prompts(checks.held_out.measured[:, -1]).mean)
         reason = f"{reason}; best-of-{checks.held_out.ns[-1]} differs from a Gaussian's by {part:.0%} of its gain"
+    settings: dict[str, Any] = {}
     if name == "heavier":  # dividing by the group's spread tames the outliers
-        return Verdict(
-            name=name, reason=_sentence(reason), estimator="tea", alternative="optimal_tea, less biased and noisier"
-        )
-    if training_tail >= LONG_TAIL:
-        return Verdict(
-            name=name,
-            reason=_sentence(reason),
-            estimator="tea",
-            settings={"tail": "gpd"},
-            alternative="optimal_tea, more biased and less noisy",
-        )
-    alternative = f"tea with tail: gpd, where groups have {LONG_TAIL} rollouts or more in the tail"
-    return Verdict(name=name, reason=_sentence(reason), estimator="optimal_tea", alternative=alternative)
+        estimator, alternative = "tea", "optimal_tea, less biased and noisier"
+    elif training_tail >= LONG_TAIL:
+        estimator, settings, alternative = "tea", {"tail": "gpd"}, "optimal_tea, more biased and less noisy"
+    else:
+        alternative = f"tea with tail: gpd, where groups have {LONG_TAIL} rollouts or more in the tail"
+        estimator = "optimal_tea"
+    reason = _sentence(reason)
+    return Verdict(name=name, reason=reason, estimator=estimator, settings=settings, alternative=alternative)
 
 
 def _by_line(checks: TailChecks) -> Verdict | None:
@@ -234,18 +224,12 @@ def _gaussian(checks: TailChecks, shape: ShapeFit) -> Verdict:
 
 
 def _undecided(reason: str) -> Verdict:
-    return Verdict(
-        name="undecided",
-        reason=_sentence(reason),
-        estimator="tea",
-        settings={"tail": "empirical"},
-        alternative="any of them; nothing is known of the tail",
-    )
+    return _empirical("undecided", _sentence(reason), "any of them; nothing is known of the tail")
 
 
 def _describe(checks: TailChecks, shape: ShapeFit) -> str:
     return (
-        f"the shape of {tested(checks)} is {float(shape.shape):.2f} ± {float(shape.standard_error):.2f}, that of "
+        f"the shape of {_tested(checks)} is {float(shape.shape):.2f} ± {float(shape.standard_error):.2f}, that of "
         f"Gaussian samples {float(shape.gaussian):.2f}"
     )
 

@@ -16,8 +16,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import ClassVar
+from functools import partial
 
 import numpy as np
 import torch
@@ -49,52 +48,10 @@ class World(ABC):
         """Gradient of `E[max of target_n rewards]`: [d] float64, accurate to about 1e-9."""
 
 
-NAMES = (
-    "gaussian",
-    "gpd_-0.3",
-    "gpd_0",
-    "gpd_0.2",
-    "student_t5",
-    "mixture",
-    "bounded",
-    "discrete",
-    "two_arms",
-)
-"""The worlds that are measured unless others are asked for."""
-
-_SHAPE_OR_PROBABILITY = re.compile(r"(gpd|two_arms)_(-?\d*\.?\d+)")
-
-
-def build_world(name: str) -> World:
-    """The world called `name`: one of `NAMES`, `gpd_SHAPE` with any shape below 0.5, or `two_arms_P` with P the
-    probability of arm B (0.5 without it).
-
-    Raises:
-        ValueError: for an unknown name, with the nearest valid ones; for a shape or a probability out of range.
-    """
-    from tealightning.diagnostics.worlds import LATENT_WORLDS, TwoArms, gpd_world
-
-    if name in LATENT_WORLDS:
-        return LATENT_WORLDS[name]()
-    if name == "two_arms":
-        return TwoArms(name=name, probability=0.5)
-    match = _SHAPE_OR_PROBABILITY.fullmatch(name)
-    if match is None:
-        raise UserError(f"Unknown world {name!r}.{did_you_mean(name, [*NAMES, 'gpd_SHAPE', 'two_arms_P'])}")
-    if match[1] == "gpd":
-        return gpd_world(name, float(match[2]))
-    return TwoArms(name=name, probability=float(match[2]))
-
-
-_EDGE = 14.0  # of the quadrature, in standard deviations: phi there is 1e-43
-_PANELS, _NODES = 280, 20
-
-
-@lru_cache(maxsize=1)
-def quadrature() -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights on [-14, 14]: Gauss-Legendre in panels of width 0.1."""
-    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
-    edges = np.linspace(-_EDGE, _EDGE, _PANELS + 1)
+def quadrature(low: float, high: float, panels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights on [low, high]: Gauss-Legendre of 20 nodes in panels of equal width."""
+    nodes, weights = np.polynomial.legendre.leggauss(20)
+    edges = np.linspace(low, high, panels + 1)
     half = np.diff(edges)[:, None] / 2
     return ((edges[:-1, None] + half) + half * nodes).ravel(), (half * weights).ravel()
 
@@ -110,7 +67,7 @@ def max_density(x: np.ndarray, n: int) -> np.ndarray:
 
 
 class Latent(World):
-    """What the two kinds share: scores of the latent, rewards through `reward`."""
+    """A normal latent z with scores `(z, z^2 - 1)` and the reward `reward(z)`."""
 
     directions: tuple[str, ...] = ("location", "log-scale")
     reward: Callable[[np.ndarray], np.ndarray]
@@ -135,7 +92,7 @@ class SmoothWorld(Latent):
 
     def exact_gradient(self, target_n: int) -> Tensor:
         """See `World.exact_gradient`."""
-        x, weights = quadrature()
+        x, weights = quadrature(-14.0, 14.0, 280)  # phi at 14 is 1e-43
         u = x - (target_n - 1) * np.exp(log_phi(x) - log_ndtr(x))
         values = weights * self.reward(x) * max_density(x, target_n)
         return torch.tensor([np.sum(values * u), np.sum(values * (x * u - 1))], dtype=torch.float64)
@@ -181,35 +138,29 @@ def gpd_world(name: str, shape: float) -> SmoothWorld:
     return SmoothWorld(name=name, reward=partial(gpd_quantile, shape=shape))
 
 
-class QuantileSpline:
-    """The quantile function at `Phi(z)`, interpolated in z with its exact slope `phi(z)/density`."""
+_GRID = np.linspace(-14.25, 14.25, 8193)
 
-    _GRID: ClassVar[np.ndarray] = np.linspace(-14.25, 14.25, 8193)
 
-    def __init__(self, quantiles: np.ndarray, density: Callable[[np.ndarray], np.ndarray]) -> None:
-        self._spline = CubicHermiteSpline(self._GRID, quantiles, np.exp(log_phi(self._GRID)) / density(quantiles))
+def quantile_spline(quantiles: np.ndarray, density: Callable[[np.ndarray], np.ndarray]) -> CubicHermiteSpline:
+    """The quantile function at `Phi(z)`, interpolated in z with its exact slope `phi(z)/density`.
 
-    def __call__(self, z: np.ndarray) -> np.ndarray:
-        """Rewards of latents of any shape."""
-        return self._spline(z)
-
-    @classmethod
-    def grid(cls) -> np.ndarray:
-        """Where the constructor wants the quantiles."""
-        return cls._GRID
+    Args:
+        quantiles: Its values at z = `_GRID`.
+        density: The density of the reward.
+    """
+    return CubicHermiteSpline(_GRID, quantiles, np.exp(log_phi(_GRID)) / density(quantiles))
 
 
 def student_world(name: str, degrees: int) -> SmoothWorld:
     """The reward is Student's t: symmetric, with tail index 1/degrees."""
-    z = QuantileSpline.grid()
-    quantiles = np.sign(z) * -stdtrit(degrees, ndtr(-np.abs(z)))  # both tails from their small probability
     normaliser = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
-    density = partial(_student_density, degrees=degrees, normaliser=normaliser)
-    return SmoothWorld(name=name, reward=QuantileSpline(quantiles, density))
 
+    def density(r: np.ndarray) -> np.ndarray:
+        return normaliser * (1 + r * r / degrees) ** (-(degrees + 1) / 2)
 
-def _student_density(r: np.ndarray, degrees: int, normaliser: float) -> np.ndarray:
-    return normaliser * (1 + r * r / degrees) ** (-(degrees + 1) / 2)
+    # both tails from their small probability
+    quantiles = np.sign(_GRID) * -stdtrit(degrees, ndtr(-np.abs(_GRID)))
+    return SmoothWorld(name=name, reward=quantile_spline(quantiles, density))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,21 +198,6 @@ class NormalMixture:
 
 MIXTURE = NormalMixture(weights=(0.85, 0.15), means=(0.0, 2.0), sds=(1.0, 0.5))
 """A bulk and a narrow group of better answers: the upper tail is no Gaussian's until far out."""
-
-
-def _mixture_world() -> SmoothWorld:
-    return SmoothWorld(name="mixture", reward=QuantileSpline(MIXTURE.quantile(QuantileSpline.grid()), MIXTURE.density))
-
-
-LATENT_WORLDS: dict[str, Callable[[], World]] = {
-    "gaussian": lambda: SmoothWorld(name="gaussian", reward=np.copy),
-    "student_t5": lambda: student_world("student_t5", 5),
-    "mixture": _mixture_world,
-    "bounded": lambda: SmoothWorld(name="bounded", reward=np.tanh),
-    "discrete": lambda: SteppedWorld(name="discrete", edges=(-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5)),
-}
-"""The named ones; `gpd_world` makes the others."""
-
 
 MEAN_B, SD_B = -1.406, 1.6
 """Arm A is N(0, 1), arm B N(-1.406, 1.6^2): A has the larger mean and best-of-16, B the larger best-of-128."""
@@ -305,13 +241,41 @@ class TwoArms(World):
     def exact_gradient(self, target_n: int) -> Tensor:
         """See `World.exact_gradient`."""
         p = self.probability
-        nodes, weights = np.polynomial.legendre.leggauss(20)
-        edges = np.linspace(MEAN_B - 14 * SD_B, MEAN_B + 14 * SD_B, 601)  # wider than 14 sd of A as well
-        half = np.diff(edges)[:, None] / 2
-        x, weights = ((edges[:-1, None] + half) + half * nodes).ravel(), (half * weights).ravel()
-        log_below = np.logaddexp(np.log1p(-p) + log_ndtr(x), np.log(p) + log_ndtr((x - MEAN_B) / SD_B))
-        # F_A - F_B from whichever tails are small
+        # wider than 14 standard deviations of A as well
+        x, weights = quadrature(MEAN_B - 14 * SD_B, MEAN_B + 14 * SD_B, 600)
         z = (x - MEAN_B) / SD_B
+        log_below = np.logaddexp(np.log1p(-p) + log_ndtr(x), np.log(p) + log_ndtr(z))
+        # F_A - F_B from whichever tails are small
         difference = np.where(x > 0, ndtr(-z) - ndtr(-x), ndtr(x) - ndtr(z))
         integral = np.sum(weights * target_n * np.exp((target_n - 1) * log_below) * difference)
         return torch.tensor([p * (1 - p) * integral], dtype=torch.float64)
+
+
+LATENT_WORLDS: dict[str, Callable[[], World]] = {
+    "gaussian": lambda: SmoothWorld(name="gaussian", reward=np.copy),
+    "student_t5": lambda: student_world("student_t5", 5),
+    "mixture": lambda: SmoothWorld(name="mixture", reward=quantile_spline(MIXTURE.quantile(_GRID), MIXTURE.density)),
+    "bounded": lambda: SmoothWorld(name="bounded", reward=np.tanh),
+    "discrete": lambda: SteppedWorld(name="discrete", edges=(-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5)),
+}
+NAMES = ("gaussian", "gpd_-0.3", "gpd_0", "gpd_0.2", "student_t5", "mixture", "bounded", "discrete", "two_arms")
+"""The worlds that are measured unless others are asked for."""
+
+
+def build_world(name: str) -> World:
+    """Build a world: one of `NAMES`, `gpd_SHAPE` with any shape below 0.5, or `two_arms_P` with P the probability of
+    arm B (0.5 without it).
+
+    Raises:
+        ValueError: for an unknown name, with the nearest valid ones; for a shape or a probability out of range.
+    """
+    if name in LATENT_WORLDS:
+        return LATENT_WORLDS[name]()
+    if name == "two_arms":
+        return TwoArms(name=name, probability=0.5)
+    match = re.fullmatch(r"(gpd|two_arms)_(-?\d*\.?\d+)", name)
+    if match is None:
+        raise UserError(f"Unknown world {name!r}.{did_you_mean(name, [*NAMES, 'gpd_SHAPE', 'two_arms_P'])}")
+    if match[1] == "gpd":
+        return gpd_world(name, float(match[2]))
+    return TwoArms(name=name, probability=float(match[2]))

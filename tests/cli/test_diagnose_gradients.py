@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from command_line import run
 
-from tealightning.cli.diagnose_gradients import parser, sweeps_of
-from tealightning.diagnostics import decision
+from tealightning.cli.diagnose import gradients_parser, sweeps_of
+from tealightning.diagnostics import measurements
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("--groups", "512", "--estimators", "grpo", "direct", "max_at_k:k=20", "tea:scale=none", "--worlds", "gaussian")
@@ -101,8 +101,8 @@ def test_sweep_over_m_reports_slopes(tmp_path):
 
 
 def test_decision_is_reported(tmp_path, monkeypatch):
-    quick = partial(decision.train_two_arms, prompts=2, steps=2)
-    monkeypatch.setattr(decision, "train_two_arms", quick)
+    quick = partial(measurements.train_two_arms, prompts=2, steps=2)
+    monkeypatch.setattr(measurements, "train_two_arms", quick)
     args = ("--decision", "-m", "16", "-N", "128", "--seeds", "2", "--estimators", "grpo", "max_at_k:k=20")
     result = run("diagnose", "gradients", *args, "--out", tmp_path)
     assert result.status == 0, result.err
@@ -122,11 +122,11 @@ def test_decision_is_reported(tmp_path, monkeypatch):
         (("--estimators", "tea:scale=x"), "scale must be one of"),
         (("--worlds", "gausian"), "Did you mean 'gaussian'"),
         (("--sweeps", "alhpa"), "Did you mean 'alpha'"),
-        (("-m", "1"), "-m must be 2 or more, got 1"),
-        (("-N", "0"), "-N must be 1 or more, got 0"),
+        (("-m", "1"), "-m must be at least 2, got 1"),
+        (("-N", "0"), "-N must be at least 1, got 0"),
         (("--alpha", "1.5"), "--alpha must be in (0, 1]"),
-        (("--groups", "10"), "--groups must be 512 or more"),
-        (("--decision", "--seeds", "0"), "--seeds must be 1 or more"),
+        (("--groups", "10"), "--groups must be at least 512 (two steps over 256 prompts), got 10"),
+        (("--decision", "--seeds", "0"), "--seeds must be at least 1, got 0"),
         (("--group", "1000"), "unrecognized arguments: --group"),
     ],
 )
@@ -231,5 +231,5 @@ def test_commands_of_the_pages_are_accepted(page):
     lines = re.findall(r"^tealightning diagnose gradients.*$", (ROOT / page).read_text(), re.M)
     assert lines
     for line in lines:
-        options = parser().parse_args(shlex.split(line)[3:])
+        options = gradients_parser().parse_args(shlex.split(line)[3:])
         assert sweeps_of(options.sweeps) in ((), ("m", "alpha", "tail"))

@@ -4,11 +4,14 @@ import csv
 import json
 
 import pytest
+import torch
 from command_line import PROSE, run
 from run_records import quickstart_args
 
-from tealightning.cli.diagnose_policy import diagnose_policy_gradients
+from tealightning.cli.diagnose_policy import collect_pool, diagnose_policy_gradients
+from tealightning.errors import UserError
 from tealightning.estimators import estimator_names
+from tealightning.training.micro_batches import score_completions
 
 SMALL = ["--prompts", "4", "--pool", "64", "-N", "16", "-m", "9", "--projection", "4"]
 
@@ -77,7 +80,7 @@ def test_estimators_by_name_come_with_a_refusal_or_figures(playground, tmp_path)
     ("args", "told"),
     [
         (["--pool", "255"], "--pool must be at least 256"),
-        (["-m", "1"], "-m and -N must be at least 2, got 1 and 128"),
+        (["-m", "1"], "-m must be at least 2, got 1"),
         (["--prompts", "1"], "--prompts must be at least 2"),
         (["--projection", "0"], "--projection must be at least 1"),
         (["--estimators", "te"], "Did you mean 'tea'"),
@@ -110,3 +113,64 @@ def test_study_with_vllm(playground, tmp_path):
     result = measure(*config, *SMALL, "--estimators", "grpo", "--out", tmp_path / "out")
     assert result.status == 0, result.err
     assert "| 9 | grpo |" in result.out
+
+
+# ---------------------------------------------------------------- the pool
+
+
+@pytest.fixture(scope="module")
+def collected(playground, tmp_path_factory):
+    """The settings, and (module, pool) of three prompts with six rollouts each."""
+    args = config_of(playground, tmp_path_factory.mktemp("pool"))
+    return args, collect_pool(args, num_prompts=3, num_samples=6)
+
+
+def test_collect_pool_has_the_first_prompts_of_the_split(collected, playground):
+    _, (_, pool) = collected
+    lines = (playground / "prompts" / "val.jsonl").read_text().splitlines()[:3]
+    assert pool.ids == [json.loads(line)["id"] for line in lines]
+    assert pool.rewards.shape == (3, 6)
+    assert pool.valid.all()
+
+
+def test_collect_pool_keeps_the_rollouts_behind_the_rewards(collected):
+    """The module's policy gives the kept tokens the log-probs that they were sampled with."""
+    _, (module, pool) = collected
+    assert torch.equal(torch.cat([batch.rewards for batch in pool.batches]), pool.rewards)
+    for batch in pool.batches:
+        scores = score_completions(module.policy, batch, torch.arange(len(batch.completion_ids)))
+        assert torch.allclose(scores.log_probs, batch.rollout_log_probs[:, : scores.log_probs.shape[1]], atol=1e-4)
+
+
+def test_collect_pool_samples_what_validation_does(collected, tmp_path):
+    """A seed and a prompt's id decide its samples: a smaller pool is the beginning of a larger one."""
+    args, (_, pool) = collected
+    _, smaller = collect_pool(args, num_prompts=2, num_samples=4)
+    assert torch.allclose(smaller.rewards, pool.rewards[:2, :4], atol=1e-4)
+
+
+def test_collect_pool_takes_the_test_split(collected):
+    args, _ = collected
+    _, pool = collect_pool(args, num_prompts=1, num_samples=2, split="test")
+    assert pool.ids == ["test-0000"]
+
+
+def test_collect_pool_refuses_more_prompts_than_there_are(collected):
+    args, _ = collected
+    with pytest.raises(ValueError, match=r"data\.val has 16 prompts, and 17 were asked for"):
+        collect_pool(args, num_prompts=17, num_samples=2)
+
+
+def test_collect_pool_refuses_several_devices(collected):
+    args, _ = collected
+    with pytest.raises(ValueError, match="a pool is collected on one device, got 2"):
+        collect_pool([*args, "--trainer.devices=2", "--trainer.strategy=ddp"], num_prompts=1, num_samples=2)
+
+
+def test_collect_pool_tells_of_a_mistyped_setting_like_any_command(collected):
+    args, _ = collected
+    with pytest.raises(
+        UserError, match=r"Unknown setting 'rollout\.grup_size'\. Did you mean 'group_size'\?"
+    ) as raised:
+        collect_pool([*args, "--rollout.grup_size=4"], num_prompts=1, num_samples=2)
+    assert run("validate", *args, "--rollout.grup_size=4").err == f"tealightning: error: {raised.value}\n"

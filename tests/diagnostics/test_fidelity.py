@@ -1,4 +1,4 @@
-"""The figures of gradient fidelity against arithmetic, published values and repeated sampling; slopes; specs; rows."""
+"""The figures of gradient fidelity against arithmetic, published values and repeated sampling; slopes."""
 
 import math
 
@@ -9,26 +9,17 @@ from scipy.integrate import quad
 
 from tealightning.diagnostics.fidelity import (
     GroupGradients,
+    controlled_mean,
     fidelity,
+    fit_log_slope,
+    group_controls,
     group_gradients,
     norm_of_mean,
     sample_chunks,
+    truncated_moments,
 )
-from tealightning.diagnostics.fidelity_plots import PLOTS
-from tealightning.diagnostics.fidelity_tables import measured
-from tealightning.diagnostics.measurements import (
-    Cell,
-    default_estimators,
-    measure,
-    parse_estimator,
-    parse_estimators,
-    sweep_cells,
-    takes_part,
-    try_out,
-)
-from tealightning.diagnostics.slopes import controlled_mean, fit_log_slope, group_controls, truncated_moments
 from tealightning.diagnostics.worlds import build_world
-from tealightning.estimators import build_estimator, estimator_names
+from tealightning.estimators import build_estimator
 
 TRUTH = torch.tensor([3.0, 4.0], dtype=torch.float64)
 DIRECTIONS = ("location", "log-scale")
@@ -45,7 +36,7 @@ def synthetic(mean: tuple[float, float], sd: tuple[float, float], groups: int, s
 
 
 def test_figures_of_a_known_gradient():
-    found = fidelity(synthetic((4.0, 3.0), (2.0, 1.0), 200_000), TRUTH, DIRECTIONS)
+    figures = fidelity(synthetic((4.0, 3.0), (2.0, 1.0), 200_000), TRUTH, DIRECTIONS)
     cosine = 24 / 25
     expected = {
         "bias[location]": 1.0,
@@ -68,8 +59,8 @@ def test_figures_of_a_known_gradient():
         "true_norm": 5.0,
     }
     for name, value in expected.items():
-        assert found.values[name] == pytest.approx(value, abs=max(1e-9, 4.5 * found.errors[name])), name
-        assert found.errors[name] < 0.02, name
+        assert figures[name] == pytest.approx(value, abs=max(1e-9, 4.5 * figures[f"{name}_se"])), name
+        assert figures[f"{name}_se"] < 0.02, name
 
 
 def test_standard_errors_are_the_spread_of_repeated_measurements():
@@ -84,35 +75,35 @@ def test_standard_errors_are_the_spread_of_repeated_measurements():
         "step_cosine@1",
         "sign_agreement@1",
     ):
-        values = torch.tensor([r.values[name] for r in repeats], dtype=torch.float64)
-        claimed = torch.tensor([r.errors[name] for r in repeats], dtype=torch.float64).mean()
+        values = torch.tensor([r[name] for r in repeats], dtype=torch.float64)
+        claimed = torch.tensor([r[f"{name}_se"] for r in repeats], dtype=torch.float64).mean()
         assert float(values.std() / claimed) == pytest.approx(1.0, abs=0.25), name  # the sd of 150 is known to 6%
 
 
 def test_scaled_figures_ignore_the_scale_of_the_advantages():
-    found = synthetic((4.0, 3.0), (2.0, 1.0), 2048)
-    smaller = GroupGradients(gradients=found.gradients / 8, energy=found.energy / 64, zeros=found.zeros)
-    one, other = fidelity(found, TRUTH, DIRECTIONS), fidelity(smaller, TRUTH, DIRECTIONS)
+    groups = synthetic((4.0, 3.0), (2.0, 1.0), 2048)
+    smaller = GroupGradients(gradients=groups.gradients / 8, energy=groups.energy / 64, zeros=groups.zeros)
+    one, other = fidelity(groups, TRUTH, DIRECTIONS), fidelity(smaller, TRUTH, DIRECTIONS)
     for name in ("cosine", "scaled_bias", "scaled_rmse@1", "scaled_rmse@256", "noise_over_signal", "step_cosine@32"):
-        assert other.values[name] == pytest.approx(one.values[name], rel=1e-9)
-        assert other.errors[name] == pytest.approx(one.errors[name], rel=1e-6)
-    assert other.values["bias"] > 2 * one.values["bias"]
+        assert other[name] == pytest.approx(one[name], rel=1e-9)
+        assert other[f"{name}_se"] == pytest.approx(one[f"{name}_se"], rel=1e-6)
+    assert other["bias"] > 2 * one["bias"]
 
 
 def test_a_gradient_against_the_truth_has_no_noise_to_signal_ratio():
-    found = fidelity(synthetic((-3.0, -4.0), (1.0, 1.0), 1024), TRUTH, DIRECTIONS)
-    assert math.isnan(found.values["noise_over_signal"])
-    assert found.values["scaled_bias"] == 1.0
-    assert found.values["sign_agreement@32"] == 0.0
+    figures = fidelity(synthetic((-3.0, -4.0), (1.0, 1.0), 1024), TRUTH, DIRECTIONS)
+    assert math.isnan(figures["noise_over_signal"])
+    assert figures["scaled_bias"] == 1.0
+    assert figures["sign_agreement@32"] == 0.0
 
 
 def test_an_estimator_that_is_always_0_has_neither_direction_nor_sign():
-    found = GroupGradients(
+    groups = GroupGradients(
         gradients=torch.zeros(512, 2, dtype=torch.float64),
         energy=torch.zeros(512, dtype=torch.float64),
         zeros=torch.ones(512, dtype=torch.float64),
     )
-    values = fidelity(found, TRUTH, DIRECTIONS).values
+    values = fidelity(groups, TRUTH, DIRECTIONS)
     assert values["bias"] == 5.0
     assert values["step_cosine@1"] == values["sign_agreement@1"] == 0.0
     assert values["scaled_rmse@32"] == 1.0
@@ -141,11 +132,11 @@ def test_norm_of_a_noisy_mean_of_zero_is_zero_within_its_error():
 )
 def test_noise_table_of_the_tail_estimators(name, m, bias, noise, rms):
     world = build_world("gaussian")
-    found = group_gradients({name: build_estimator(name, target_n=128, alpha=0.25)}, world, m, groups=20_000, seed=1)
-    figures = fidelity(found[name], world.exact_gradient(128), world.directions)
+    groups = group_gradients({name: build_estimator(name, target_n=128, alpha=0.25)}, world, m, groups=20_000, seed=1)
+    figures = fidelity(groups[name], world.exact_gradient(128), world.directions)
     for key, expected in (("bias", bias), ("noise_over_signal", noise), ("rms_advantage_over_signal", rms)):
         # Five standard errors of this run, and 2% for the table's own sampling and rounding.
-        assert figures.values[key] == pytest.approx(expected, abs=5 * figures.errors[key] + 0.02 * expected), key
+        assert figures[key] == pytest.approx(expected, abs=5 * figures[f"{key}_se"] + 0.02 * expected), key
 
 
 def test_groups_depend_on_seed_world_and_m_only():
@@ -163,10 +154,10 @@ def test_group_gradients_are_the_mean_of_advantages_times_scores():
     world, estimator = build_world("gpd_0.2"), build_estimator("direct", target_n=64)
     rewards, scores = next(iter(sample_chunks(world, 16, groups=5, seed=4)))
     advantages = estimator(rewards)
-    found = group_gradients({"direct": estimator}, world, 16, groups=5, seed=4)["direct"]
-    torch.testing.assert_close(found.gradients, (advantages[..., None] * scores).mean(1))
-    torch.testing.assert_close(found.energy, advantages.square().mean(1))
-    assert found.zeros.tolist() == [13 / 16] * 5  # all but the top ceil(16/4) - 1
+    groups = group_gradients({"direct": estimator}, world, 16, groups=5, seed=4)["direct"]
+    torch.testing.assert_close(groups.gradients, (advantages[..., None] * scores).mean(1))
+    torch.testing.assert_close(groups.energy, advantages.square().mean(1))
+    assert groups.zeros.tolist() == [13 / 16] * 5  # all but the top ceil(16/4) - 1
 
 
 # ---------------------------------------------------------------- slopes
@@ -233,101 +224,3 @@ def test_slope_of_a_curve_has_a_wider_interval():
     assert fit is not None
     assert fit.misfit > 10
     assert fit.interval[1] - fit.interval[0] == pytest.approx(2 * 1.96 * fit.slope_error * fit.misfit)
-
-
-# ---------------------------------------------------------------- estimators by name
-
-
-def test_every_registered_estimator_is_measured_by_default():
-    labels = [spec.label for spec in default_estimators()]
-    assert set(estimator_names()) <= set(labels)
-    assert "tea[scale=none]" in labels
-    assert len(labels) == len(set(labels))
-
-
-def test_arguments_are_filled_in_where_the_constructor_has_them():
-    assert vars(parse_estimator("max_at_k").build(m=16, target_n=128, alpha=0.5))["k"] == 16
-    assert vars(parse_estimator("max_at_k").build(m=16, target_n=4, alpha=0.5))["k"] == 4
-    tea = parse_estimator("TEA:alpha=0.5,scale=none").build(m=16, target_n=64, alpha=0.25)
-    assert (tea.target_n, tea.alpha, tea.scale) == (64, 0.5, "none")
-    assert parse_estimator("TEA:alpha=0.5,scale=none").label == "tea[alpha=0.5,scale=none]"
-    assert len(parse_estimators(["tea", "TEA", "direct"])) == 2
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("te", "Unknown estimator 'te'.*Did you mean"),
-        ("tea:scale", "NAME:PARAMETER=VALUE"),
-        ("tea:=1", "NAME:PARAMETER=VALUE"),
-    ],
-)
-def test_bad_estimators_are_value_errors(text, message):
-    with pytest.raises(ValueError, match=message):
-        parse_estimator(text)
-
-
-def test_wrong_arguments_are_reported_before_the_work():
-    cell = Cell(sweep="main", world="gaussian", m=16, target_n=128, alpha=0.25)
-    with pytest.raises(ValueError, match="has no parameter 'scael'"):
-        measure([cell], parse_estimators(["direct", "tea:scael=none"]), groups=512, seed=0)
-
-
-def test_trial_knows_units_refusals_and_warnings():
-    assert try_out(build_estimator("direct"), 16).reward_units
-    assert not try_out(build_estimator("grpo"), 16).reward_units
-    assert "needs at least 8 rollouts" in try_out(build_estimator("max_at_k", k=8), 4).refused
-    assert "the tail has 2 rollouts" in try_out(build_estimator("direct"), 8).warned
-
-
-def test_an_estimator_that_refuses_negative_rewards_is_measured_where_there_are_none():
-    cells = [Cell(sweep="main", world=world, m=8, target_n=16, alpha=0.25) for world in ("gaussian", "gpd_0")]
-    gaussian, exponential = measure(cells, parse_estimators(["max_rl"]), groups=512, seed=0)
-    assert "cosine" not in gaussian and "max_rl takes rewards of at least 0, got -" in gaussian["note"]
-    assert exponential["note"] == "" and exponential["cosine"] > 0
-
-
-def test_rows_keep_the_order_and_say_what_is_refused():
-    specs = parse_estimators(["grpo", "max_at_k:k=16", "direct"])
-    cells = [Cell(sweep="main", world="two_arms", m=m, target_n=n, alpha=0.25) for m in (8, 16) for n in (16, 128)]
-    rows = measure(cells, specs, groups=512, seed=0)
-    assert [row["estimator"] for row in rows] == ["grpo", "max_at_k[k=16]", "direct"] * 4
-    assert [(row["m"], row["target_n"]) for row in rows[::3]] == [(8, 16), (8, 128), (16, 16), (16, 128)]
-    refused = [row for row in rows if "cosine" not in row]
-    assert [(row["estimator"], row["m"]) for row in refused] == [("max_at_k[k=16]", 8)] * 2
-    assert all("needs at least 16 rollouts" in row["note"] for row in refused)
-    # The same gradients against two truths.
-    grpo = [row for row in rows if row["estimator"] == "grpo" and row["m"] == 16]
-    truths = [build_world("two_arms").exact_gradient(n).item() for n in (16, 128)]
-    shift = grpo[0]["bias[logit of B]"] - grpo[1]["bias[logit of B]"]
-    assert shift == pytest.approx(truths[1] - truths[0], rel=1e-9)
-
-
-def test_sweeps_draw_their_plots(tmp_path):
-    specs = parse_estimators(["grpo", "direct", "tea:alpha=0.5", "max_at_k"])
-    for sweep, files in PLOTS.items():
-        cells = [c for c in sweep_cells(sweep, m=16, target_n=64, alpha=0.25) if c.m <= 64]
-        rows = measure(cells, specs, groups=512, seed=0)
-        taking_part = {spec.label for spec in specs if takes_part(spec, sweep)}
-        assert {row["estimator"] for row in rows} == taking_part
-        for name, draw in files:
-            draw(rows, tmp_path / name)
-            assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert not takes_part(specs[0], "alpha")
-    assert not takes_part(specs[2], "alpha")
-    assert takes_part(specs[2], "tail")
-
-
-@pytest.mark.parametrize(
-    ("value", "error", "shown"),
-    [
-        (-0.3437, 0.0056, "-0.344 ± 0.006"),
-        (25.91, 1.4, "26 ± 1"),
-        (0.99912, 0.00003, "0.99912 ± 0.00003"),
-        (1.0, 0.0, "1.000"),
-        (math.nan, 0.1, "-"),
-    ],
-)
-def test_figures_are_shown_with_as_many_digits_as_they_have(value, error, shown):
-    assert measured({"x": value, "x_se": error}, "x") == shown
-    assert measured({}, "x") == "-"

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from tealightning.diagnostics.pool import RolloutPool
-from tealightning.diagnostics.reward_files import read_rewards, read_run
 from tealightning.diagnostics.tail import (
     check_rows,
     diagnose_pool,
@@ -242,69 +241,3 @@ def test_prompts_with_too_few_samples_are_left_out_and_counted():
     told = "11 of 12 prompts with 40 samples each. Tested: the upper 0.5 of each prompt's rewards, 20 samples; an "
     assert told in verdict_text(diagnosis)
     assert [row["id"] for row in prompt_rows(diagnosis)] == [f"p{i}" for i in range(12) if i != 2]
-
-
-# ---------------------------------------------------------------- files of rewards
-
-
-def test_json_lines_with_ids_keys_or_neither(tmp_path):
-    file = tmp_path / "rewards.jsonl"
-    lines = [
-        '{"id": "a", "rewards": [1, 2.5, null]}',
-        "",
-        '{"key": 7, "rewards": [3]}',
-        '{"rewards": [NaN, 4]}',
-        '{"id": "a", "rewards": [9]}',
-    ]
-    file.write_text("\n".join(lines))
-    pool = read_rewards(file)
-    assert pool.ids == ["a", "7", "line 4"]
-    expected = torch.tensor([[1, 2.5, NAN, 9], [3, NAN, NAN, NAN], [NAN, 4, NAN, NAN]], dtype=torch.float64)
-    torch.testing.assert_close(pool.rewards, expected, equal_nan=True)
-
-
-def test_csv_with_a_sample_a_line(tmp_path):
-    file = tmp_path / "rewards.csv"
-    file.write_text('prompt_id,reward,text\na,1.5,x\n"b, c",-2e-3,y\na,,z\n')
-    pool = read_rewards(file)
-    assert pool.ids == ["a", "b, c"]
-    expected = torch.tensor([[1.5, NAN], [-2e-3, NAN]], dtype=torch.float64)
-    torch.testing.assert_close(pool.rewards, expected, equal_nan=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        (
-            "r.jsonl",
-            '{"rewards": [1]}\n{"rewards": [1, "two"]}\n',
-            r"r\.jsonl, line 2: a reward is a number.*got 'two'",
-        ),
-        ("r.jsonl", '{"rewards": [1, true]}', r"line 1: a reward is a number.*got True"),
-        ("r.jsonl", '{"rewards": [1]}\n\n{"rewards": 1}', r'line 3: expected \{"rewards": \[numbers\]\}'),
-        ("r.jsonl", "[1, 2]", r"line 1: expected"),
-        ("r.jsonl", '{"rewards": [1]', r"line 1: this is not JSON"),
-        ("r.jsonl", "", r"r\.jsonl: there are no rewards in it"),
-        ("r.csv", "prompt,reward\na,1\n", r"r\.csv, line 1: expected columns prompt_id and reward, got \['prompt'"),
-        ("r.csv", "prompt_id,reward\na,1\nb,high\n", r"r\.csv, line 3: a reward is a number.*got 'high'"),
-        ("r.csv", "prompt_id,reward\na\n", r"line 2: expected 2 columns"),
-        ("r.csv", "prompt_id,reward\n", r"there are no rewards in it"),
-    ],
-)
-def test_what_is_no_file_of_rewards_names_the_line(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_rewards(tmp_path / name)
-
-
-def test_a_missing_file_and_a_run_without_rewards_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere\.jsonl: no such file"):
-        read_rewards(tmp_path / "nowhere.jsonl")
-    with pytest.raises(ValueError, match=r"rewards_before\.jsonl: no such file\. The callback BestOfNReport writes it"):
-        read_run(tmp_path, "before")
-
-
-def test_bytes_that_are_no_text_are_named(tmp_path):
-    (tmp_path / "r.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"r\.jsonl: this is not UTF-8 text"):
-        read_rewards(tmp_path / "r.jsonl")

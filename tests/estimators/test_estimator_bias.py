@@ -7,8 +7,15 @@ computed independently of this package.
 import pytest
 import torch
 
-from tealightning.diagnostics.fidelity import group_gradients, norm_of_mean, sample_chunks
-from tealightning.diagnostics.slopes import SlopeFit, controlled_mean, fit_log_slope, group_controls
+from tealightning.diagnostics.fidelity import (
+    SlopeFit,
+    controlled_mean,
+    fit_log_slope,
+    group_controls,
+    group_gradients,
+    norm_of_mean,
+    sample_chunks,
+)
 from tealightning.diagnostics.worlds import build_world
 from tealightning.estimators import build_estimator
 from tealightning.functional.tail import expected_max_normal
