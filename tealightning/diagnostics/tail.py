@@ -12,6 +12,7 @@ from torch import Tensor
 from tealightning.diagnostics.plots import plot_prediction, plot_qq
 from tealightning.diagnostics.pool import RolloutPool
 from tealightning.diagnostics.tail_verdict import Verdict, interval, judge_tail
+from tealightning.errors import UserError
 from tealightning.functional.statistics import mean_over_prompts
 from tealightning.functional.tail import tail_size
 from tealightning.functional.tail_checks import TailChecks, check_tail, summarise
@@ -43,8 +44,15 @@ def diagnose_pool(
     ns: Sequence[int] | None = None,
     seed: int = 0,
 ) -> TailDiagnosis:
-    """Check the upper tails of a pool; see `functional.tail_checks.check_tail` for the arguments and errors."""
-    checks = check_tail(pool.rewards, pool.valid, m=m, alpha=alpha, tested_share=tested_share, ns=ns, seed=seed)
+    """Check the upper tails of a pool; see `functional.tail_checks.check_tail` for the arguments.
+
+    Raises:
+        UserError: if the group is too small for a tail of 2, or a budget is larger than M - m.
+    """
+    try:
+        checks = check_tail(pool.rewards, pool.valid, m=m, alpha=alpha, tested_share=tested_share, ns=ns, seed=seed)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     ids = [pool.ids[row] for row in checks.rows.tolist()]
     return TailDiagnosis(
         ids=ids,
