@@ -97,3 +97,10 @@ def test_bench_report_collects_figures_with_their_commands(tmp_path: Path):
     row = "| step over TRL 1.16.0's GRPO step, grpo | 10m | vllm | 8, 16, 64 | 0.750 | 0.70 to 0.80 | (1) |"
     assert row in text
     assert "(1) `python tools/bench_peer.py`, commit abcdefg" in text
+
+
+@pytest.mark.slow
+def test_bench_startup_reports_a_ratio_for_each_command():
+    line = json_line(run_tool("bench_startup.py", "--repeats", "1", "--commands", "estimators"))
+    assert line.pop("bench") == "startup"
+    assert line.keys() == {"repeats", "estimators"} and line["estimators"] > 0.5

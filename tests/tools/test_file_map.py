@@ -12,20 +12,32 @@ ROOT = TOOLS.parent
 file_map = tool("file_map.py")
 
 
-def entries() -> list[str]:
-    """Paths of the page, in its order."""
+def entries(page: str) -> list[str]:
+    """Every file that has a line, alone or with others, by its name in its folder's section or by a path anywhere."""
     found, folder = [], ""
-    for line in file_map.PAGE.read_text(encoding="utf-8").splitlines():
+    for line in page.splitlines():
         folder = line.removeprefix("## ") if line.startswith("## ") else folder
-        if match := re.match(r"- `([^`]+)`: \S", line):
-            found.append(folder + match[1])
+        for name in re.findall(r"`([^`]+)`", line.partition(": ")[0]) if line.startswith("- ") else ():
+            path = next((p for p in (folder + name, name, f"tealightning/{name}") if (ROOT / p).is_file()), name)
+            found.append(path)
     return found
 
 
 def test_file_map_has_every_file_exactly_once():
     patterns = ("tealightning/**/*.py", "tools/**/*.py", "configs/**/*.yaml")
     files = [file.relative_to(ROOT) for pattern in patterns for file in ROOT.glob(pattern)]
-    assert sorted(entries()) == sorted(str(file) for file in files if file.name != "__init__.py")
+    named = entries(file_map.PAGE.read_text(encoding="utf-8"))
+    assert sorted(named) == sorted(str(file) for file in files if file.name != "__init__.py")
+
+
+def test_a_file_that_stands_several_times_is_seen_in_every_form():
+    page = (
+        "## tealightning/cli/\n\n- `resume.py`: Its line.\n- `resume.py`: Again.\n\n"
+        "## tealightning/data/\n\n- `cli/resume.py`, `module.py`: Together, see `x.py`.\n"
+    )
+    assert entries(page).count("tealightning/cli/resume.py") == 3
+    assert entries(page).count("tealightning/data/module.py") == 1
+    assert len(entries(page)) == 4
 
 
 def test_file_map_is_what_the_command_writes():
