@@ -3,78 +3,64 @@
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from tealightning.checks import check_integer
 from tealightning.errors import UserError
 from tealightning.registry import did_you_mean
 from tealightning.strict_yaml import load_yaml
 
-_WORDS = {
-    int: "an integer",
-    float: "a number",
-    str: "a text",
-    bool: "true or false",
-    type(None): "null",
-    Any: "anything",
+_TYPE_NAMES = {
+    int: ("an integer", "integers"),
+    float: ("a number", "numbers"),
+    str: ("a text", "texts"),
+    bool: ("true or false", "values"),
+    type(None): ("null", "values"),
+    Any: ("anything", "values"),
 }
 
 
-def check_types(values: Mapping[str, Any], cls: type, prefix: str = "") -> None:
-    """
+def check_type(key: str, value: Any, hint: Any) -> None:
+    """Check a setting against a type: a plain one, a union, a list or a mapping; other classes are not looked into.
+
     Raises:
-        ValueError: for a value that has not the type of the field of `cls`, naming field, type and value.
+        UserError: naming key, type and value; of a mapping the entry that is wrong.
     """
-    hints = typing.get_type_hints(cls)
-    for name, value in values.items():
-        _check(f"{prefix}{name}", value, hints[name])
-
-
-def _check(key: str, value: Any, hint: Any) -> None:
-    if typing.get_origin(hint) is dict and isinstance(value, Mapping):  # which of them?
+    if typing.get_origin(hint) is dict and isinstance(value, Mapping):
         for name, inner in value.items():
-            _check(f"{key}.{name}", inner, typing.get_args(hint)[1])
-    if not fits(value, hint):
-        raise UserError(f"{key} must be {in_words(hint)}, got {value!r}.")
+            check_type(f"{key}.{name}", inner, typing.get_args(hint)[1])
+    if not _is_of_type(value, hint):
+        raise UserError(f"{key} must be {_type_name(hint)}, got {value!r}.")
 
 
-def fits(value: Any, hint: Any) -> bool:
-    """Whether `value` is a `hint`: a plain type, a union, a list or a mapping; other classes are not looked into."""
+def _is_of_type(value: Any, hint: Any) -> bool:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return any(fits(value, one) for one in inner)
+        return any(_is_of_type(value, one) for one in inner)
     if origin is list:
-        return isinstance(value, list) and _all_fit(value, inner[0])
+        return isinstance(value, list) and all(_is_of_type(one, inner[0]) for one in value)
     if origin is dict:
-        return isinstance(value, Mapping) and _all_fit(value, inner[0]) and _all_fit(value.values(), inner[1])
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return hint not in _WORDS or hint is Any or isinstance(value, hint)
+        return isinstance(value, Mapping) and all(
+            _is_of_type(one, kind) for item in value.items() for one, kind in zip(item, inner, strict=True)
+        )
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return hint not in _TYPE_NAMES or hint is Any or isinstance(value, hint)
 
 
-def in_words(hint: Any) -> str:
-    """`list[int] | None` -> `a list or null`."""
+def _type_name(hint: Any, *, plural: bool = False) -> str:
+    """`list[int] | None` -> `a list of integers or null`."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return " or ".join(in_words(one) for one in inner)
-    if origin is list:
-        return f"a list of {_plural(inner[0])}"
+        return " or ".join(_type_name(one) for one in inner)
     if origin is dict:
-        return f"a mapping of names to {_plural(inner[1])}"
-    return _WORDS.get(hint, "a mapping")
-
-
-def _plural(hint: Any) -> str:
-    words = {int: "integers", float: "numbers", str: "texts"}
-    return words.get(hint, "mappings" if typing.get_origin(hint) is dict else "values")
-
-
-def _all_fit(values: Iterable[Any], hint: Any) -> bool:
-    return all(fits(value, hint) for value in values)
+        return "mappings" if plural else f"a mapping of names to {_type_name(inner[1], plural=True)}"
+    if origin is list:
+        return "values" if plural else f"a list of {_type_name(inner[0], plural=True)}"
+    return _TYPE_NAMES.get(hint, ("a mapping", "values"))[plural]
 
 
 EQUAL = ("optimizer_steps", "rollouts", "generated_tokens", "trained_tokens")
@@ -117,8 +103,7 @@ class Evaluation:
         self.headline_n = self.ns[-1] if self.headline_n is None else self.headline_n
         if self.headline_n not in self.ns:
             raise UserError(f"evaluation.headline_n must be one of ns {self.ns}, got {self.headline_n}.")
-        if not _is_count(self.batch_size, 1):
-            raise UserError(f"evaluation.batch_size must be an integer of at least 1, got {self.batch_size!r}.")
+        check_integer("evaluation.batch_size", self.batch_size, 1)
         self._settle_samples()
         for name in ("prompts", "held_out_prompts"):
             value = getattr(self, name)
@@ -202,9 +187,8 @@ class AblationSpec:
         self._check_equal()
         if not 0.5 < self.confidence < 1:
             raise UserError(f"confidence must be between 0.5 and 1, got {self.confidence!r}.")
-        for name, least in (("retries", 0), ("bootstrap_samples", 100)):
-            if not _is_count(getattr(self, name), least):
-                raise UserError(f"{name} must be an integer of at least {least}, got {getattr(self, name)!r}.")
+        check_integer("retries", self.retries, 0)
+        check_integer("bootstrap_samples", self.bootstrap_samples, 100)
 
     @property
     def folder(self) -> Path:
@@ -220,13 +204,11 @@ class AblationSpec:
         if not self.variants:
             raise UserError("variants must name at least one variant.")
         for name, values in self.grid.items():
-            if not isinstance(values, list) or not values:
+            if not values:
                 raise UserError(f"grid.{name} must be a list of values, got {values!r}.")
-        for name, settings in self.variants.items():
+        for name in self.variants:
             if not _NAME.fullmatch(name):
                 raise UserError(f"a variant's name must be made of letters, digits and _ . + -, got {name!r}.")
-            if not isinstance(settings, Mapping):
-                raise UserError(f"variants.{name} must map dotted settings to values, got {settings!r}.")
         used = {axis for settings in [self.settings, *self.variants.values()] for axis in placeholders(settings)}
         if unknown := sorted(used - self.grid.keys()):
             raise UserError(f"{{{unknown[0]}}} is used in settings, and grid has no {unknown[0]!r}.")
@@ -242,8 +224,7 @@ class AblationSpec:
                 f"{self.equal}."
             )
         for name, value in self.equal.items():
-            if not _is_count(value, 1):
-                raise UserError(f"equal.{name} must be an integer of at least 1, got {value!r}.")
+            check_integer(f"equal.{name}", value, 1)
 
 
 def load_spec(path: Path | str) -> AblationSpec:
@@ -270,19 +251,16 @@ def parse_spec(settings: Any) -> AblationSpec:
     """The ablation that a YAML document describes.
 
     Raises:
-        ValueError: naming the setting, what was expected and what came.
+        UserError: naming the setting, what was expected and what came.
     """
-    spec = _known(settings, AblationSpec, "an ablation")
+    spec = _checked(settings, AblationSpec, "an ablation")
     if "evaluation" in spec:
-        evaluation = _known(spec["evaluation"], Evaluation, "evaluation")
-        check_types(evaluation, Evaluation, "evaluation.")
-        spec["evaluation"] = Evaluation(**evaluation)
-    check_types(spec, AblationSpec)
+        spec["evaluation"] = Evaluation(**_checked(spec["evaluation"], Evaluation, "evaluation", "evaluation."))
     return AblationSpec(**spec)
 
 
 def spec_dict(spec: AblationSpec) -> dict[str, Any]:
-    """The spec as plain values, defaults filled in."""
+    """The spec as plain values, defaults included."""
     return asdict(spec)
 
 
@@ -312,17 +290,19 @@ def filled(value: Any, point: Mapping[str, Any]) -> Any:
     return value
 
 
-def _known(settings: Any, cls: type, what: str) -> dict[str, Any]:
-    """`settings` if it is a mapping with fields of the dataclass, all required ones among them."""
+def _checked(settings: Any, cls: type, what: str, prefix: str = "") -> dict[str, Any]:
+    """`settings` if it is a mapping with fields of the dataclass of the right types, all required ones among them."""
     if not isinstance(settings, Mapping):
         raise UserError(f"{what} must be a mapping of settings, got {str(settings)[:60]!r}.")
-    names = [f.name for f in fields(cls)]
+    hints = typing.get_type_hints(cls)
     for name in settings:
-        if name not in names:
-            raise UserError(f"unknown setting {name!r} of {what}.{did_you_mean(str(name), names)}")
-    needed = [name for name in ("name", "base", "variants", "reference", "seeds", "equal") if name in names]
+        if name not in hints:
+            raise UserError(f"unknown setting {name!r} of {what}.{did_you_mean(str(name), hints)}")
+    needed = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
     if missing := [name for name in needed if settings.get(name) is None]:
         raise UserError(f"{what} needs {', '.join(missing)}.")
+    for name, value in settings.items():
+        check_type(f"{prefix}{name}", value, hints[name])
     return dict(settings)
 
 

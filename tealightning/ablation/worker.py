@@ -97,8 +97,8 @@ def _run(job: Job, build: Build, send: Send, started: float) -> dict[str, Any]:
     write_whole(file, yaml.safe_dump(with_folder(job.config, job.folder), sort_keys=False).encode())
     resumed = [f"--ckpt_path={checkpoint}"] if checkpoint else []
     cli = build(["-c", str(file), *resumed])
-    watch = _Watch(send, started)
-    cli.trainer.callbacks.append(watch)
+    progress = _Progress(send, started)
+    cli.trainer.callbacks.append(progress)
     if job.kind == "fit":
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
     step = cli.trainer.global_step
@@ -114,12 +114,12 @@ def _run(job: Job, build: Build, send: Send, started: float) -> dict[str, Any]:
         "optimizer_steps": step,
         **budget.spent,
         "wall_seconds": wall,
-        "seconds": watch.seconds | {"training": wall - sum(watch.seconds.values())},
+        "seconds": progress.seconds | {"training": wall - sum(progress.seconds.values())},
         "resumed": checkpoint is not None,
     }
 
 
-class _Watch(Callback):
+class _Progress(Callback):
     """Sends the progress to the parent and keeps time. Steps that are not finite are the health checks' business."""
 
     def __init__(self, send: Send, started: float) -> None:
@@ -141,24 +141,21 @@ class _Watch(Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._evaluation_started = time.monotonic()
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seconds["evaluation"] += time.monotonic() - self._evaluation_started
+
+    on_test_start = on_validation_start
+    on_test_end = on_validation_end
+
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         self.send({"phase": "evaluation", "done": batch_idx + 1, "total": _total(trainer.num_val_batches)})
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.seconds["evaluation"] += time.monotonic() - self._evaluation_started
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._evaluation_started = time.monotonic()
-
     def on_test_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         self.send({"phase": "held-out", "done": batch_idx + 1, "total": _total(trainer.num_test_batches)})
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.seconds["evaluation"] += time.monotonic() - self._evaluation_started
 
 
 def _total(batches: Any) -> int | None:

@@ -237,7 +237,7 @@ def run_job(job: "Job", send: "Send") -> None:
 def report(plan: "Plan", outcomes: dict[Path, Any], options: argparse.Namespace, args: Sequence[str]) -> int:
     """Write results and report; the number of runs that did not finish."""
     from tealightning.ablation.analyse import analyse
-    from tealightning.ablation.report import write_outputs
+    from tealightning.ablation.report import upload, write_outputs
     from tealightning.ablation.worker import write_json
     from tealightning.reporting.provenance import provenance
 
@@ -253,8 +253,6 @@ def report(plan: "Plan", outcomes: dict[Path, Any], options: argparse.Namespace,
     print(f"\n{main_table.strip()}\n")
     print("\n".join(str(file) for file in files if file.suffix != ".svg"))
     if options.wandb:
-        from tealightning.ablation.upload import upload
-
         print(upload(results, folder, project=options.wandb))
     if failed:
         print(
