@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure  # not pyplot: no global backend is touched
@@ -12,6 +11,7 @@ from tealightning.diagnostics.fidelity import Row, SlopeFit, fit_log_slope
 from tealightning.functional.statistics import mean_over_prompts
 from tealightning.functional.tail_checks import TailChecks
 from tealightning.functional.tail_shape import expected_normal_order_statistics, gaussian_tail_null, standardised_tail
+from tealightning.reporting.style import bottom, facets, grid_lines, legend_outside, log_n_axis, styles
 
 FIT_FROM = 64
 """Slopes are fitted from this m on: below, the tail is a handful of rollouts and no power law holds."""
@@ -101,27 +101,22 @@ def _plot_lines(
         log: Logarithmic axes, without the points below two standard errors (they have no logarithm).
     """
     worlds = list(dict.fromkeys(row["world"] for row in rows)) if by_world else [None]
-    facets = [(key, world) for key in panels for world in worlds]
-    height, width = (len(panels), len(worlds)) if by_world else (1, len(panels))
-    figure = Figure(figsize=(4.4 * width + (4.6 if labels else 2.8), 3.6 * height + 1.2), layout="constrained")
-    axes_of = figure.subplots(height, width, squeeze=False, sharex=by_world).flat
-    colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
-    estimators = list(dict.fromkeys(row["estimator"] for row in rows))
-    for axes, (key, world) in zip(axes_of, facets, strict=True):
+    panel_of = [(key, world) for key in panels for world in worlds]
+    figure, grid = facets(len(panel_of), columns=len(worlds) if by_world else len(panels), share=False)
+    figure.set_size_inches(
+        4.2 * len(bottom(grid)) + (4.6 if labels else 2.6), 3.6 * (len(panel_of) // len(bottom(grid))) + 1.4
+    )
+    look = styles(dict.fromkeys(row["estimator"] for row in rows))
+    for axes, (key, world) in zip(grid, panel_of, strict=True):
         inside = [row for row in rows if key in row and world in (None, row["world"])]
-        for i, estimator in enumerate(estimators):
+        for estimator, style in look.items():
             points = [row for row in inside if row["estimator"] == estimator]
             points = [row for row in points if not log or row[key] > 2 * row[f"{key}_se"]]
-            axes.errorbar(
-                *([row[name] for row in points] for name in (x, key, f"{key}_se")),
-                label=(labels or {}).get(estimator, estimator),
-                color=colours[i % 10],
-                marker="os^vDP*X<>"[(i + i // 10) % 10],
-                linestyle=("-", "--", ":")[i // 10 % 3],
-                **{"ms": 4, "lw": 1.2, "capsize": 2},
-            )
+            at, values, errors = ([row[name] for row in points] for name in (x, key, f"{key}_se"))
+            label = (labels or {}).get(estimator, estimator)
+            axes.errorbar(at, values, yerr=errors, label=label, capsize=2, **style.options)
         axes.set(xlabel=x_label, ylabel=panels[key], title=world or "")
-        axes.grid(alpha=0.3, which="both")
+        grid_lines(axes)
         if log:
             ticks = sorted({row[x] for row in rows})
             axes.set(xscale="log", yscale="log")
@@ -130,7 +125,7 @@ def _plot_lines(
         else:
             axes.set(ylim=(0, None))
     figure.suptitle(title, x=0.01, ha="left")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    legend_outside(figure, grid[0])
     figure.savefig(path, dpi=120)
 
 
@@ -162,7 +157,7 @@ def plot_cosines(path: Path, rows: Sequence[Row], ceiling: float, *, target_n: i
     axes.set_xlim(max(-1.5, np.nanmin(shown) - 0.05), min(1.5, np.nanmax(shown) + 0.05))
     what = "●: pool's noise taken out, 95% over prompts; ○: raw"
     axes.set_xlabel(f"cosine with the best-of-{target_n} gradient ({what})")
-    axes.grid(alpha=0.3)
+    grid_lines(axes)
     figure.legend(loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=150)
 
@@ -187,7 +182,7 @@ def plot_qq(checks: TailChecks, path: Path) -> Path:
     axes.errorbar(expected, mean.mean, yerr=1.96 * mean.standard_error, fmt="o", ms=3, lw=1, label=label)
     axes.set_xlabel(f"expected order statistics of {size} standard normals, upper {k}")
     axes.set_ylabel("standardised rewards")
-    axes.grid(alpha=0.3)
+    grid_lines(axes)
     axes.legend()
     figure.savefig(path, dpi=150)
     return path
@@ -209,12 +204,10 @@ def plot_prediction(rows: Sequence[Row], m: int, path: Path) -> Path:
         axes.errorbar(ns, column[name], yerr=2 * column[f"{name}_se"], marker="o", ms=4, capsize=3, label=label)
     unbiased = column["predicted"] - column["gaussian_error"]
     axes.plot(ns, unbiased, "--", color="0.4", label="predicted, without its bias for a Gaussian")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ns, [str(n) for n in ns])
-    axes.minorticks_off()
+    log_n_axis(axes, ns)
     axes.set_xlabel("n (samples a prompt, the best one kept)")
     axes.set_ylabel("best-of-n above the mean\n(reward standard deviations)")
-    axes.grid(alpha=0.3)
+    grid_lines(axes)
     axes.legend()
     figure.savefig(path, dpi=150)
     return path

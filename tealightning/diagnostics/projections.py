@@ -1,4 +1,4 @@
-"""Projected score vectors: what each rollout would do to the policy's weights, one short vector each."""
+"""Projected score vectors: the gradient of each rollout's log-prob by the policy's weights, as one short vector."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -27,9 +27,9 @@ class LinearProjection:
     tied to the embedding counts with its part as a head.
 
     Args:
-        policy: Its `nn.Linear` modules are found here.
+        policy: Module whose `nn.Linear` layers are projected.
         size: k; D = k^2 times the number of different weights.
-        seed: Of U and V.
+        seed: Seed of U and V.
 
     Raises:
         ValueError: if there is no trainable `nn.Linear`.
@@ -84,9 +84,9 @@ def score_vectors(
     log-probs by a layer's outputs are each rollout's own. No weight's gradient is computed.
 
     Args:
-        policy: Run in eval mode, without gradient checkpointing; left as it was found.
-        rollouts: B rollouts; moved to the policy's device a micro-batch at a time.
-        projection: Made from this policy.
+        policy: Run in eval mode, without gradient checkpointing, and restored afterwards.
+        rollouts: B rollouts; moved to the policy's device.
+        projection: Projection of this policy.
         max_tokens: Padded tokens of a micro-batch: decides memory, not the result.
         on_progress: Called with the number of rollouts that each micro-batch finished.
 
@@ -99,14 +99,14 @@ def score_vectors(
     dtype = torch.promote_types(next(iter(projection.layers.values())).weight.dtype, torch.float32)
     scores = torch.zeros(len(rollouts.completion_ids), projection.num_features, dtype=dtype)
     device = next(policy.parameters()).device
-    everything = torch.arange(len(scores))
+    lengths = rollouts.prompt_lengths, rollouts.completion_lengths
+    micro_batches = split_rows(*lengths, torch.arange(len(scores)), max_tokens=max_tokens)
+    rollouts = rollouts.to(device)
     with _only_activations(policy), torch.enable_grad():
-        for rows in split_rows(rollouts.prompt_lengths, rollouts.completion_lengths, everything, max_tokens=max_tokens):
-            part = _rows_of(rollouts, rows).to(device)
+        for rows in micro_batches:
             sums = torch.zeros(len(rows), projection.num_features, dtype=dtype, device=device)
             with _adding_to(sums, projection):
-                log_probs = score_through_logits(policy, part, torch.arange(len(rows), device=device)).log_probs
-                log_probs.sum().backward()
+                score_through_logits(policy, rollouts, rows.to(device)).log_probs.sum().backward()
             scores[rows] = sums.cpu()
             on_progress(len(rows))
     return scores
@@ -158,20 +158,6 @@ def _only_activations(policy: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module in training:
             module.training = True
-
-
-def _rows_of(rollouts: RolloutBatch, rows: Tensor) -> RolloutBatch:
-    """The rollouts `rows`, as a group of one prompt's: their rewards play no part."""
-    return RolloutBatch(
-        prompt_ids=rollouts.prompt_ids[rows],
-        prompt_lengths=rollouts.prompt_lengths[rows],
-        completion_ids=rollouts.completion_ids[rows],
-        completion_lengths=rollouts.completion_lengths[rows],
-        rollout_log_probs=rollouts.rollout_log_probs[rows],
-        truncated=rollouts.truncated[rows],
-        rewards=rollouts.rewards.flatten()[rows][None],
-        sampling=rollouts.sampling,
-    )
 
 
 def _gaussians(weight: Tensor, size: int, key: str) -> tuple[Tensor, Tensor]:

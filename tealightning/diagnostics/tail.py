@@ -1,4 +1,4 @@
-"""Report of the tail checks: verdict, tables and plots."""
+"""Check the upper tail of a reward and write the report: verdict, tables, plots."""
 
 import json
 import math
@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tealightning.diagnostics.fidelity import Row
 from tealightning.diagnostics.plots import plot_prediction, plot_qq
 from tealightning.diagnostics.pool import RolloutPool
 from tealightning.diagnostics.tail_verdict import Verdict, interval, judge_tail
@@ -19,8 +20,6 @@ from tealightning.functional.tail_checks import TailChecks, check_tail, summaris
 from tealightning.functional.tail_shape import gaussian_tail_null
 from tealightning.reporting.provenance import provenance_lines
 from tealightning.reporting.tables import markdown_table, write_csv
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,64 +52,46 @@ def diagnose_pool(
         checks = check_tail(pool.rewards, pool.valid, m=m, alpha=alpha, tested_share=tested_share, ns=ns, seed=seed)
     except ValueError as error:
         raise UserError(str(error)) from None
+    verdict = judge_tail(checks, training_tail=tail_size(alpha, m))
     ids = [pool.ids[row] for row in checks.rows.tolist()]
-    return TailDiagnosis(
-        ids=ids,
-        num_prompts=len(pool.ids),
-        m=m,
-        alpha=alpha,
-        checks=checks,
-        verdict=judge_tail(checks, training_tail=tail_size(alpha, m)),
-    )
+    return TailDiagnosis(ids=ids, num_prompts=len(pool.ids), m=m, alpha=alpha, checks=checks, verdict=verdict)
 
 
 def check_rows(diagnosis: TailDiagnosis) -> list[Row]:
-    """A row for each check: what was found, and what Gaussian rewards give."""
+    """A row for each check: the result, and what Gaussian rewards give."""
     checks = diagnosis.checks
     size, k, tested = checks.samples.shape[1], checks.tail.shape[1], checks.tested.shape[1]
-    upper = f"upper {checks.tested_share:g}"
-    found = {name.removeprefix("tail_"): float(value) for name, value in summarise(checks).items()}
-    rows: list[Row] = []
+    upper, tail = f"upper {checks.tested_share:g}", f"upper {diagnosis.alpha:g}"
+    value = {name.removeprefix("tail_"): float(number) for name, number in summarise(checks).items()}
+    rows: list[tuple[str, str, str]] = []
     if checks.shape is not None:
         fit, null = checks.shape, gaussian_tail_null(size, tested)
         low, high = interval(fit.shape, fit.standard_error, fit.num_prompts)
+        shape = f"{value['shape']:.3f} ± {value['shape_se']:.3f} (95%: {low:.2f} to {high:.2f})"
+        clusters = f"variance of the {upper} between two clusters (median)"
         rows += [
-            _row(f"QQ line of the {upper}: mean R²", f"{found['qq_r2']:.3f}", f"{float(null.r2.mean()):.3f}"),
-            _row("prompts whose QQ line is rejected", f"{found['qq_rejected']:.1%}", "5.0%"),
-            _row(
-                f"shape of the {upper}",
-                f"{found['shape']:.3f} ± {found['shape_se']:.3f} (95%: {low:.2f} to {high:.2f})",
-                f"{found['shape_gaussian']:.3f}",
-            ),
-            _row(
-                f"variance of the {upper} between two clusters (median)",
-                _percent(checks.two_clusters),
-                f"{float(null.two_clusters):.0%}",
-            ),
+            (f"QQ line of the {upper}: mean R²", f"{value['qq_r2']:.3f}", f"{float(null.r2.mean()):.3f}"),
+            ("prompts whose QQ line is rejected", f"{value['qq_rejected']:.1%}", "5.0%"),
+            (f"shape of the {upper}", shape, f"{value['shape_gaussian']:.3f}"),
+            (clusters, _median_share(checks.two_clusters), f"{float(null.two_clusters):.0%}"),
         ]
     if checks.held_out is not None:
-        error = f"{found['prediction_error']:.3f} ± {found['prediction_error_se']:.3f}"
-        name = f"best-of-{checks.held_out.ns[-1]} from {diagnosis.m}, predicted - measured"
-        rows.append(_row(name, error, f"{found['prediction_error_gaussian']:.3f}"))
-        rows.append(_row("covered by its 90% interval", f"{found['coverage']:.1%}", "90.0%"))
-    rows.append(_row(f"most frequent value of the {upper} (median)", _percent(checks.atoms), "0%"))
-    tail = f"upper {diagnosis.alpha:g}"
-    rows.append(_row(f"tied samples in the {tail}", f"{found['ties']:.1%}", "0.0%"))
-    rows.append(_row(f"different values in the {tail} (median)", f"{_median(checks.distinct_in_tail)} of {k}", f"{k}"))
-    return rows
+        error = f"{value['prediction_error']:.3f} ± {value['prediction_error_se']:.3f}"
+        check = f"best-of-{checks.held_out.ns[-1]} from {diagnosis.m}, predicted - measured"
+        rows.append((check, error, f"{value['prediction_error_gaussian']:.3f}"))
+        rows.append(("covered by its 90% interval", f"{value['coverage']:.1%}", "90.0%"))
+    distinct = int(checks.distinct_in_tail.median()) if checks.distinct_in_tail.numel() else 0
+    rows += [
+        (f"most frequent value of the {upper} (median)", _median_share(checks.atoms), "0%"),
+        (f"tied samples in the {tail}", f"{value['ties']:.1%}", "0.0%"),
+        (f"different values in the {tail} (median)", f"{distinct} of {k}", f"{k}"),
+    ]
+    return [dict(zip(("check", "found", "Gaussian rewards"), row, strict=True)) for row in rows]
 
 
-def _row(check: str, found: str, gaussian: str) -> Row:
-    return {"check": check, "found": found, "Gaussian rewards": gaussian}
-
-
-def _median(values: Tensor) -> int:
-    return int(values.median()) if values.numel() else 0
-
-
-def _percent(values: Tensor) -> str:
-    """The median of shares, `-` if none is known."""
-    known = values[~values.isnan()]
+def _median_share(shares: Tensor) -> str:
+    """The median, `-` if none is known."""
+    known = shares[~shares.isnan()]
     return f"{float(known.median()):.0%}" if known.numel() else "-"
 
 
@@ -119,35 +100,32 @@ def prediction_rows(diagnosis: TailDiagnosis) -> list[Row]:
     held_out = diagnosis.checks.held_out
     if held_out is None:
         return []
-    columns = {
-        "predicted": mean_over_prompts(held_out.predicted),
-        "measured": mean_over_prompts(held_out.measured),
-        "error": mean_over_prompts(held_out.error),
-        "covered": mean_over_prompts(held_out.covered),
-    }
+    names = ("predicted", "measured", "error", "covered")
+    estimates = {name: mean_over_prompts(getattr(held_out, name)) for name in names}
     rows = []
     for index, n in enumerate(held_out.ns):
         row: Row = {"n": n}
-        for name, estimate in columns.items():
-            row[name] = float(estimate.mean[index])
-            row[f"{name}_se"] = float(estimate.standard_error[index])
-        row["gaussian_error"] = float(held_out.gaussian_error[index])
-        rows.append(row)
+        for name, estimate in estimates.items():
+            row |= {name: float(estimate.mean[index]), f"{name}_se": float(estimate.standard_error[index])}
+        rows.append(row | {"gaussian_error": float(held_out.gaussian_error[index])})
     return rows
 
 
 def prompt_rows(diagnosis: TailDiagnosis) -> list[Row]:
     """A row for each prompt; the shapes here are noisy and not corrected for their bias."""
     checks = diagnosis.checks
+    columns = {
+        "ties": checks.ties,
+        "most_frequent": checks.atoms,
+        "two_clusters": checks.two_clusters,
+        "qq_r2": checks.qq_r2,
+        "qq_p": checks.qq_p,
+        "raw_shape": checks.shapes,
+    }
     rows = []
     for index, prompt_id in enumerate(diagnosis.ids):
         row: Row = {"id": prompt_id, "samples": checks.samples.shape[1], "distinct": int(checks.distinct[index])}
-        row["ties"] = float(checks.ties[index])
-        row["most_frequent"] = float(checks.atoms[index])
-        row["two_clusters"] = float(checks.two_clusters[index])
-        for name, values in (("qq_r2", checks.qq_r2), ("qq_p", checks.qq_p), ("raw_shape", checks.shapes)):
-            if values is not None:
-                row[name] = float(values[index])
+        row |= {name: float(values[index]) for name, values in columns.items() if values is not None}
         if checks.held_out is not None:
             n = checks.held_out.ns[-1]
             row[f"prediction_error_{n}"] = float(checks.held_out.error[index, -1])
@@ -157,39 +135,35 @@ def prompt_rows(diagnosis: TailDiagnosis) -> list[Row]:
 
 
 def verdict_text(diagnosis: TailDiagnosis) -> str:
-    """The verdict, its reason, what was looked at, and the estimator to use."""
+    """The verdict, its reason, what was tested, and the estimator to use."""
     verdict, checks = diagnosis.verdict, diagnosis.checks
     settings = "".join(f", {name}: {value}" for name, value in verdict.settings.items())
-    lines = [
-        f"Verdict: **{verdict.name}**. {verdict.reason}",
+    return (
+        f"Verdict: **{verdict.name}**. {verdict.reason}\n\n"
         f"{len(diagnosis.ids)} of {diagnosis.num_prompts} prompts with {checks.samples.shape[1]} samples each. Tested: "
         f"the upper {checks.tested_share:g} of each prompt's rewards, {checks.tested.shape[1]} samples; an estimator "
         f"with alpha = {diagnosis.alpha:g} reads the upper {diagnosis.alpha:g} and assumes that the upper "
-        f"{min(1.0, 2 * diagnosis.alpha):g} is Gaussian.",
-        f"Estimator: `{verdict.estimator}{settings}`{f' (or {verdict.alternative})' if verdict.alternative else ''}.",
-    ]
-    return "\n\n".join(lines)
+        f"{min(1.0, 2 * diagnosis.alpha):g} is Gaussian.\n\n"
+        f"Estimator: `{verdict.estimator}{settings}`{f' (or {verdict.alternative})' if verdict.alternative else ''}."
+    )
 
 
 def tables_text(diagnosis: TailDiagnosis) -> str:
     """Both tables as markdown."""
     text = markdown_table(check_rows(diagnosis))
-    rows = prediction_rows(diagnosis)
-    if rows:
-        shown = [
-            {
-                "n": row["n"],
-                "predicted": f"{row['predicted']:.3f} ± {row['predicted_se']:.3f}",
-                "measured": f"{row['measured']:.3f} ± {row['measured_se']:.3f}",
-                "error": f"{row['error']:.3f} ± {row['error_se']:.3f}",
-                "Gaussian error": f"{row['gaussian_error']:.3f}",
-                "covered": f"{row['covered']:.1%}",
-            }
-            for row in rows
-        ]
+    lines = [
+        {
+            "n": row["n"],
+            **{name: f"{row[name]:.3f} ± {row[f'{name}_se']:.3f}" for name in ("predicted", "measured", "error")},
+            "Gaussian error": f"{row['gaussian_error']:.3f}",
+            "covered": f"{row['covered']:.1%}",
+        }
+        for row in prediction_rows(diagnosis)
+    ]
+    if lines:
         text += (
             f"\n\nBest-of-n predicted from {diagnosis.m} samples and measured on the prompt's others, above its mean, "
-            f"in standard deviations of its rewards; ± standard error over prompts.\n\n{markdown_table(shown)}"
+            f"in standard deviations of its rewards; ± standard error over prompts.\n\n{markdown_table(lines)}"
         )
     return text
 
@@ -197,12 +171,8 @@ def tables_text(diagnosis: TailDiagnosis) -> str:
 def write_diagnosis(folder: Path, diagnosis: TailDiagnosis, provenance: Mapping[str, str]) -> list[Path]:
     """Write `tail.md`, `.csv`, `.json` and the plots that M is large enough for; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [
-        "# Tail of the reward",
-        verdict_text(diagnosis),
-        tables_text(diagnosis),
-        provenance_lines(dict(provenance)),
-    ]
+    texts = verdict_text(diagnosis), tables_text(diagnosis), provenance_lines(dict(provenance))
+    parts = ["# Tail of the reward", *texts]
     (folder / "tail.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     write_csv(folder / "tail.csv", prompt_rows(diagnosis))
     record = {
