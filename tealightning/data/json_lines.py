@@ -1,12 +1,12 @@
-"""Read JSON-lines rows from disk on demand: each is checked once, and decoded again when asked for."""
+"""JSON lines on disk: each row is checked once, and read again when it is asked for."""
 
 import json
 import os
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Self
 
 from tealightning.errors import UserError
 
@@ -19,7 +19,7 @@ class JsonLines(Sequence[dict[str, Any]]):
     The file is held open, so that replacing it changes nothing; what is changed inside it is noticed.
 
     Args:
-        path: Of the file, in UTF-8 with or without a byte-order mark; lines end in LF or CRLF.
+        path: Path of the file, in UTF-8 with or without a byte-order mark; lines end in LF or CRLF.
 
     Raises:
         ValueError: for a line that is no JSON object in UTF-8, with its number.
@@ -27,13 +27,9 @@ class JsonLines(Sequence[dict[str, Any]]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.column_names: list[str] = []
         self._file = path.open("rb")
         self._starts = array("q")  # n + 1: where each line begins, and where the last one ends
         self._checksums = array("L")  # n
-        self._scan()
-
-    def _scan(self) -> None:
         columns: dict[str, None] = {}
         end = 0
         for number, line in enumerate(self._file, start=1):
@@ -50,18 +46,14 @@ class JsonLines(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._checksums)
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, index: slice) -> Self: ...
-    def __getitem__(self, index: int | slice) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         """A row, or some neighbouring rows.
 
         Raises:
             ValueError: if the file was changed since it was opened.
         """
         if isinstance(index, slice):
-            return self._neighbours(range(len(self))[index])
+            return self._slice(range(len(self))[index])
         row = range(len(self))[index]
         start, end = self._starts[row], self._starts[row + 1]
         content = os.pread(self._file.fileno(), end - start, start)
@@ -70,18 +62,14 @@ class JsonLines(Sequence[dict[str, Any]]):
             raise UserError(f"{self.path}, {self.place(row)} was changed while the file was in use.")
         return json.loads(line)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[row] for row in range(len(self)))
-
     def place(self, row: int) -> str:
         """Where a row is, for people: `line 17`."""
-        before, left = 0, self._starts[row]
-        offset = 0
-        while left > 0 and (block := os.pread(self._file.fileno(), min(left, 2**20), offset)):
-            before, left, offset = before + block.count(b"\n"), left - len(block), offset + len(block)
-        return f"line {before + 1}"
+        number, start = 1, self._starts[row]
+        for offset in range(0, start, 2**20):
+            number += os.pread(self._file.fileno(), min(start - offset, 2**20), offset).count(b"\n")
+        return f"line {number}"
 
-    def _neighbours(self, rows: range) -> Self:
+    def _slice(self, rows: range) -> Self:
         assert rows.step == 1, "rows stay in the order of the file"
         part = object.__new__(type(self))
         part.path, part.column_names, part._file = self.path, self.column_names, self._file

@@ -3,17 +3,17 @@
 import math
 import warnings
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tealightning.data.sources import Rows, columns_of, place_of
-from tealightning.data.string_array import PackedTexts
 from tealightning.errors import UserError
 from tealightning.registry import did_you_mean
 from tealightning.text.chat import ChatFormatter
@@ -21,6 +21,42 @@ from tealightning.types import Message, Prompt, PromptBatch
 
 _ENCODE_CHUNK = 1024
 _SHOWN = 5  # bad prompts in a message
+
+
+class StringArray(Sequence[str]):
+    """Texts in an Arrow array: their bytes and eight for each, where a list of them takes 60 or more."""
+
+    def __init__(self, array: pyarrow.LargeBinaryArray) -> None:
+        self.array = array
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> "StringArray":
+        """Pack texts as they come."""
+        data, ends = bytearray(), array("q", [0])
+        for text in texts:
+            data += text.encode("utf-8", "surrogatepass")
+            ends.append(len(data))
+        buffers = [None, pyarrow.py_buffer(ends), pyarrow.py_buffer(data)]
+        return cls(pyarrow.LargeBinaryArray.from_buffers(pyarrow.large_binary(), len(ends) - 1, buffers))
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        return self.array[int(index)].as_py().decode("utf-8", "surrogatepass")
+
+    def first_repeated(self) -> tuple[int, int] | None:
+        """The rows of the first text that was there before; None if all differ."""
+        hashes = np.fromiter(map(hash, self), np.int64, len(self))
+        order = np.argsort(hashes, kind="stable")
+        same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+        first: dict[str, int] = {}
+        for row in np.sort(np.concatenate([order[same], order[same + 1]])).tolist():  # few, unless many are repeated
+            if (earlier := first.setdefault(self[row], row)) != row:
+                return earlier, row
+        return None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -99,7 +135,7 @@ def build_prompt_set(
     return PromptSet(
         rows=rows,
         row_numbers=kept,
-        ids=ids if len(kept) == len(rows) else PackedTexts(ids[int(i)] for i in kept),
+        ids=ids if len(kept) == len(rows) else StringArray(ids.array.take(kept)),
         tokens=np.frombuffer(encoder.tokens, dtype=np.int32),
         ends=np.frombuffer(encoder.ends, dtype=np.int64),
         prompt_column=prompt_column,
@@ -141,13 +177,26 @@ def _check_text(text: str) -> None:
         raise UserError(f"it holds half a character (a lone surrogate) at {error.start}") from None
 
 
-def _read(rows: Rows, encoder: "_Encoder", *, source: str, prompt_column: str, id_column: str | None) -> PackedTexts:
+def _read(rows: Rows, encoder: "_Encoder", *, source: str, prompt_column: str, id_column: str | None) -> StringArray:
     """Check and encode every row in one pass, and return the identifiers."""
-    ids = PackedTexts()
+    ids = StringArray.of(_identifiers(rows, encoder, source, prompt_column, id_column))
+    if (repeated := ids.first_repeated() if id_column is not None else None) is not None:
+        first, again = (place_of(rows, row) for row in repeated)
+        raise UserError(
+            f"{source}: identifiers must be unique, and {ids[repeated[0]]!r} is that of {first} and of {again}. Name "
+            "another column with id_column, or remove the duplicates."
+        )
+    return ids
+
+
+def _identifiers(
+    rows: Rows, encoder: "_Encoder", source: str, prompt_column: str, id_column: str | None
+) -> Iterator[str]:
+    """The identifier of each row, whose prompt is checked and encoded."""
     bad: list[str] = []
     is_quiet = bool(getattr(rank_zero_only, "rank", 0))
     for number, row in enumerate(tqdm(rows, desc=source, unit=" prompts", delay=5, leave=False, disable=is_quiet)):
-        ids.append(_identifier(row, number, rows, source=source, column=id_column))
+        yield _identifier(row, number, rows, source=source, column=id_column)
         try:
             prompt = as_prompt(row.get(prompt_column))
         except ValueError as error:
@@ -160,13 +209,6 @@ def _read(rows: Rows, encoder: "_Encoder", *, source: str, prompt_column: str, i
             f"{source}: column {prompt_column!r} must hold non-empty texts or chats. {'; '.join(bad[:_SHOWN])}{more}."
         )
     encoder.flush()
-    if (repeated := ids.first_repeated() if id_column is not None else None) is not None:
-        first, again = (place_of(rows, row) for row in repeated)
-        raise UserError(
-            f"{source}: identifiers must be unique, and {ids[repeated[0]]!r} is that of {first} and of {again}. Name "
-            "another column with id_column, or remove the duplicates."
-        )
-    return ids
 
 
 def _identifier(row: dict[str, Any], number: int, rows: Rows, *, source: str, column: str | None) -> str:

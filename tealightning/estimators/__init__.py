@@ -1,52 +1,31 @@
-"""Advantage estimators: `build_estimator("tea", target_n=128)(rewards) -> advantages`."""
+"""Advantage estimators: `build_estimator("tea", target_n=128)(rewards) -> advantages`.
+
+Importing an estimator here makes it known by its name.
+"""
 
 from typing import Any
 
-from tealightning.estimators.base import ESTIMATORS, AdvantageEstimator
-from tealightning.estimators.bon_max_mean import BonMaxMean
-from tealightning.estimators.calibrated_tea import CalibratedTEA
-from tealightning.estimators.cat_bon import CatBon
-from tealightning.estimators.chow_bon_rl import ChowBonRL
-from tealightning.estimators.direct import Direct
-from tealightning.estimators.entropic import Entropic
-from tealightning.estimators.grpo import GRPO
-from tealightning.estimators.grpo_lead import GRPOLead
-from tealightning.estimators.infalign import Infalign
-from tealightning.estimators.max_at_k import MaxAtK
-from tealightning.estimators.max_rl import MaxRL
-from tealightning.estimators.mean_reward import MeanReward
-from tealightning.estimators.optimal_tea import OptimalTEA
-from tealightning.estimators.pass_at_n import PassAtN
-from tealightning.estimators.prefix_tea import PrefixTEA
-from tealightning.estimators.rs_grpo import RsGRPO
-from tealightning.estimators.tail_rl import TailRL
-from tealightning.estimators.tea import TEA
-from tealightning.registry import register
-
-__all__ = [
-    "GRPO",
-    "TEA",
-    "AdvantageEstimator",
-    "BonMaxMean",
-    "CalibratedTEA",
-    "CatBon",
-    "ChowBonRL",
-    "Direct",
-    "Entropic",
-    "GRPOLead",
-    "Infalign",
-    "MaxAtK",
-    "MaxRL",
-    "MeanReward",
-    "OptimalTEA",
-    "PassAtN",
-    "PrefixTEA",
-    "RsGRPO",
-    "TailRL",
-    "build_estimator",
-    "estimator_names",
-    "register",
-]
+from tealightning.estimators.base import ESTIMATORS as ESTIMATORS
+from tealightning.estimators.base import AdvantageEstimator as AdvantageEstimator
+from tealightning.estimators.bon_max_mean import BonMaxMean as BonMaxMean
+from tealightning.estimators.calibrated_tea import CalibratedTEA as CalibratedTEA
+from tealightning.estimators.cat_bon import CatBon as CatBon
+from tealightning.estimators.chow_bon_rl import ChowBonRL as ChowBonRL
+from tealightning.estimators.direct import Direct as Direct
+from tealightning.estimators.entropic import Entropic as Entropic
+from tealightning.estimators.grpo import GRPO as GRPO
+from tealightning.estimators.grpo_lead import GRPOLead as GRPOLead
+from tealightning.estimators.infalign import Infalign as Infalign
+from tealightning.estimators.max_at_k import MaxAtK as MaxAtK
+from tealightning.estimators.max_rl import MaxRL as MaxRL
+from tealightning.estimators.mean_reward import MeanReward as MeanReward
+from tealightning.estimators.optimal_tea import OptimalTEA as OptimalTEA
+from tealightning.estimators.pass_at_n import PassAtN as PassAtN
+from tealightning.estimators.prefix_tea import PrefixTEA as PrefixTEA
+from tealightning.estimators.rs_grpo import RsGRPO as RsGRPO
+from tealightning.estimators.tail_rl import TailRL as TailRL
+from tealightning.estimators.tea import TEA as TEA
+from tealightning.registry import register as register
 
 
 def build_estimator(name: str, **kwargs: Any) -> AdvantageEstimator:

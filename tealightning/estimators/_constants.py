@@ -6,8 +6,8 @@ The file `optimal_tea.npz` beside this one holds the moments of `functional.opti
 """
 
 import contextlib
+import io
 import os
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from functools import lru_cache
@@ -38,17 +38,21 @@ def constants(m: int, k: int, scale: TailScale) -> TailMoments:
         if f"{name}/signal" in shipped:
             return _unpack(shipped, f"{name}/")
     file = cache_folder() / f"optimal_tea-{FORMAT}-{name}.npz"
-    # None yet, or a broken one:
+    # There may be no such file yet, or a broken one.
     with contextlib.suppress(OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile), np.load(file) as saved:
         return _unpack(saved)
+    from tealightning.reliability.files import write_whole  # imports Lightning
+
     moments = tail_moments(m, k, scale)
+    archive = io.BytesIO()
+    np.savez(archive, **pack(moments))  # type: ignore[arg-type]
     with contextlib.suppress(OSError):  # a disk that takes no files costs the next process a second
-        _save(file, pack(moments))
+        write_whole(file, archive.getvalue())  # ranks that compute the same constants never meet a half-written file
     return moments
 
 
 def cache_folder() -> Path:
-    """Where computed constants are kept."""
+    """The folder of computed constants."""
     if own := os.environ.get("TEALIGHTNING_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tealightning"
@@ -75,16 +79,3 @@ def _unpack(arrays: Mapping[str, np.ndarray], prefix: str = "") -> TailMoments:
     noise[rows, columns] = noise[columns, rows] = upper
     linear, square, cross = (np.diag(d) for d in diagonals)
     return TailMoments(signal=signal, noise=noise, unrelated=np.block([[linear, cross], [cross, square]]))
-
-
-def _save(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write under another name and rename: ranks that compute the same constants do not meet in a half-written file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, suffix=".npz")
-    try:
-        with os.fdopen(handle, "wb") as temporary:
-            np.savez(temporary, **arrays)  # type: ignore[arg-type]
-        os.replace(name, file)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -15,11 +15,13 @@ ESTIMATORS = Registry("estimator")
 
 
 class AdvantageEstimator(ABC):
-    """Maps the rewards of each prompt's group to advantages, in the *mean convention*.
+    """Map the rewards of each prompt's group to advantages, in the *mean convention*:
 
-    `(1/m) * sum_i A_i * grad log pi(y_i | x)` estimates the gradient of the estimator's objective for that prompt.
-    A subclass holds its hyperparameters (keyword-only) and implements `compute` for a full group; the `valid` mask,
-    dtypes and the group-size check are handled here, once.
+        (1/m) * sum_i A_i * grad log pi(y_i | x)
+
+    estimates the gradient of the estimator's objective for that prompt. A subclass holds its hyperparameters
+    (keyword-only) and implements `compute` for a full group; the `valid` mask, dtypes and the group-size check are
+    handled here, once.
     """
 
     registry: ClassVar[Registry] = ESTIMATORS
@@ -95,7 +97,7 @@ class AdvantageEstimator(ABC):
             raise ValueError(
                 f"{self.name}: valid must have the shape of rewards {tuple(rewards.shape)}, got {tuple(valid.shape)}."
             )
-        return self._by_group_size(rewards, valid, lambda chosen: self.compute(chosen(rewards)))
+        return self._by_group_size(self.compute, valid, rewards)
 
     def off_policy(self, rewards: Tensor, ratios: Tensor, valid: Tensor | None = None) -> Tensor:
         """Advantages of every group at a policy that has moved on since the rollouts were sampled.
@@ -111,15 +113,12 @@ class AdvantageEstimator(ABC):
         Raises:
             ValueError: if the estimator has no off-policy form.
         """
-        return self._by_group_size(
-            rewards, valid, lambda chosen: self.compute_off_policy(chosen(rewards), chosen(ratios))
-        )
+        return self._by_group_size(self.compute_off_policy, valid, rewards, ratios)
 
     def _by_group_size(
-        self, rewards: Tensor, valid: Tensor | None, compute: Callable[[Callable[[Tensor], Tensor]], Tensor]
+        self, compute: Callable[..., Tensor], valid: Tensor | None, rewards: Tensor, *ratios: Tensor
     ) -> Tensor:
-        """`compute` on the valid rollouts of the groups of each size; it gets what picks them out of a [P, m]
-        tensor."""
+        """Call `compute` on the valid rollouts of all groups that have equally many; the others get 0."""
         self.check_group_size(rewards.shape[1])
         finite = torch.isfinite(rewards)
         usable = finite if valid is None else finite & valid.bool()
@@ -132,8 +131,8 @@ class AdvantageEstimator(ABC):
             if count < self.min_group_size:
                 continue
             members = usable & (counts == count)[:, None]
-            found = compute(lambda values, m=members, n=count: values.detach().double()[m].view(-1, n))  # type: ignore[misc]
-            advantages[members] = found.reshape(-1)
+            dense = (values.detach().double()[members].view(-1, count) for values in (rewards, *ratios))
+            advantages[members] = compute(*dense).reshape(-1)
         return advantages.to(rewards.dtype)
 
     def _check_lowest(self, scored: Tensor) -> None:

@@ -1,6 +1,4 @@
-"""The literature's simple baseline for best-of-n training: reinforce only the winner."""
-
-from typing import ClassVar
+"""The literature's simple baseline for best-of-n training."""
 
 from torch import Tensor
 
@@ -11,20 +9,15 @@ from tealightning.registry import register
 
 @register
 class BonMaxMean(AdvantageEstimator):
-    """`A_i = R_i - mean(R)` for every rollout that attains the group's maximum, else 0.
+    """Reinforce only the winners, by their lead over the mean:
+
+        A_i = (R_i - mean(R)) 1{R_i = max R}
 
     Biased: the mean is no valid baseline for the maximum. A constant group gets zeros (everyone wins, by nothing).
     """
 
-    objective: ClassVar[str] = "E[max of m] (biased)"
-
-    def __init__(self) -> None:
-        pass
-
-    @property
-    def min_group_size(self) -> int:
-        """2: a single rollout beats nobody."""
-        return 2
+    objective = "E[max of m] (biased)"
+    min_group_size = 2  # a single rollout beats nobody
 
     def compute(self, rewards: Tensor) -> Tensor:
         """[P, m] -> [P, m]."""

@@ -9,14 +9,14 @@ from tealightning.registry import register
 
 @register
 class CalibratedTEA(TailEstimator):
-    """`A_i = (1/alpha) [a e_i + b e_i (e_i - 2 e_mean)/(2 sigma)]` for the top `k = ceil(alpha m)` rollouts, 0 for the
-    others.
+    """Plug-in gradient with calibrated coefficients: for the top `k = ceil(alpha m)` rollouts, 0 for the others,
+
+        A_i = (1/alpha) [a e_i + b e_i (e_i - 2 e_mean)/(2 sigma)]
 
     The weights of `Direct` with `(a, b) = E(m, alpha)^-1 (1, c_N)` in place of the plug-in's `(1, ct_N)`, where `E` is
     the expected gradient of the two basis functions in (location, log-scale) for normal rewards (this project's own;
-    see `tealightning.functional.tail`). Unbiased for `E[max of N]` at every m if the rewards are Gaussian,
-    which
-    costs variance: at m = 16 its noise is 2.5 times that of `Direct`; `OptimalTEA` is unbiased too, with less noise.
+    see `tealightning.functional.tail`). Unbiased for `E[max of N]` at every m if the rewards are Gaussian, which costs
+    variance: at m = 16 its noise is 2.5 times that of `Direct`; `OptimalTEA` is unbiased too, with less noise.
 
     A tail without spread gets zeros. Groups in which some rollouts could not be scored use the coefficients of their
     size.
@@ -26,10 +26,7 @@ class CalibratedTEA(TailEstimator):
         alpha: Upper-tail level in (0, 1].
     """
 
-    @property
-    def min_tail(self) -> int:
-        """3: with 2 the quadratic term vanishes, so that no coefficient can make it follow the spread."""
-        return 3
+    min_tail = 3  # with 2 the quadratic term vanishes, so that no coefficient can make it follow the spread
 
     def compute(self, rewards: Tensor) -> Tensor:
         """[P, m] -> [P, m]."""

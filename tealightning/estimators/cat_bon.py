@@ -1,7 +1,5 @@
 """Standardised rewards, weighted by how much likelier a rank is among the best of N."""
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from tealightning.checks import check_integer
@@ -18,7 +16,9 @@ from tealightning.registry import register
 
 @register
 class CatBon(AdvantageEstimator):
-    """`A_i = z_i w_i`, `z` the standardised reward and `w_i ~ N q_i^(N-1)` with mean 1 over the group.
+    """Standardised rewards times best-of-N rank weights with mean 1 over the group:
+
+        A_i = z_i w_i,     w_i ~ N q_i^(N-1)
 
     `q` is the mid-rank quantile and `N q^(N-1)` the density ratio of the best of N to a single draw (Ousherovitch and
     Tewari 2026, compute aligned training, arXiv 2604.24957).
@@ -35,15 +35,11 @@ class CatBon(AdvantageEstimator):
         target_n: N, the best-of-N budget at deployment; 1 gives standardised rewards.
     """
 
-    objective: ClassVar[str] = "E[max of N] (biased)"
+    objective = "E[max of N] (biased)"
+    min_group_size = 2  # one rollout has no spread
 
     def __init__(self, *, target_n: int = 128) -> None:
         self.target_n = check_integer("target_n", target_n, 1)
-
-    @property
-    def min_group_size(self) -> int:
-        """2: one rollout has no spread."""
-        return 2
 
     def compute(self, rewards: Tensor) -> Tensor:
         """[P, m] -> [P, m]."""

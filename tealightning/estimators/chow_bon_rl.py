@@ -1,6 +1,6 @@
 """REINFORCE on the whole group: every rollout is paid the best reward of all."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from tealightning.registry import register
 
 @register
 class ChowBonRL(AdvantageEstimator):
-    """`A_i = m (max R - b)`, the same for every rollout: REINFORCE on the set.
+    """REINFORCE on the set of rollouts, with the same advantage for all of them:
+
+        A_i = m (max R - b)
 
     The group is one action with reward `max R`, its score the sum of the rollouts' scores. The objective is that of
     BoN-RL (Chow et al. 2024, arXiv 2412.15287); the method is another one.
@@ -30,7 +32,7 @@ class ChowBonRL(AdvantageEstimator):
         baseline: What is subtracted from the maximum.
     """
 
-    objective: ClassVar[str] = "E[max of m] - E[R]"
+    objective = "E[max of m] - E[R]"
 
     def __init__(self, *, baseline: Literal["mean", "none"] = "mean") -> None:
         self.baseline = check_choice("baseline", baseline, ("mean", "none"))

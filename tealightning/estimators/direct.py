@@ -8,18 +8,19 @@ from tealightning.registry import register
 
 @register
 class Direct(PlugInEstimator):
-    """Gradient weights of `mu_a + ct_N * sigma_a` with the group's own tail plugged in (arXiv 2605.10716).
+    """Gradient weights of `mu_a + ct_N * sigma_a` with the group's own tail plugged in (arXiv 2605.10716):
 
-    `A_i = (e_i/alpha) [1 + ct_N (e_i - 2 e_mean)/(2 sigma)]` for the top `k = ceil(alpha m)` rollouts, where `e` is the
-    excess over the k-th reward; exactly 0 for the others (and for the k-th). See
+        A_i = (e_i/alpha) [1 + ct_N (e_i - 2 e_mean)/(2 sigma)]
+
+    for the top `k = ceil(alpha m)` rollouts, where `e` is the excess over the k-th reward; exactly 0 for the others
+    (and for the k-th). See
     `tealightning.functional.tail.direct_weights`; other tails: `tealightning.functional.tail_models`. Biased by
     O(1/m). A tail without spread gets zeros.
 
     Args:
         target_n: N, the best-of-N budget at deployment.
         alpha: Upper-tail level in (0, 1].
-        tail: `gaussian`; `gpd`, generalised Pareto with a shape from the group's own tail; `empirical`, no
-            extrapolation.
+        tail: Model of the tail: `gaussian`, `gpd` or `empirical` (`tealightning.functional.tail_models`).
     """
 
     def compute(self, rewards: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,7 +13,9 @@ from tealightning.registry import register
 
 @register
 class Entropic(AdvantageEstimator):
-    """`A_i = exp(beta R_i) / mean_{j != i} exp(beta R_j) - 1` (TTT-Discover, Yuksekgonul et al. 2026).
+    """Leave-one-out exponential tilt (TTT-Discover, Yuksekgonul et al. 2026):
+
+        A_i = exp(beta R_i) / mean_{j != i} exp(beta R_j) - 1
 
     The gradient of `log E[exp(beta R)]` with its denominator estimated from the other rollouts, hence biased at finite
     m. By default beta is chosen for each group such that softmax(beta R) is `kl_target` nats away from uniform, which
@@ -32,7 +33,7 @@ class Entropic(AdvantageEstimator):
             which they reach where a winner leads by about 80/beta.
     """
 
-    objective: ClassVar[str] = "log E[exp(beta R)] (biased)"
+    objective = "log E[exp(beta R)] (biased)"
 
     def __init__(self, *, kl_target: float = math.log(2), beta: float | None = None) -> None:
         self.kl_target = check_positive("kl_target", kl_target)

@@ -1,7 +1,5 @@
 """Group-relative advantages: rewards standardised within the group."""
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from tealightning.checks import check_positive
@@ -12,7 +10,9 @@ from tealightning.registry import register
 
 @register
 class GRPO(AdvantageEstimator):
-    """`A_i = (R_i - mean) / (std + eps)` with the sample standard deviation (DeepSeekMath, Shao et al. 2024).
+    """Rewards standardised by the group's sample standard deviation (DeepSeekMath, Shao et al. 2024):
+
+        A_i = (R_i - mean) / (std + eps)
 
     The field's default. Dividing by the group's own spread weighs prompts alike whatever their reward scale, and is
     no unbiased gradient of any objective. A constant group gets zeros.
@@ -21,15 +21,11 @@ class GRPO(AdvantageEstimator):
         eps: Added to the standard deviation, > 0, in units of reward: groups with a smaller spread fade out.
     """
 
-    objective: ClassVar[str] = "E[R] (standardised)"
+    objective = "E[R] (standardised)"
+    min_group_size = 2  # one rollout has no spread
 
     def __init__(self, *, eps: float = 1e-4) -> None:
         self.eps = check_positive("eps", eps)
-
-    @property
-    def min_group_size(self) -> int:
-        """2: one rollout has no spread."""
-        return 2
 
     def compute(self, rewards: Tensor) -> Tensor:
         """[P, m] -> [P, m]."""

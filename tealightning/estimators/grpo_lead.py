@@ -1,7 +1,5 @@
 """GRPO with hard prompts counting more than easy ones."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -17,8 +15,9 @@ from tealightning.registry import register
 class GRPOLead(AdvantageEstimator):
     """GRPO's advantage times `w(share)` if positive, `w(1 - share)` if negative (GRPO-LEAD, Zhang and Zuo 2025).
 
-    `share` is the share of the group whose reward exceeds `threshold`, and
-    `w(x) = low + (high - low) / (1 + exp(steepness (x - midpoint)))` (arXiv 2504.09696): successes on hard prompts and
+        w(x) = low + (high - low) / (1 + exp(steepness (x - midpoint)))
+
+    `share` is the share of the group whose reward exceeds `threshold` (arXiv 2504.09696): successes on hard prompts and
     failures on easy ones count most. Follows no objective without bias. A constant group gets zeros.
 
     Deviations: only the difficulty part of the paper; its length-dependent reward and its penalty for wrong answers
@@ -33,7 +32,8 @@ class GRPOLead(AdvantageEstimator):
         eps: Added to the standard deviation, > 0, in units of reward.
     """
 
-    objective: ClassVar[str] = "E[R] (standardised, hard prompts first)"
+    objective = "E[R] (standardised, hard prompts first)"
+    min_group_size = 2  # one rollout has no spread
 
     def __init__(
         self,
@@ -55,11 +55,6 @@ class GRPOLead(AdvantageEstimator):
             raise UserError(f"low must be at least 0 (a negative weight would punish successes), got {low!r}.")
         if high < low:
             raise UserError(f"high must be at least low={low}, got {high!r}.")
-
-    @property
-    def min_group_size(self) -> int:
-        """2: one rollout has no spread."""
-        return 2
 
     def compute(self, rewards: Tensor) -> Tensor:
         """[P, m] -> [P, m]."""

@@ -1,7 +1,5 @@
 """Rewards replaced by their win rate, bent towards the top."""
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from tealightning.checks import check_positive
@@ -12,7 +10,9 @@ from tealightning.registry import register
 
 @register
 class Infalign(AdvantageEstimator):
-    """`A_i = T_i - mean(T)`, `T = (exp(t q) - 1)/(exp(t) - 1)` of the win rate q against the rest of the group.
+    """Exponentially tilted win rate q against the rest of the group, centred:
+
+        A_i = T_i - mean(T),     T = (exp(t q) - 1)/(exp(t) - 1)
 
     Calibrate and transform (InfAlign-CTRL, Balashankar et al. 2024, arXiv 2412.19792): a reward counts as the share of
     answers that it beats, and for best-of-N that share is tilted exponentially. Only the order of the rewards matters.
@@ -27,15 +27,11 @@ class Infalign(AdvantageEstimator):
         tilt: t > 0; near 0 the plain win rate.
     """
 
-    objective: ClassVar[str] = "E[tilted win rate] (biased)"
+    objective = "E[tilted win rate] (biased)"
+    min_group_size = 2  # a win rate needs an opponent
 
     def __init__(self, *, tilt: float = 10.0) -> None:
         self.tilt = check_positive("tilt", tilt)
-
-    @property
-    def min_group_size(self) -> int:
-        """2: a win rate needs an opponent."""
-        return 2
 
     def compute(self, rewards: Tensor) -> Tensor:
         """[P, m] -> [P, m]."""

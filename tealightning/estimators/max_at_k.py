@@ -1,7 +1,7 @@
 """The best of k rollouts as objective, k up to the group size."""
 
 import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -42,7 +42,7 @@ class MaxAtK(AdvantageEstimator):
         ValueError: for `group_std` without a baseline and without k: all weights would be equal.
     """
 
-    objective: ClassVar[str] = "E[max of k]"
+    objective = "E[max of k]"
 
     def __init__(
         self,

@@ -1,7 +1,5 @@
 """Rewards above their mean, in units of that mean: maximum likelihood of a success."""
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from tealightning.checks import check_positive
@@ -12,7 +10,9 @@ from tealightning.registry import register
 
 @register
 class MaxRL(AdvantageEstimator):
-    """`A_i = (R_i - mean) / (mean + eps)` (MaxRL, Tajwar et al. 2026, arXiv 2602.02710).
+    """Centred rewards in units of their mean (MaxRL, Tajwar et al. 2026, arXiv 2602.02710):
+
+        A_i = (R_i - mean) / (mean + eps)
 
     For 0/1 rewards, p the probability of a success, `grad log p = sum_k (1/k) grad pass@k`: prompts on which successes
     are rare count more. With m rollouts and eps = 0 it is unbiased for the sum up to k = m - 1. Scores in [0, 1] are
@@ -26,20 +26,16 @@ class MaxRL(AdvantageEstimator):
         eps: Added to the mean, > 0, in units of reward: keep it far below 1/m of a success.
     """
 
-    objective: ClassVar[str] = "log P(success)"
-    lowest_reward: ClassVar[float] = 0.0
-    rewards_advice: ClassVar[str] = (
+    objective = "log P(success)"
+    min_group_size = 2  # one rollout never exceeds its own mean
+    lowest_reward = 0.0
+    rewards_advice = (
         "it divides by their mean. For the scores of a reward model take tail_rl, which is the same on 0/1 rewards and "
         "takes any others; or let the reward return 0/1, or a score in [0, 1]."
     )
 
     def __init__(self, *, eps: float = 1e-6) -> None:
         self.eps = check_positive("eps", eps)
-
-    @property
-    def min_group_size(self) -> int:
-        """2: one rollout never exceeds its own mean."""
-        return 2
 
     def compute(self, rewards: Tensor) -> Tensor:
         """[P, m] -> [P, m]."""

@@ -1,6 +1,6 @@
 """The mean-reward objective: REINFORCE, with the group's mean as baseline, or leave-one-out (RLOO)."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from tealightning.registry import register
 
 @register
 class MeanReward(AdvantageEstimator):
-    """`A_i = R_i - b_i`, which ascends `E[R]`.
+    """Ascend the mean reward: `A_i = R_i - b_i`.
 
     - `baseline="mean"`: `R_i - mean(R)`, the advantage of GRPO without the division; `(m-1)/m` of the gradient.
     - `baseline="loo"`: `m/(m-1) * (R_i - mean(R))`, that is `R_i` minus the mean of the others (RLOO, Kool, van Hoof
@@ -23,7 +23,7 @@ class MeanReward(AdvantageEstimator):
         baseline: What is subtracted.
     """
 
-    objective: ClassVar[str] = "E[R]"
+    objective = "E[R]"
 
     def __init__(self, *, baseline: Literal["mean", "none", "loo"] = "mean") -> None:
         self.baseline = check_choice("baseline", baseline, ("mean", "none", "loo"))

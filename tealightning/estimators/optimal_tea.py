@@ -17,13 +17,18 @@ from tealightning.registry import register
 
 @register
 class OptimalTEA(TailEstimator):
-    """`A_i = a_j e_j + b_j e_j^2 / s` for the rollout of rank j < k = ceil(alpha m), exactly 0 for the others.
+    """Rank coefficients for the top `k = ceil(alpha m)` rollouts, exactly 0 for the others (and for the k-th):
+
+        A_(j) = a_j e_j + b_j e_j^2 / s,     j < k
 
     `e_j = R_(j) - R_(k)` is the excess over the k-th reward and `s` a spread of the group. Among all coefficients for
     which this is exactly unbiased for `E[max of N]` under Gaussian rewards, those with the least noise (this project's
-    own; see `tealightning.functional.optimal_tail`): `c = M^-1 E^T (E M^-1 E^T)^-1 (1, scale_weight c_N)`, `M = V +
-    lam Q`, with `V` the noise in the directions of location and spread, and `Q` that in a direction which the reward
-    does not depend on.
+    own; see `tealightning.functional.optimal_tail`):
+
+        c = M^-1 E^T (E M^-1 E^T)^-1 (1, scale_weight c_N),     M = V + lam Q
+
+    with `V` the noise in the directions of location and spread, and `Q` that in a direction which the reward does not
+    depend on.
 
     Equal rewards get equal advantages. A tail without spread gets zeros.
 

@@ -1,7 +1,7 @@
 """The probability that at least one of N answers is right, for rewards that are 0 or 1."""
 
 import warnings
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -15,7 +15,9 @@ from tealightning.registry import register
 class PassAtN(AdvantageEstimator):
     """Gradient of `1 - (1-p)^N`, p the probability of a success, for any N; a success is a reward above `threshold`.
 
-    `grad = N (1-p)^(N-1) grad p`. The factor is replaced by its expectation given the other rollouts, under
+        grad = N (1-p)^(N-1) grad p
+
+    The factor is replaced by its expectation given the other rollouts, under
     `p ~ Beta(prior_successes, prior_failures)` before them: with f failures in the group, a success gets
 
         A = N * prod_{j=0}^{N-2} (prior_failures + f + j) / (prior_successes + prior_failures + m - 1 + j)
@@ -39,7 +41,8 @@ class PassAtN(AdvantageEstimator):
         baseline: What outcomes are compared with.
     """
 
-    objective: ClassVar[str] = "P(success in N)"
+    objective = "P(success in N)"
+    min_group_size = 2  # a single rollout is a group without contrast
 
     def __init__(
         self,
@@ -56,11 +59,6 @@ class PassAtN(AdvantageEstimator):
         self.threshold = check_finite("threshold", threshold)
         self.baseline = check_choice("baseline", baseline, ("none", "loo"))
         self._warned = False
-
-    @property
-    def min_group_size(self) -> int:
-        """2: a single rollout is a group without contrast."""
-        return 2
 
     def compute(self, rewards: Tensor) -> Tensor:
         """[P, m] -> [P, m]; one warning if rewards are other than 0 and 1."""

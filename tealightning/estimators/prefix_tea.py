@@ -12,7 +12,9 @@ from tealightning.registry import register
 
 @register
 class PrefixTEA(PlugInEstimator):
-    """`A_i = sum_j v_j (m/P_j) 1{i < P_j} w_i(first P_j rollouts)`, with `w` the weights of `Direct`.
+    """Jackknife over prefixes of the group, with `w` the weights of `Direct`:
+
+        A_i = sum_j v_j (m/P_j) 1{i < P_j} w_i(first P_j rollouts)
 
     The prefixes `P_j = round(j m / num_prefixes)` have biases of known powers of `1/P_j`; the minimum-norm weights `v`
     (`sum v_j = 1`, `sum v_j P_j^-s = 0` for s = 1..order-1) cancel the first `order - 1` of them (generalised
@@ -28,8 +30,7 @@ class PrefixTEA(PlugInEstimator):
         num_prefixes: J, number of prefixes, the whole group included.
         order: q, 1 (no debiasing) to `num_prefixes`.
         rotations: Cyclic shifts of the group to average over.
-        tail: `gaussian`; `gpd`, generalised Pareto with a shape from the group's own tail; `empirical`, no
-            extrapolation.
+        tail: Model of the tail: `gaussian`, `gpd` or `empirical` (`tealightning.functional.tail_models`).
     """
 
     def __init__(

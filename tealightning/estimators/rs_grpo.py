@@ -1,7 +1,5 @@
 """GRPO with an exponential utility: the larger beta, the more the best of a group count."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -13,9 +11,11 @@ from tealightning.registry import register
 
 @register
 class RsGRPO(AdvantageEstimator):
-    """`A_i = (1/beta) (exp(beta z_i) / mean_j exp(beta z_j) - 1)`, `z = (R - mean)/(std + eps)`, sample std.
+    """Risk-sensitive GRPO (arXiv 2509.24261):
 
-    Risk-sensitive GRPO (arXiv 2509.24261): the gradient of `(1/beta) log E[exp(beta z)]` with the group's own mean in
+        A_i = (1/beta) (exp(beta z_i) / mean_j exp(beta z_j) - 1),     z = (R - mean)/(std + eps)
+
+    with the sample standard deviation: the gradient of `(1/beta) log E[exp(beta z)]` with the group's own mean in
     the denominator. beta -> 0 is GRPO. Biased: the standardisation and the denominator depend on the rollout itself.
     Between -1/beta and (m-1)/beta, whatever the rewards. A constant group gets zeros.
 
@@ -27,16 +27,12 @@ class RsGRPO(AdvantageEstimator):
         eps: Added to the standard deviation, > 0, in units of reward: groups with a smaller spread fade out.
     """
 
-    objective: ClassVar[str] = "log E[exp(beta z)]/beta (biased)"
+    objective = "log E[exp(beta z)]/beta (biased)"
+    min_group_size = 2  # one rollout has no spread
 
     def __init__(self, *, beta: float = 2.0, eps: float = 1e-4) -> None:
         self.beta = check_positive("beta", beta)
         self.eps = check_positive("eps", eps)
-
-    @property
-    def min_group_size(self) -> int:
-        """2: one rollout has no spread."""
-        return 2
 
     def compute(self, rewards: Tensor) -> Tensor:
         """[P, m] -> [P, m]; exponents below 0 do not overflow, and `exp(x) - 1` keeps the digits of a small beta."""

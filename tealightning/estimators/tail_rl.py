@@ -1,7 +1,5 @@
 """The integral of the log of the probability to exceed each threshold."""
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from tealightning.estimators.base import AdvantageEstimator
@@ -11,7 +9,9 @@ from tealightning.registry import register
 
 @register
 class TailRL(AdvantageEstimator):
-    """`A = w - mean(w)`, `w_(i) = m sum_{j <= i} (R_(j) - R_(j-1))/(m - j + 1)` (TailRL, arXiv 2609.02987, 2026).
+    """Weights of the log probability to exceed each threshold, centred (TailRL, arXiv 2609.02987, 2026):
+
+        A = w - mean(w),     w_(i) = m sum_{j <= i} (R_(j) - R_(j-1))/(m - j + 1)
 
     Ascends the integral of `log P(R > t)` over t, whose gradient is `sum_k (1/k) grad E[max of k]`, k = 1, 2, ...; with
     m rollouts, centred, it is unbiased for `sum_{k=1}^{m-1} (1/k) E[max of k]`
@@ -20,15 +20,8 @@ class TailRL(AdvantageEstimator):
     Equal rewards get equal advantages. A constant group gets zeros.
     """
 
-    objective: ClassVar[str] = "sum over k < m of E[max of k]/k"
-
-    def __init__(self) -> None:
-        pass
-
-    @property
-    def min_group_size(self) -> int:
-        """2: there are gaps between rewards or there is nothing."""
-        return 2
+    objective = "sum over k < m of E[max of k]/k"
+    min_group_size = 2  # there are gaps between rewards or there is nothing
 
     def compute(self, rewards: Tensor) -> Tensor:
         """[P, m] -> [P, m]."""

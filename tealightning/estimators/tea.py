@@ -13,7 +13,9 @@ from tealightning.registry import register
 
 @register
 class TEA(PlugInEstimator):
-    """`A_i = (w_i - b_i) / s` with `w` the weights of `Direct`, a group baseline `b` and a group scale `s`.
+    """Weights `w` of `Direct` with a group baseline `b` and a group scale `s`:
+
+        A_i = (w_i - b_i) / s
 
     - `baseline`: "none" keeps `m - k + 1` rollouts at exactly 0, whose forward and backward pass training then skips;
       "mean" subtracts `mean(w)`; "loo" the mean of the others' weights (`m/(m-1) * (w_i - mean(w))`).
@@ -28,8 +30,7 @@ class TEA(PlugInEstimator):
         alpha: Upper-tail level in (0, 1].
         baseline: What is subtracted from the weights.
         scale: What they are divided by.
-        tail: `gaussian`; `gpd`, generalised Pareto with a shape from the group's own tail; `empirical`, no
-            extrapolation.
+        tail: Model of the tail: `gaussian`, `gpd` or `empirical` (`tealightning.functional.tail_models`).
     """
 
     def __init__(

@@ -18,6 +18,9 @@ def best_of_n_weights(counts: Tensor, width: int, n: int) -> Tensor:
 
     Returns:
         [P, width] float64; rows sum to 1 where n <= M and mean nothing elsewhere.
+
+    >>> best_of_n_weights(torch.tensor([4]), 4, 2)
+    tensor([[0.5000, 0.3333, 0.1667, 0.0000]], dtype=torch.float64)
     """
     samples = counts.double()[:, None]
     rank = torch.arange(width - 1, dtype=torch.float64, device=counts.device)
@@ -39,6 +42,9 @@ def best_of_n(rewards: Tensor, ns: Sequence[int], valid: Tensor | None = None) -
 
     Returns:
         [P, len(ns)] float64; NaN where a prompt has fewer than n valid samples.
+
+    >>> best_of_n(torch.tensor([[0.0, 1.0, 0.0, 0.0]]), [1, 2, 4])
+    tensor([[0.2500, 0.5000, 1.0000]], dtype=torch.float64)
     """
     if valid is None:
         valid = torch.ones_like(rewards, dtype=torch.bool)
@@ -73,6 +79,10 @@ def best_of_n_selected(proxy: Tensor, other: Tensor, ns: Sequence[int], valid: T
 
     Returns:
         [P, len(ns)] float64; NaN where a prompt has fewer than n samples.
+
+    >>> proxy, gold = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.0, 6.0, 3.0]])
+    >>> best_of_n_selected(proxy, gold, [1, 2, 3])
+    tensor([[3., 4., 3.]], dtype=torch.float64)
     """
     if proxy.shape != other.shape or proxy.ndim != 2:
         shapes = f"{tuple(proxy.shape)} and {tuple(other.shape)}"
@@ -124,6 +134,9 @@ def win_rate(first: Tensor, second: Tensor, ns: Sequence[int]) -> Tensor:
 
     Returns:
         [Q, len(ns)] float64; NaN where either has fewer than n samples.
+
+    >>> win_rate(torch.tensor([[0.0, 3.0]]), torch.tensor([[1.0, 2.0]]), [1, 2])
+    tensor([[0.5000, 1.0000]], dtype=torch.float64)
     """
     if first.ndim != 2 or second.ndim != 2 or len(first) != len(second):
         shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
@@ -157,6 +170,9 @@ def improvement(first: Tensor, second: Tensor) -> Tensor:
 
     Returns:
         [S, Q, C] float64.
+
+    >>> improvement(torch.tensor([[[2.0, 1.0, 0.0]]]), torch.tensor([[[1.0, 1.0, 1.0]]]))
+    tensor([[[1.0000, 0.5000, 0.0000]]], dtype=torch.float64)
     """
     if first.shape != second.shape:
         shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
@@ -177,6 +193,9 @@ def holm(p_values: Tensor) -> Tensor:
 
     Returns:
         [K] float64.
+
+    >>> holm(torch.tensor([0.01, 0.04, 0.03], dtype=torch.float64))
+    tensor([0.0300, 0.0600, 0.0600], dtype=torch.float64)
     """
     adjusted = p_values.double().clone()
     tests = (~adjusted.isnan()).nonzero()[:, 0]

@@ -7,7 +7,11 @@ from torch import Tensor
 
 
 def successes(rewards: Tensor, threshold: float) -> Tensor:
-    """1 where `reward > threshold`, else 0: [P, m] float64."""
+    """1 where `reward > threshold`, else 0: [P, m] float64.
+
+    >>> successes(torch.tensor([[0.2, 0.9]]), threshold=0.5)
+    tensor([[0., 1.]], dtype=torch.float64)
+    """
     return (rewards > threshold).double()
 
 
@@ -43,6 +47,10 @@ def pass_at_n_factors(outcomes: Tensor, target_n: int, *, prior_successes: float
 
     Raises:
         ValueError: if `prior_successes + prior_failures + m - 1 <= 0`, where the moment does not exist.
+
+    >>> outcomes = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
+    >>> pass_at_n_factors(outcomes, 2, prior_successes=1, prior_failures=1)
+    tensor([[1.5000, 1.0000, 1.0000]], dtype=torch.float64)
     """
     others = outcomes.shape[-1] - 1
     if prior_successes + prior_failures + others <= 0:
@@ -65,6 +73,10 @@ def pass_at_n_weights(outcomes: Tensor, target_n: int, *, prior_successes: float
 
     Returns:
         [P, m] float64.
+
+    >>> outcomes = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
+    >>> pass_at_n_weights(outcomes, 2, prior_successes=1, prior_failures=1)
+    tensor([[1.5000, 0.0000, 0.0000]], dtype=torch.float64)
     """
     return outcomes * pass_at_n_factors(
         outcomes, target_n, prior_successes=prior_successes, prior_failures=prior_failures
@@ -83,6 +95,10 @@ def pass_at_n_loo_weights(outcomes: Tensor, target_n: int, *, prior_successes: f
 
     Returns:
         [P, m] float64.
+
+    >>> outcomes = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
+    >>> pass_at_n_loo_weights(outcomes, 2, prior_successes=1, prior_failures=1)
+    tensor([[ 1.5000, -0.5000, -0.5000]], dtype=torch.float64)
     """
     others = (outcomes.sum(dim=-1, keepdim=True) - outcomes) / (outcomes.shape[-1] - 1)
     return (outcomes - others) * pass_at_n_factors(
@@ -98,5 +114,8 @@ def difficulty_weight(share: Tensor, *, low: float, high: float, steepness: floa
 
     Returns:
         [...] float64.
+
+    >>> difficulty_weight(torch.tensor([0.0, 0.75, 1.0]), low=0.4, high=1.5, steepness=10, midpoint=0.75)
+    tensor([1.4994, 0.9500, 0.4834])
     """
     return low + (high - low) * torch.sigmoid(-steepness * (share - midpoint))

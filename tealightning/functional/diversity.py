@@ -21,6 +21,9 @@ def distinct_n(groups: Sequence[Sequence[Completion]], n: int) -> Tensor:
 
     Returns:
         [P] float64; NaN where no completion has n tokens.
+
+    >>> distinct_n([[(1, 2, 3), (1, 2, 4)]], n=2)
+    tensor([0.7500], dtype=torch.float64)
     """
     _check(n)
     shares = []
@@ -41,6 +44,9 @@ def self_similarity(groups: Sequence[Sequence[Completion]], n: int = 2) -> Tenso
 
     Returns:
         [P] float64; NaN for fewer than two completions.
+
+    >>> self_similarity([[(1, 2, 3), (1, 2, 4)]], n=2)
+    tensor([0.3333], dtype=torch.float64)
     """
     _check(n)
     means = []

@@ -19,12 +19,15 @@ def below_top(rewards: Tensor) -> Tensor:
 
     Args:
         rewards: [P, m] float64.
+
+    >>> below_top(torch.tensor([[1.0, 3.0, 5.0]]))
+    tensor([[-1.0000, -0.5000,  0.0000]])
     """
     from_max = rewards - rewards.amax(dim=-1, keepdim=True)
     return ratio_or_zero(from_max, -from_max.amin(dim=-1, keepdim=True))
 
 
-def kl_to_uniform(logits: Tensor) -> Tensor:
+def _kl_to_uniform(logits: Tensor) -> Tensor:
     """`KL(softmax(logits) || uniform)` in nats over the last dimension: [P, 1], from 0 to `ln m`.
 
     Args:
@@ -43,13 +46,16 @@ def adaptive_beta(positions: Tensor, kl_target: float) -> Tensor:
     Args:
         positions: [P, m] float64 in [-1, 0], the largest 0: see `below_top`.
         kl_target: Divergence in nats.
+
+    >>> adaptive_beta(torch.tensor([[-1.0, -0.5, 0.0]], dtype=torch.float64), kl_target=0.5)
+    tensor([[3.1157]], dtype=torch.float64)
     """
     tied = (positions == 0).sum(dim=-1, keepdim=True)
     reachable = (positions.shape[-1] / tied).log() > kl_target + 1e-12
     low, high = (torch.full_like(positions[:, :1], bound) for bound in _LOG_BETA_BOUNDS)
     for _ in range(_BISECTION_STEPS):
         middle = (low + high) / 2
-        short = kl_to_uniform(middle.exp() * positions) < kl_target
+        short = _kl_to_uniform(middle.exp() * positions) < kl_target
         low, high = torch.where(short, middle, low), torch.where(short, high, middle)
     return torch.where(reachable, high.exp(), math.inf)
 
@@ -62,6 +68,9 @@ def leave_one_out_tilt(logits: Tensor) -> Tensor:
 
     Returns:
         [P, m] float64.
+
+    >>> leave_one_out_tilt(torch.tensor([[0.5, 1.0]], dtype=torch.float64).log())
+    tensor([[-0.5000,  1.0000]], dtype=torch.float64)
     """
     tilted = logits.exp()
     return (tilted * (logits.shape[-1] - 1) / sum_of_others(tilted)).clamp(max=LARGEST_TILT) - 1
@@ -78,6 +87,9 @@ def entropic_weights(rewards: Tensor, kl_target: float) -> Tensor:
 
     Returns:
         [P, m] float64.
+
+    >>> entropic_weights(torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64), kl_target=0.5)
+    tensor([[-0.9267, -0.5967,  6.8450]], dtype=torch.float64)
     """
     positions = below_top(rewards)
     beta = adaptive_beta(positions, kl_target)

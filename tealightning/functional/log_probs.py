@@ -22,6 +22,9 @@ def filter_logits(logits: Tensor, keep_ids: Tensor, *, top_k: int = 0, top_p: fl
         keep_ids: [...] int64, the sampled tokens.
         top_k: Keep the k largest (ties at the k-th stay); 0 = all.
         top_p: Keep the smallest set of largest probabilities that sums to at least `top_p`; 1 = all.
+
+    >>> filter_logits(torch.tensor([3.0, 2.0, 1.0]), torch.tensor(0), top_k=2)
+    tensor([3., 2., -inf])
     """
     if top_k <= 0 and top_p >= 1:
         return logits
@@ -48,6 +51,9 @@ def token_log_probs(
 
     Returns:
         [...] float32.
+
+    >>> token_log_probs(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
+    tensor([-0.6931])
     """
     scaled = filter_logits(logits.float() / temperature, token_ids, top_k=top_k, top_p=top_p)
     selected = scaled.gather(-1, token_ids[..., None]).squeeze(-1)
@@ -62,6 +68,9 @@ def token_entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
 
     Returns:
         [...] float32.
+
+    >>> token_entropy(torch.tensor([[0.0, 0.0]]))
+    tensor([0.6931])
     """
     log_probs = (logits.float() / temperature).log_softmax(dim=-1)
     return -(log_probs.exp() * log_probs).sum(dim=-1)
@@ -103,6 +112,9 @@ def linear_log_probs(
 
     Returns:
         (log-probs [n] float32 with gradient, entropies [n] float32 in nats without, or None)
+
+    >>> linear_log_probs(torch.ones(1, 3), torch.zeros(2, 3), torch.tensor([1]), with_entropy=True)
+    (tensor([-0.6931]), tensor([0.6931]))
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -116,10 +128,10 @@ def linear_log_probs(
         return log_probs, entropy if with_entropy else None
 
     way = chunked
-    if bias is None and top_k == 0 and top_p == 1 and can_fuse(hidden, dtype):
+    if bias is None and top_k == 0 and top_p == 1 and _can_fuse(hidden, dtype):
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-        if is_right(chunked, hidden, weight, token_ids, temperature):
-            way = fused_log_probs
+        if _is_right(chunked, hidden, weight, token_ids, temperature):
+            way = _fused_log_probs
     return way(hidden, weight, token_ids, temperature=temperature, with_entropy=with_entropy)
 
 
@@ -222,7 +234,7 @@ RELATIVE_ERROR = 0.05
 LogProbs = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-def fused_log_probs(
+def _fused_log_probs(
     hidden: Tensor, weight: Tensor, token_ids: Tensor, *, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`linear_log_probs` in one kernel: neither logits nor probabilities are written to memory.
@@ -243,7 +255,7 @@ def fused_log_probs(
     return -loss.float(), None if entropy is None else entropy.detach().float()
 
 
-def can_fuse(hidden: Tensor, dtype: torch.dtype) -> bool:
+def _can_fuse(hidden: Tensor, dtype: torch.dtype) -> bool:
     """Whether the kernel is there for `hidden` [n, D] and products in `dtype`."""
     return (
         hidden.is_cuda
@@ -262,7 +274,7 @@ def _is_installed() -> bool:
     return hasattr(importlib.import_module("liger_kernel.ops"), "LigerFusedLinearScaledCrossEntropyFunction")
 
 
-def is_right(chunked: LogProbs, hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> bool:
+def _is_right(chunked: LogProbs, hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> bool:
     """Whether the kernel gives what `chunked` gives, for some tokens of these: found out once for each shape.
 
     A kernel that is compiled for a card and shape it was never tried on can be wrong without an error.
@@ -273,7 +285,7 @@ def is_right(chunked: LogProbs, hidden: Tensor, weight: Tensor, token_ids: Tenso
     shape = (hidden.device, weight.shape, temperature)
     if shape not in _right:
         _right[shape] = _agree(
-            *(_trial(how, hidden, weight, token_ids, temperature) for how in (chunked, fused_log_probs))
+            *(_trial(how, hidden, weight, token_ids, temperature) for how in (chunked, _fused_log_probs))
         )
         if not _right[shape]:
             warnings.warn(

@@ -28,6 +28,10 @@ def clipped_policy_loss(
 
     Returns:
         (loss [rows, T], clipped [rows, T] bool: where the clipped branch won and the gradient is zero).
+
+    >>> new, old = torch.tensor([[0.5, 0.0]]), torch.zeros(1, 2)
+    >>> clipped_policy_loss(new, old, torch.ones(1), clip_lower=0.2, clip_upper=0.2)
+    (tensor([[-1.2000, -1.0000]]), tensor([[ True, False]]))
     """
     ratio = (policy_log_probs - behaviour_log_probs).exp()
     advantages = advantages[:, None]
@@ -52,6 +56,11 @@ def token_weights(
 
     Returns:
         [rows, T] float32.
+
+    >>> counts = dict(num_tokens=torch.tensor(3), num_sequences=torch.tensor(2), constant=8)
+    >>> token_weights(torch.tensor([[True, True], [True, False]]), "sequence_mean", **counts)
+    tensor([[0.2500, 0.2500],
+            [0.5000, 0.0000]])
     """
     mask = completion_mask.float()
     if reduction == "token_mean":
@@ -65,7 +74,11 @@ def token_weights(
 
 def truncated_importance_weights(trainer_log_probs: Tensor, rollout_log_probs: Tensor, cap: float) -> Tensor:
     """`min(pi_trainer / pi_engine, cap)` per token, without gradient: corrects for an engine whose probabilities
-    differ from the trainer's (truncated importance sampling, Ionides 2008)."""
+    differ from the trainer's (truncated importance sampling, Ionides 2008).
+
+    >>> truncated_importance_weights(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -3.0]), cap=2)
+    tensor([1., 2.])
+    """
     return (trainer_log_probs - rollout_log_probs).detach().exp().clamp(max=cap)
 
 
@@ -80,6 +93,9 @@ def kl_estimate(policy_log_probs: Tensor, ref_log_probs: Tensor, estimator: KLEs
 
     Returns:
         Same shape as the log-probs, in nats.
+
+    >>> kl_estimate(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -1.0]))
+    tensor([0.0000, 0.7183])
     """
     difference = policy_log_probs - ref_log_probs
     if estimator == "k1":
@@ -97,6 +113,9 @@ def kl_penalty(policy_log_probs: Tensor, ref_log_probs: Tensor, estimator: KLEst
     k2 and k3 are differentiated as they are: k2's gradient `d * grad log pi` is the unbiased gradient of the per-token
     KL, k3's is the field's usual one (that of the forward KL in expectation). The gradient of k1 has mean zero and
     would penalise nothing, so k1 keeps its value and takes k2's gradient.
+
+    >>> kl_penalty(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -1.0]), "k1")
+    tensor([ 0., -1.])
     """
     if estimator == "k1":
         k2 = kl_estimate(policy_log_probs, ref_log_probs, "k2")

@@ -24,6 +24,9 @@ def subset_shares(m: int, k: int) -> Tensor:
     """`a_l = m * C(l, k-1) / C(m, k)` for l = 0..m-1: [m] float64, rising from 0 (1 if k = 1) to k.
 
     Computed downwards from `a_{m-1} = k` by `a_{l-1} = a_l * (l-k+1)/l`: no factorials, so nothing overflows.
+
+    >>> subset_shares(4, 2)
+    tensor([0.0000, 0.6667, 1.3333, 2.0000], dtype=torch.float64)
     """
     level = torch.arange(m - 1, 0, -1, dtype=torch.float64)
     ratios = ((level - k + 1) / level).clamp(min=0)
@@ -31,12 +34,16 @@ def subset_shares(m: int, k: int) -> Tensor:
 
 
 def gaps_and_ranks(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """Gaps between neighbouring order statistics, ascending [P, m-1], and the rank of every reward [P, m]."""
+    """Gaps between neighbouring order statistics, ascending [P, m-1], and the rank of every reward [P, m].
+
+    >>> gaps_and_ranks(torch.tensor([[3.0, 0.0, 1.0]]))
+    (tensor([[1., 2.]]), tensor([[2, 0, 1]]))
+    """
     ascending, order = rewards.sort(dim=-1)
     return ascending.diff(dim=-1), order.argsort(dim=-1)
 
 
-def sum_of_gaps_below(rewards: Tensor, factors: Tensor) -> Tensor:
+def _sum_of_gaps_below(rewards: Tensor, factors: Tensor) -> Tensor:
     """`sum_{l < i} (R_(l+1) - R_(l)) * f_l` with factors [m-1]: [P, m] in the order of the rewards."""
     gaps, rank = gaps_and_ranks(rewards)
     below = (gaps * factors.to(rewards.device)).cumsum(-1)
@@ -60,6 +67,9 @@ def max_at_k_weights(rewards: Tensor, k: int) -> Tensor:
 
     Returns:
         [P, m] float64.
+
+    >>> max_at_k_weights(torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.float64), k=2)
+    tensor([[4., 4., 6.]], dtype=torch.float64)
     """
     gaps, rank = gaps_and_ranks(rewards)
     terms = gaps * (k - subset_shares(rewards.shape[-1], k)[:-1].to(rewards.device))
@@ -85,11 +95,14 @@ def max_at_k_loo_weights(rewards: Tensor, k: int) -> Tensor:
 
     Returns:
         [P, m] float64.
+
+    >>> max_at_k_loo_weights(torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.float64), k=2)
+    tensor([[0., 1., 5.]], dtype=torch.float64)
     """
     m = rewards.shape[-1]
     if k == 1:
         return centred(rewards) * (m / (m - 1))
-    return sum_of_gaps_below(rewards, subset_shares(m, k)[1:])
+    return _sum_of_gaps_below(rewards, subset_shares(m, k)[1:])
 
 
 def max_at_k_gains(rewards: Tensor, k: int) -> Tensor:
@@ -105,8 +118,11 @@ def max_at_k_gains(rewards: Tensor, k: int) -> Tensor:
 
     Returns:
         [P, m] float64.
+
+    >>> max_at_k_gains(torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.float64), k=2)
+    tensor([[0., 0., 2.]], dtype=torch.float64)
     """
-    return sum_of_gaps_below(rewards, subset_shares(rewards.shape[-1], k)[:-1])
+    return _sum_of_gaps_below(rewards, subset_shares(rewards.shape[-1], k)[:-1])
 
 
 def _check(rewards: Tensor, ratios: Tensor, k: int, smallest_group: int) -> None:
@@ -195,6 +211,10 @@ def off_policy_max_at_k_weights(rewards: Tensor, ratios: Tensor, k: int) -> Tens
 
     Raises:
         ValueError: if shapes, k or ratios do not fit.
+
+    >>> rewards, ratios = torch.tensor([[[0.0, 1.0, 3.0]], [[1.0, 1.0, 2.0]]], dtype=torch.float64)
+    >>> off_policy_max_at_k_weights(rewards, ratios, k=2)
+    tensor([[ 7.,  7., 12.]], dtype=torch.float64)
     """
     _check(rewards, ratios, k, 1)
     ascending, order = rewards.sort(dim=-1)
@@ -237,6 +257,10 @@ def off_policy_max_at_k_loo_weights(rewards: Tensor, ratios: Tensor, k: int) -> 
 
     Raises:
         ValueError: if shapes, k or ratios do not fit.
+
+    >>> rewards, ratios = torch.tensor([[[0.0, 1.0, 3.0]], [[1.0, 1.0, 2.0]]], dtype=torch.float64)
+    >>> off_policy_max_at_k_loo_weights(rewards, ratios, k=2)
+    tensor([[ 0.,  1., 10.]], dtype=torch.float64)
     """
     _check(rewards, ratios, k, 2)
     m = rewards.shape[-1]
@@ -267,6 +291,9 @@ def log_survival_weights(rewards: Tensor) -> Tensor:
 
     Returns:
         [P, m] float64.
+
+    >>> log_survival_weights(torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.float64))
+    tensor([[-3.0000, -1.5000,  4.5000]], dtype=torch.float64)
     """
     m = rewards.shape[-1]
-    return centred(sum_of_gaps_below(rewards, m / torch.arange(m - 1, 0, -1, dtype=torch.float64)))
+    return centred(_sum_of_gaps_below(rewards, m / torch.arange(m - 1, 0, -1, dtype=torch.float64)))

@@ -12,6 +12,9 @@ def centred(values: Tensor) -> Tensor:
 
     Args:
         values: [..., m] float.
+
+    >>> centred(torch.tensor([[1.0, 2.0, 6.0]]))
+    tensor([[-2., -1.,  3.]])
     """
     from_max = values - values.amax(dim=-1, keepdim=True)
     return from_max - from_max.mean(dim=-1, keepdim=True)
@@ -26,6 +29,9 @@ def root_mean_square(values: Tensor, count: Tensor | int) -> Tensor:
 
     Returns:
         [..., 1]; 0 where all values are 0.
+
+    >>> root_mean_square(torch.tensor([[3.0, 4.0]]), 1)
+    tensor([[5.]])
     """
     largest = values.abs().amax(dim=-1, keepdim=True)
     unit = values / largest.masked_fill(largest == 0, 1.0)
@@ -37,12 +43,19 @@ def sample_std(values: Tensor) -> Tensor:
 
     Args:
         values: [..., m] float, m >= 2.
+
+    >>> sample_std(torch.tensor([[1.0, 2.0, 3.0]]))
+    tensor([[1.]])
     """
     return root_mean_square(centred(values), values.shape[-1] - 1)
 
 
 def ratio_or_zero(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """`numerator / denominator`, and 0 where the denominator is 0 (a group without spread carries no signal)."""
+    """`numerator / denominator`, and 0 where the denominator is 0 (a group without spread carries no signal).
+
+    >>> ratio_or_zero(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 0.0]))
+    tensor([0.5000, 0.0000])
+    """
     empty = denominator == 0
     return (numerator / denominator.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
 
@@ -61,6 +74,9 @@ def sum_of_others(values: Tensor) -> Tensor:
 
     Returns:
         [..., m].
+
+    >>> sum_of_others(torch.tensor([[1.0, 2.0, 3.0]]))
+    tensor([[5., 4., 3.]])
     """
     return _sum_before(values) + _sum_before(values.flip(-1)).flip(-1)
 
@@ -81,6 +97,9 @@ def mid_rank_quantiles(rewards: Tensor) -> Tensor:
 
     Returns:
         [P, m] float64.
+
+    >>> mid_rank_quantiles(torch.tensor([[5.0, 1.0, 5.0, 9.0]]))
+    tensor([[0.5000, 0.1250, 0.5000, 0.8750]], dtype=torch.float64)
     """
     below, tied = _below_and_tied(rewards)
     return (below + tied / 2) / rewards.shape[-1]
@@ -94,6 +113,9 @@ def win_rates(rewards: Tensor) -> Tensor:
 
     Returns:
         [P, m] float64.
+
+    >>> win_rates(torch.tensor([[5.0, 1.0, 5.0]]))
+    tensor([[0.7500, 0.0000, 0.7500]], dtype=torch.float64)
     """
     below, tied = _below_and_tied(rewards)
     return (below + (tied - 1) / 2) / (rewards.shape[-1] - 1)
@@ -110,6 +132,9 @@ def best_of_n_rank_weights(quantiles: Tensor, n: int) -> Tensor:
 
     Returns:
         [P, m] float64, each row with mean 1.
+
+    >>> best_of_n_rank_weights(torch.tensor([[0.25, 0.75]], dtype=torch.float64), n=2)
+    tensor([[0.5000, 1.5000]], dtype=torch.float64)
     """
     return torch.softmax((n - 1) * quantiles.log(), dim=-1) * quantiles.shape[-1]
 
@@ -125,6 +150,9 @@ def exponential_tilt(quantiles: Tensor, tilt: float) -> Tensor:
 
     Returns:
         [...] float64 in [0, 1].
+
+    >>> exponential_tilt(torch.tensor([0.0, 0.5, 1.0]), tilt=10)
+    tensor([0.0000, 0.0067, 1.0000])
     """
     scale = torch.expm1(quantiles.new_tensor(-tilt))
     return torch.exp(tilt * (quantiles - 1)) * torch.expm1(-tilt * quantiles) / scale

@@ -41,12 +41,20 @@ class TailMoments:
 
 def min_tail(scale: TailScale) -> int:
     """Smallest k for which `s` says anything and `E[1/s^2]` exists: 3, and 5 for `tail_std`, which is a standard
-    deviation of k - 1 values and can be arbitrarily small beside them."""
+    deviation of k - 1 values and can be arbitrarily small beside them.
+
+    >>> min_tail("tail_rms"), min_tail("tail_std")
+    (3, 5)
+    """
     return 5 if scale == "tail_std" else 3
 
 
 def tail_moments(m: int, k: int, scale: TailScale) -> TailMoments:
-    """All moments for one `(m, k, scale)`; a few seconds. `signal` by quadrature, the noise from seeded draws."""
+    """All moments for one `(m, k, scale)`; a few seconds. `signal` by quadrature, the noise from seeded draws.
+
+    >>> tail_moments(8, 3, "tail_rms").noise.shape
+    (4, 4)
+    """
     noise, unrelated = noise_matrices(m, k, scale)
     return TailMoments(signal=signal_matrix(m, k, scale), noise=noise, unrelated=unrelated)
 
@@ -55,6 +63,10 @@ def signal_matrix(m: int, k: int, scale: TailScale, resolution: Resolution = DEF
     """`E` [2, 2(k-1)]: `E[e_j g_j]/m` and `E[e_j^2 g_j / s]/m` for the scores `g = R` and `R^2 - 1`.
 
     Deterministic; accurate to better than 1e-6 (see `functional.normal_tail`).
+
+    >>> signal_matrix(8, 3, "tail_rms").round(3)
+    array([[0.2  , 0.05 , 0.26 , 0.036],
+           [0.267, 0.018, 0.352, 0.017]])
     """
     n = k - 1
     signal = np.zeros((2, 2 * n))
@@ -98,7 +110,12 @@ def _rank_means(r: float, n: int, nodes: TiltNodes, *, power: int, resolution: R
 
 
 def noise_matrices(m: int, k: int, scale: TailScale, draws: int = _DRAWS) -> tuple[np.ndarray, np.ndarray]:
-    """`V = E[sum over the two directions of G G^T]` and `Q = E[F F^T]/m^2` for pairs of the same rank, 0 elsewhere."""
+    """`V = E[sum over the two directions of G G^T]` and `Q = E[F F^T]/m^2` for pairs of the same rank, 0 elsewhere.
+
+    >>> noise, unrelated = noise_matrices(8, 3, "tail_rms", draws=1 << 14)
+    >>> noise.shape
+    (4, 4)
+    """
     p = 2 * (k - 1)
     noise, unrelated = np.zeros((p, p)), np.zeros((p, p))
     generator = torch.Generator().manual_seed(_SEED)
@@ -124,6 +141,10 @@ def rank_basis(rewards: Tensor, top: Tensor, scale: TailScale) -> tuple[Tensor, 
         top: [P, k] float64, its k largest, descending.
         scale: `tail_rms`: root mean square of the excesses; `tail_std`: their population standard deviation;
             `group_std`: that of the whole group.
+
+    >>> rewards = torch.tensor([[0.0, 1.0, 3.0, 4.0]], dtype=torch.float64)
+    >>> rank_basis(rewards, rewards.topk(3).values, "tail_rms")
+    (tensor([[3., 2.]], dtype=torch.float64), tensor([[3.5301, 1.5689]], dtype=torch.float64))
     """
     excess = (top - top[:, -1:])[:, :-1]
     members = excess if scale == "tail_rms" else centred(excess if scale == "tail_std" else rewards)
@@ -136,6 +157,11 @@ def optimal_coefficients(moments: TailMoments, *, target_n: int, lam: float, sca
 
     The minimum of the noise `c^T M c` over the coefficients with `E c = (1, scale_weight c_N)`, that is over the
     exactly unbiased ones (Gauss-Markov). The noise matrices decide how noisy it is, never the mean.
+
+    >>> moments = tail_moments(8, 3, "tail_rms")
+    >>> optimal_coefficients(moments, target_n=16, lam=100, scale_weight=1).round(2)
+    array([[-10.96, -27.97],
+           [ 13.18,  31.84]])
     """
     target = np.array([1.0, scale_weight * expected_max_normal(target_n)])
     inverse = np.linalg.solve(moments.noise + lam * moments.unrelated, moments.signal.T)
@@ -154,6 +180,10 @@ def optimal_weights(rewards: Tensor, coefficients: Tensor, scale: TailScale) -> 
 
     Returns:
         [P, m] float64.
+
+    >>> rewards = torch.tensor([[0.0, 1.0, 3.0, 4.0]], dtype=torch.float64)
+    >>> optimal_weights(rewards, torch.tensor([[1.0, 1.0], [2.0, 0.0]], dtype=torch.float64), "tail_rms")
+    tensor([[ 0.0000,  0.0000,  2.0000, 10.0602]], dtype=torch.float64)
     """
     top, index = rewards.topk(coefficients.shape[1] + 1, dim=1)
     excess, square = rank_basis(rewards, top, scale)

@@ -25,6 +25,9 @@ def mean_over_prompts(values: Tensor) -> MeanEstimate:
 
     Args:
         values: [Q] or [Q, C] float, one row a prompt.
+
+    >>> [round(value.item(), 3) for value in mean_over_prompts(torch.tensor([1.0, 2.0, 3.0, float("nan")]))]
+    [2.0, 0.577, 3]
     """
     values = values.double()
     counted = ~values.isnan()
@@ -50,6 +53,11 @@ def paired_difference(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor
 
     Raises:
         ValueError: if keys repeat or the values have different numbers of columns.
+
+    >>> keys = torch.tensor([7, 8])
+    >>> before, after = (keys, torch.tensor([1.0, 2.0])), (keys.flip(0), torch.tensor([4.0, 2.0]))
+    >>> [value.item() for value in paired_difference(before, after)]
+    [1.5, 0.5, 2]
     """
     for name, (keys, values) in (("before", before), ("after", after)):
         if len(keys) != len(values) or keys.unique().numel() != len(keys):
@@ -104,6 +112,10 @@ def crossed_components(values: Tensor, missing: int = 0) -> Components:
     Returns:
         See `Components`; variance and degrees of freedom NaN where S = Q = 1. One seed (or prompt): its variance part
         is 0.
+
+    >>> parts = crossed_components(torch.tensor([[1.0, 2.0], [2.0, 5.0]], dtype=torch.float64)[..., None])
+    >>> parts.mean, parts.seed_variance, parts.prompt_variance
+    (tensor([2.5000], dtype=torch.float64), tensor([1.], dtype=torch.float64), tensor([0.7500], dtype=torch.float64))
     """
     seeds, prompts = values.shape[:2]
     origin = values[0, 0]
@@ -129,7 +141,7 @@ def crossed_components(values: Tensor, missing: int = 0) -> Components:
     )
 
 
-def drop_and_fill(values: Tensor) -> tuple[Tensor, int]:
+def _drop_and_fill(values: Tensor) -> tuple[Tensor, int]:
     """Leaves out seeds and prompts without any value, and fills other missing cells with `mu + a_s + b_q`.
 
     The fill is the fixed point of "fit the additive model to the filled table, read the missing cells off it", which is
@@ -207,6 +219,11 @@ def crossed_interval(values: Tensor, *, confidence: float = 0.95, samples: int =
         Each [C]. One seed: over prompts only, so the spread of seeds is not in it. One prompt: over seeds only, a t
         interval. Fewer than 8 prompts: `r = 1`. One cell: NaN but for the mean. Constant columns: an interval of
         width 0 and p-value 0, or 1 where the constant is 0; for bounded values that is too sure.
+
+    >>> values = torch.randn(3, 24, 1, generator=torch.Generator().manual_seed(0))
+    >>> interval = crossed_interval(values + 1)
+    >>> [round(value.item(), 2) for value in (interval.low, interval.mean, interval.high)]
+    [0.63, 1.08, 1.53]
     """
     if values.ndim != 3:
         raise ValueError(f"values: expected [seeds, prompts, columns], got shape {tuple(values.shape)}")
@@ -219,7 +236,7 @@ def crossed_interval(values: Tensor, *, confidence: float = 0.95, samples: int =
     complete = ~values.isnan().any(dim=0).any(dim=0)
     parts = [(complete, values[:, :, complete], 0)] if bool(complete.any()) else []
     for column in (~complete).nonzero()[:, 0].tolist():
-        filled, missing = drop_and_fill(values[:, :, column])
+        filled, missing = _drop_and_fill(values[:, :, column])
         parts.append((torch.tensor([column]), filled[:, :, None], missing))
     for where, cells, missing in parts:
         if cells.numel():

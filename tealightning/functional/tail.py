@@ -23,12 +23,20 @@ _ROUNDING = 1e-9  # alpha * m this far above an integer is that integer (0.1 * 3
 
 
 def tail_size(alpha: float, m: int) -> int:
-    """`k = ceil(alpha * m)`, at least 1, unharmed by float error: `tail_size(0.1, 30) == 3`."""
+    """`k = ceil(alpha * m)`, at least 1, unharmed by float error: `tail_size(0.1, 30) == 3`.
+
+    >>> tail_size(0.25, 16)
+    4
+    """
     return max(1, math.ceil(alpha * m - _ROUNDING))
 
 
 def smallest_group(alpha: float, k: int) -> int:
-    """The smallest m whose tail has at least `k` rollouts: `smallest_group(0.25, 2) == 5`."""
+    """The smallest m whose tail has at least `k` rollouts: `smallest_group(0.25, 2) == 5`.
+
+    >>> smallest_group(0.25, 2)
+    5
+    """
     m = max(1, math.floor((k - 1) / alpha))
     while tail_size(alpha, m) < k:
         m += 1
@@ -48,6 +56,9 @@ def expected_max_normal(n: int) -> float:
         c_n = integral over x > 0 of 1 - Phi(x)^n - Phi(-x)^n
 
     by Gauss-Legendre quadrature up to where the integrand falls below float64.
+
+    >>> round(expected_max_normal(2), 6)  # 1/sqrt(pi)
+    0.56419
     """
     upper = math.sqrt(2 * (math.log(n) + 40))
     nodes, weights = _quadrature()
@@ -73,7 +84,11 @@ class TailConstants:
 
 @lru_cache(maxsize=1024)
 def tail_constants(target_n: int, alpha: float) -> TailConstants:
-    """The constants for best-of-`target_n` from the upper `alpha` tail; `alpha = 1` is the whole Gaussian."""
+    """The constants for best-of-`target_n` from the upper `alpha` tail; `alpha = 1` is the whole Gaussian.
+
+    >>> round(tail_constants(128, 0.25).ct_n, 3)
+    2.692
+    """
     z = float(-ndtri(alpha))
     lambda_ = math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi) / alpha
     kappa = math.sqrt(1 + z * lambda_ - lambda_**2) if alpha < 1 else 1.0
@@ -97,6 +112,9 @@ def tail_statistics(rewards: Tensor, alpha: float, valid: Tensor | None = None) 
         rewards: [P, M] float.
         alpha: Upper-tail level in (0, 1].
         valid: [P, M] bool, False = not a sample; None = all. M is counted per prompt.
+
+    >>> [value.item() for value in tail_statistics(torch.tensor([[0.0, 1.0, 2.0, 4.0]]), alpha=0.5)]
+    [2.0, 1.0, 1.0, 2]
     """
     values = rewards.double()
     counts = torch.full_like(values[:, :1], rewards.shape[1]) if valid is None else valid.sum(1, keepdim=True).double()
@@ -125,6 +143,10 @@ def direct_weights(rewards: Tensor, *, target_n: int, alpha: float) -> Tensor:
 
     Returns:
         [P, m] float64.
+
+    >>> rewards = torch.tensor([[0.0, 1.0, 2.0, 4.0]], dtype=torch.float64)
+    >>> direct_weights(rewards, target_n=8, alpha=0.75)
+    tensor([[-0.0000, -0.0000, 0.1151, 4.7309]], dtype=torch.float64)
     """
     tail = tail_statistics(rewards, alpha)
     excess = (rewards - tail.threshold).clamp(min=0)
@@ -145,6 +167,10 @@ def gaussian_influence(excess: Tensor, mean_excess: Tensor, std: Tensor, *, targ
         excess: [P, m] float64, 0 at and below the threshold.
         mean_excess: [P, 1], of the tail.
         std: [P, 1], population standard deviation of the tail.
+
+    >>> excess, mean, std = torch.tensor([[[0.0]], [[1.0]], [[1.0]]], dtype=torch.float64)
+    >>> gaussian_influence(excess + 3, mean, std, target_n=8, alpha=0.5)
+    tensor([[9.1140]], dtype=torch.float64)
     """
     curvature = ratio_or_zero(excess - 2 * mean_excess, std)
     return excess * (1 + 0.5 * tail_constants(target_n, alpha).ct_n * curvature) / alpha
@@ -165,6 +191,9 @@ def extrapolated_best_of_n(
 
     Returns:
         [P, len(ns)] float64; NaN where the tail has fewer than 2 samples.
+
+    >>> extrapolated_best_of_n(torch.tensor([[0.0, 1.0, 2.0, 4.0]]), [8, 64], alpha=0.5)
+    tensor([[4.0380, 5.5644]], dtype=torch.float64)
     """
     tail = tail_statistics(rewards, alpha, valid)
     ct = torch.tensor([tail_constants(n, alpha).ct_n for n in ns], dtype=torch.float64, device=rewards.device)
@@ -183,6 +212,10 @@ def calibration_matrix(m: int, k: int, resolution: Resolution = DEFAULT) -> tupl
     Args:
         m: Group size.
         k: Size of the tail, 3 <= k <= m.
+
+    >>> np.array(calibration_matrix(8, 4)).round(3)
+    array([[ 0.375, -0.014],
+           [ 0.344,  0.078]])
     """
     matrix = np.zeros((2, 2))
     for r, weight in zip(*threshold_nodes(m, k, resolution.threshold), strict=True):
@@ -222,7 +255,11 @@ def _quadratic_terms(r: float, k: int, resolution: Resolution) -> np.ndarray:
 
 @lru_cache(maxsize=1024)
 def calibrated_coefficients(m: int, target_n: int, alpha: float) -> tuple[float, float]:
-    """`(a, b) = E(m, alpha)^-1 (1, c_N)`, with `E` the calibration matrix over alpha."""
+    """`(a, b) = E(m, alpha)^-1 (1, c_N)`, with `E` the calibration matrix over alpha.
+
+    >>> [round(c, 3) for c in calibrated_coefficients(16, 128, 0.25)]
+    [1.728, 8.416]
+    """
     k = tail_size(alpha, m)
     matrix = np.array(calibration_matrix(m, k)) / alpha
     a, b = np.linalg.solve(matrix, [1.0, expected_max_normal(target_n)])
@@ -239,6 +276,10 @@ def calibrated_weights(rewards: Tensor, *, target_n: int, alpha: float) -> Tenso
 
     Returns:
         [P, m] float64.
+
+    >>> rewards = torch.tensor([[0.0, 1.0, 2.0, 4.0]], dtype=torch.float64)
+    >>> calibrated_weights(rewards, target_n=8, alpha=0.75)
+    tensor([[-0.0000, -0.0000, -3.6408,  9.9167]], dtype=torch.float64)
     """
     a, b = calibrated_coefficients(rewards.shape[1], target_n, alpha)
     tail = tail_statistics(rewards, alpha)
@@ -248,7 +289,11 @@ def calibrated_weights(rewards: Tensor, *, target_n: int, alpha: float) -> Tenso
 
 
 def prefix_sizes(m: int, num_prefixes: int) -> tuple[int, ...]:
-    """`round(j * m / num_prefixes)` for j = 1..num_prefixes: strictly growing, ends at m (needs m >= num_prefixes)."""
+    """`round(j * m / num_prefixes)` for j = 1..num_prefixes: strictly growing, ends at m (needs m >= num_prefixes).
+
+    >>> prefix_sizes(16, 4)
+    (4, 8, 12, 16)
+    """
     return tuple(round(j * m / num_prefixes) for j in range(1, num_prefixes + 1))
 
 
@@ -261,6 +306,9 @@ def jackknife_weights(sizes: tuple[int, ...], order: int) -> tuple[float, ...]:
     Args:
         sizes: Prefix sizes P_1 < ... < P_J.
         order: 1 (no cancellation) to J.
+
+    >>> [round(weight, 3) for weight in jackknife_weights((8, 16), 2)]
+    [-1.0, 2.0]
     """
     inverse = sizes[-1] / np.array(sizes, dtype=np.float64)
     conditions = inverse ** np.arange(order)[:, None]
@@ -283,6 +331,10 @@ def prefix_weights(
 
     Returns:
         [P, m] float64.
+
+    >>> rewards = torch.tensor([[0.0, 1.0, 2.0, 4.0]], dtype=torch.float64)
+    >>> prefix_weights(rewards, lambda group: group - group.mean(), num_prefixes=2, order=2, rotations=1)
+    tensor([[-2.5000, -2.5000,  0.5000,  4.5000]], dtype=torch.float64)
     """
     m = rewards.shape[1]
     sizes = prefix_sizes(m, num_prefixes)

@@ -43,6 +43,9 @@ def tied(rewards: Tensor, completions: Sequence[str]) -> Tensor:
     Args:
         rewards: [P, m] float64; NaN = could not be scored, tied with nothing.
         completions: [P * m] texts; empty = all different.
+
+    >>> tied(torch.tensor([[1.0, 1.0, 2.0]]), ["a", "b", "c"])
+    tensor([[ True,  True, False]])
     """
     num_prompts, size = rewards.shape
     texts = list(completions) or [str(i) for i in range(num_prompts * size)]
@@ -71,6 +74,9 @@ def tie_cause(rewards: Tensor, ties: Tensor) -> TieCause | None:
     Args:
         rewards: [P, m] float64; NaN is left out.
         ties: [P, m] bool, of `tied`.
+
+    >>> rewards = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).bfloat16().double()
+    >>> tie_cause(rewards, tied(rewards, []))
     """
     finite = rewards[torch.isfinite(rewards)]
     if not bool(ties.any()) or _are_counts(finite):
@@ -153,6 +159,10 @@ def check_tail(
 
     Raises:
         ValueError: if the group is too small for a tail of 2, or a budget is larger than M - m.
+
+    >>> samples = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    >>> check_tail(samples).tail.shape
+    torch.Size([50, 16])
     """
     if tail_size(alpha, m) < 2:
         raise ValueError(f"a tail of fewer than 2 of m={m} samples has no spread at alpha={alpha}; raise m or alpha.")
@@ -176,9 +186,9 @@ def check_tail(
         tested=tested,
         atoms=largest_atom(tested) if k else tested.new_empty(0),
         two_clusters=two_cluster_share(tested),
-        ties=tied_share(samples, tail),
-        distinct=num_distinct(samples),
-        distinct_in_tail=num_distinct(tail),
+        ties=_tied_share(samples, tail),
+        distinct=_num_distinct(samples),
+        distinct_in_tail=_num_distinct(tail),
         distinct_in_all=samples.unique().numel(),
         qq_r2=line,
         qq_p=None if line is None else _null_level(line, gaussian_tail_null(size, k).r2),
@@ -201,6 +211,10 @@ def equal_samples(rewards: Tensor, valid: Tensor | None = None, seed: int = 0) -
 
     Returns:
         Rows [Q] int64 and samples [Q, M] float64, on the CPU; M = 0 without any valid sample.
+
+    >>> rows, samples = equal_samples(torch.tensor([[1.0, 2.0], [3.0, float("nan")], [4.0, 5.0]]))
+    >>> rows
+    tensor([0, 2])
     """
     values = rewards.detach().double().cpu()
     scored = torch.isfinite(values) if valid is None else torch.isfinite(values) & valid.bool().cpu()
@@ -218,7 +232,7 @@ def equal_samples(rewards: Tensor, valid: Tensor | None = None, seed: int = 0) -
     return rows, ascending.gather(1, order)
 
 
-def tied_share(samples: Tensor, tail: Tensor) -> Tensor:
+def _tied_share(samples: Tensor, tail: Tensor) -> Tensor:
     """Share of each tail whose value at least one other sample of the prompt has too, [Q] float64.
 
     Args:
@@ -230,7 +244,7 @@ def tied_share(samples: Tensor, tail: Tensor) -> Tensor:
     return (copies > 1).double().mean(dim=1)
 
 
-def num_distinct(samples: Tensor) -> Tensor:
+def _num_distinct(samples: Tensor) -> Tensor:
     """How many different values each row has, [Q] int64."""
     return (samples.sort(dim=1).values.diff(dim=1) != 0).sum(dim=1) + min(samples.shape[1], 1)
 
@@ -244,6 +258,10 @@ def summarise(checks: TailChecks) -> dict[str, Tensor]:
     """The numbers of `checks` over prompts, float64 scalars; predictions at the largest n.
 
     `metrics.TailFit` says what they mean. What M is too small for has no key.
+
+    >>> samples = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    >>> round(summarise(check_tail(samples))["tail_qq_r2"].item(), 3)
+    0.967
     """
     result = {"tail_ties": mean_over_prompts(checks.ties).mean}
     if checks.qq_r2 is not None and checks.qq_p is not None:

@@ -51,7 +51,11 @@ def _chebyshev(target_n: int, alpha: float) -> tuple[tuple[float, ...], tuple[fl
 
 
 def expected_max_gpd(shape: Tensor, *, target_n: int, alpha: float) -> tuple[Tensor, Tensor]:
-    """`h(xi)` and its derivative for shapes within [LOWEST_SHAPE, HIGHEST_SHAPE], accurate to about 1e-12."""
+    """`h(xi)` and its derivative for shapes within [LOWEST_SHAPE, HIGHEST_SHAPE], accurate to about 1e-12.
+
+    >>> expected_max_gpd(torch.tensor([0.0], dtype=torch.float64), target_n=8, alpha=0.5)
+    (tensor([2.0251], dtype=torch.float64), tensor([2.8134], dtype=torch.float64))
+    """
     unit = (2 * shape - (HIGHEST_SHAPE + LOWEST_SHAPE)) / (HIGHEST_SHAPE - LOWEST_SHAPE)
     value, slope = _chebyshev(target_n, alpha)
     return _clenshaw(value, unit), _clenshaw(slope, unit)
@@ -65,7 +69,7 @@ def _clenshaw(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
     return coefficients[0] + x * later - last
 
 
-def gpd_shape(mean_excess: Tensor, std: Tensor) -> Tensor:
+def _gpd_shape(mean_excess: Tensor, std: Tensor) -> Tensor:
     """`(1 - mean^2/variance)/2` by moments of the excess, not clipped; -inf without spread."""
     return (1 - (mean_excess / std).square()) / 2
 
@@ -74,8 +78,12 @@ def gpd_best_of_n(mean_excess: Tensor, std: Tensor, *, target_n: int, alpha: flo
     """`s h(xi)`, the expected excess of the best of N over the threshold; shapes beyond the limits are clipped.
 
     A clipped shape fixes xi, and the scale then follows from the mean alone, `s = mean (1 - xi)`.
+
+    >>> mean, std = torch.ones(2, 1, 1, dtype=torch.float64)
+    >>> gpd_best_of_n(mean, std, target_n=8, alpha=0.5)  # an exponential tail
+    tensor([[2.0251]], dtype=torch.float64)
     """
-    shape = gpd_shape(mean_excess, std).clamp(LOWEST_SHAPE, HIGHEST_SHAPE)
+    shape = _gpd_shape(mean_excess, std).clamp(LOWEST_SHAPE, HIGHEST_SHAPE)
     return mean_excess * (1 - shape) * expected_max_gpd(shape, target_n=target_n, alpha=alpha)[0]
 
 
@@ -97,6 +105,10 @@ def gpd_influence(
         in_tail: [P, m] float64, 1 for a member of the tail, 0 for others, a share for ties at the threshold.
         mean_excess: [P, 1].
         std: [P, 1], population standard deviation of the excess.
+
+    >>> excess, inside, mean, std = torch.ones(4, 1, 1, dtype=torch.float64)
+    >>> gpd_influence(excess, inside, mean, std, target_n=8, alpha=0.5)
+    tensor([[1.2117]], dtype=torch.float64)
     """
     ratio = ratio_or_zero(mean_excess, std).clamp(max=1e6)  # far beyond the lowest shape it is clipped anyway
     q = ratio.square()
@@ -123,6 +135,10 @@ def gpd_weights(rewards: Tensor, *, target_n: int, alpha: float) -> Tensor:
 
     Returns:
         [P, m] float64; zeros where the tail has no spread.
+
+    >>> rewards = torch.tensor([[0.0, 1.0, 2.0, 4.0]], dtype=torch.float64)
+    >>> gpd_weights(rewards, target_n=8, alpha=0.75)
+    tensor([[ 0.0000, -0.0279,  0.0600,  4.7896]], dtype=torch.float64)
     """
     tail = tail_statistics(rewards, alpha)
     above, at = rewards > tail.threshold, rewards == tail.threshold
@@ -148,6 +164,10 @@ def tail_weights(rewards: Tensor, *, target_n: int, alpha: float, tail: TailMode
 
     Returns:
         [P, m] float64; zeros where the tail has no spread.
+
+    >>> rewards = torch.tensor([[0.0, 1.0, 2.0, 4.0]], dtype=torch.float64)
+    >>> tail_weights(rewards, target_n=8, alpha=0.75, tail="gaussian")
+    tensor([[-0.0000, -0.0000, 0.1151, 4.7309]], dtype=torch.float64)
     """
     weights = {"gaussian": direct_weights, "gpd": gpd_weights, "empirical": empirical_weights}[tail]
     return weights(rewards, target_n=target_n, alpha=alpha)
@@ -161,6 +181,10 @@ def empirical_weights(rewards: Tensor, *, target_n: int, alpha: float) -> Tensor
     replaced by its unbiased estimate in each gap between neighbouring rewards, for the largest budget that m samples
     can measure, and gaps below the k-th largest reward, where `N F^(N-1)` is below `N (1-alpha)^(N-1)`, are left out.
     With `alpha = 1` and N <= m these are the weights of max@N (`functional.max_at_k.max_at_k_loo_weights`).
+
+    >>> rewards = torch.tensor([[0.0, 1.0, 2.0, 4.0]], dtype=torch.float64)
+    >>> empirical_weights(rewards, target_n=8, alpha=0.75)
+    tensor([[0., 0., 0., 8.]], dtype=torch.float64)
     """
     m = rewards.shape[-1]
     gaps, rank = gaps_and_ranks(rewards)

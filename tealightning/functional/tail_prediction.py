@@ -23,7 +23,11 @@ _SEED = 20_250_102  # of every simulation here: the same numbers in every proces
 
 
 def prediction_budgets(m: int, num_samples: int) -> tuple[int, ...]:
-    """The powers of two from 4 to `num_samples - m`, and that number itself: what the held-out samples can measure."""
+    """The powers of two from 4 to `num_samples - m`, and that number itself: what the held-out samples can measure.
+
+    >>> prediction_budgets(16, 128)
+    (4, 8, 16, 32, 64, 112)
+    """
     largest = num_samples - m
     powers = (2**power for power in range(2, 31))
     return (*(n for n in powers if n < largest), largest)
@@ -37,7 +41,7 @@ class Prediction(NamedTuple):
     spread: Tensor  # [..., 1], sigma_a of the group
 
 
-def predict_held_out(samples: Tensor, m: int, ns: tuple[int, ...], alpha: float, num_groups: int) -> Prediction:
+def _predict_held_out(samples: Tensor, m: int, ns: tuple[int, ...], alpha: float, num_groups: int) -> Prediction:
     """The first `num_groups` disjoint groups of `m` samples, each held against the M - m others; [Q, groups, len(ns)].
 
     Args:
@@ -72,14 +76,14 @@ class PredictionNull(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def gaussian_prediction_null(
+def _gaussian_prediction_null(
     num_samples: int, m: int, ns: tuple[int, ...], alpha: float, level: float
 ) -> PredictionNull:
     """From a seeded simulation, once a process. The quantiles do not depend on location and scale, so an interval made
     of them covers Gaussian rewards exactly (up to 0.3%, the simulation's error)."""
     draws = np.random.default_rng(_SEED).standard_normal((num_simulations(num_samples), num_samples))
     samples = torch.from_numpy(draws)
-    found = predict_held_out(samples, m, ns, alpha, num_groups=1)
+    found = _predict_held_out(samples, m, ns, alpha, num_groups=1)
     difference = (found.predicted - found.measured).squeeze(1)
     pivot = difference / found.spread.squeeze(1)
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
@@ -93,6 +97,9 @@ def gaussian_prediction_error(num_samples: int, m: int, ns: tuple[int, ...], alp
 
     The ratio of expectations is the expectation of the ratio, since for a Gaussian `s` is independent of what does not
     depend on location and scale (Basu).
+
+    >>> gaussian_prediction_error(64, 16, (4, 48), 0.25).round(decimals=2)
+    tensor([-0.0200, -0.2600], dtype=torch.float64)
     """
     k = tail_size(alpha, m)
     mean = float(expected_normal_order_statistics(m, k).mean())
@@ -125,7 +132,7 @@ def held_out_best_of_n(samples: Tensor, m: int, *, alpha: float, ns: tuple[int, 
     """Fit on each of the `M // m` disjoint groups, predict `mu_a + ct_n sigma_a`, measure on the other M - m samples.
 
     A group's interval for the measured value is `[predicted - high * sigma_a, predicted - low * sigma_a]` with the
-    quantiles of `gaussian_prediction_null`: `level` of the groups are covered if rewards are Gaussian. A group whose
+    quantiles of `_gaussian_prediction_null`: `level` of the groups are covered if rewards are Gaussian. A group whose
     tail has no spread has a single point for an interval.
 
     Args:
@@ -134,9 +141,13 @@ def held_out_best_of_n(samples: Tensor, m: int, *, alpha: float, ns: tuple[int, 
         alpha: Upper-tail level of the surrogate.
         ns: Budgets, at most M - m.
         level: Share that the interval is to cover.
+
+    >>> samples = torch.randn(50, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    >>> held_out_best_of_n(samples, 16, alpha=0.25, ns=(4, 48)).error.mean(dim=0)
+    tensor([-0.0293, -0.2890], dtype=torch.float64)
     """
-    null = gaussian_prediction_null(samples.shape[1], m, ns, alpha, level)
-    found = predict_held_out(samples, m, ns, alpha, samples.shape[1] // m)
+    null = _gaussian_prediction_null(samples.shape[1], m, ns, alpha, level)
+    found = _predict_held_out(samples, m, ns, alpha, samples.shape[1] // m)
     slack = 1e-12 * samples.abs().amax()  # a point interval holds its own value in spite of rounding
     low, high = found.predicted - null.high * found.spread, found.predicted - null.low * found.spread
     covered = ((found.measured >= low - slack) & (found.measured <= high + slack)).double().mean(dim=1)

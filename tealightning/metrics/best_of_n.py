@@ -1,9 +1,11 @@
-"""Best-of-n curves over prompts."""
+"""Best-of-n over prompts: measured, extrapolated, and as a curve."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
 from tealightning.errors import UserError
 from tealightning.functional.best_of_n import best_of_n
@@ -47,6 +49,13 @@ class BestOfN(PromptSamples):
 
     Raises:
         ValueError: for budgets or an alpha out of range.
+
+    Example:
+        >>> import torch
+        >>> metric = BestOfN(ns=(1, 2))
+        >>> metric.update(torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]]))
+        >>> {key: round(value.item(), 3) for key, value in metric.compute().items()}
+        {'best_of_1': 0.5, 'best_of_1_se': 0.25, 'best_of_2': 0.75, 'best_of_2_se': 0.25}
     """
 
     higher_is_better = True
@@ -78,6 +87,37 @@ class BestOfN(PromptSamples):
         """
         keys, samples = self.pooled()
         return keys, best_of_n(samples, self.ns, ~samples.isnan())
+
+    def plot(
+        self, val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None, ax: _AX_TYPE | None = None
+    ) -> _PLOT_OUT_TYPE:
+        """Plot best-of-n over n with standard errors; extrapolated budgets are open circles.
+
+        Args:
+            val: A result of `compute` or `forward`, or several, each a curve of its own; None = the result now.
+            ax: Axis to draw on; None = one of a new figure.
+
+        Returns:
+            Figure and axis.
+        """
+        import matplotlib.pyplot as plt
+
+        results = [self.compute()] if val is None else [val] if isinstance(val, Mapping) else val
+        fig, ax = plt.subplots() if ax is None else (ax.figure, ax)
+        for i, result in enumerate(results):
+            for kind, style in (("", "o-"), ("_extrapolated", "o")):
+                matches = (re.fullmatch(rf"best_of_(\d+){kind}", key) for key in result)
+                keys = {int(match[1]): match[0] for match in matches if match}
+                ns = sorted(keys)
+                means = [float(result[keys[n]]) for n in ns]
+                errors = [float(result[f"{keys[n]}_se"]) for n in ns]
+                fill = "none" if kind else "full"
+                if ns:
+                    ax.errorbar(ns, means, errors, fmt=style, color=f"C{i}", fillstyle=fill, capsize=2)
+        ax.set_xscale("log", base=2)
+        ax.set_xlabel("n")
+        ax.set_ylabel("best of n")
+        return fig, ax
 
     def _measured(self, samples: Tensor) -> dict[str, Tensor]:
         """The measured keys; budgets beyond every prompt's samples have none."""

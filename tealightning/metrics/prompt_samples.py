@@ -1,4 +1,4 @@
-"""Base of metrics over prompts: samples kept by prompt, over updates and ranks."""
+"""Base of metrics over prompts: samples by prompt, over updates and ranks."""
 
 from typing import Any
 
@@ -8,8 +8,21 @@ from torchmetrics import Metric
 
 
 class PromptSamples(Metric):
-    """Keeps all scored samples. Those of a prompt that arrive in several updates, or on several ranks, are pooled by
-    key; without keys every row is a prompt of its own."""
+    """Collect all scored samples.
+
+    Those of a prompt that arrive in several updates, or on several ranks, are pooled by key; without keys every row is
+    a prompt of its own.
+
+    Example:
+        >>> class Spread(PromptSamples):
+        ...     def compute(self):
+        ...         return self.pooled()[1].std(dim=1)
+        >>> spread = Spread()
+        >>> spread.update(torch.tensor([[0.0, 2.0]]), keys=torch.tensor([7]))
+        >>> spread.update(torch.tensor([[4.0]]), keys=torch.tensor([7]))
+        >>> spread.compute()
+        tensor(2., dtype=torch.float64)
+    """
 
     full_state_update = False
 

@@ -40,6 +40,13 @@ class TailFit(PromptSamples):
 
     Raises:
         ValueError: for an alpha or a share out of range, or an m whose tail has fewer than 2 samples.
+
+    Example:
+        >>> import torch
+        >>> metric = TailFit(m=16)
+        >>> metric.update(torch.randn(200, 64, generator=torch.Generator().manual_seed(0)))
+        >>> {key: round(value.item(), 2) for key, value in metric.compute().items() if "qq" in key}
+        {'tail_qq_r2': 0.97, 'tail_qq_rejected': 0.05}
     """
 
     higher_is_better = None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
-from tealightning.functional.statistics import crossed_components, crossed_interval, drop_and_fill
+from tealightning.functional.statistics import _drop_and_fill, crossed_components, crossed_interval
 
 NAN = float("nan")
 COLUMNS = 100  # datasets that share resamples: few, so that the resamples' own error averages out
@@ -196,6 +196,6 @@ def test_crossed_components_of_a_small_table():
 
 
 def test_drop_and_fill_reads_a_missing_cell_off_the_additive_table():
-    filled, missing = drop_and_fill(torch.tensor([[1.0, 2.0, 4.0], [11.0, 12.0, NAN], [NAN, NAN, NAN]]))
+    filled, missing = _drop_and_fill(torch.tensor([[1.0, 2.0, 4.0], [11.0, 12.0, NAN], [NAN, NAN, NAN]]))
     assert missing == 1
     torch.testing.assert_close(filled, torch.tensor([[1.0, 2.0, 4.0], [11.0, 12.0, 14.0]]))

@@ -5,10 +5,10 @@ import torch
 
 from tealightning.functional.entropic import (
     LARGEST_TILT,
+    _kl_to_uniform,
     adaptive_beta,
     below_top,
     entropic_weights,
-    kl_to_uniform,
     leave_one_out_tilt,
 )
 
@@ -21,21 +21,21 @@ def test_below_top_puts_rewards_on_the_range_of_the_group():
 def test_kl_to_uniform_runs_from_0_to_ln_m():
     logits = torch.tensor([[0.0] * 4, [0.0, 0.0, -1e300, -1e300], [0.0] + [-1e308] * 3], dtype=torch.float64)
     expected = torch.tensor([0.0, math.log(2), math.log(4)], dtype=torch.float64)
-    torch.testing.assert_close(kl_to_uniform(logits)[:, 0], expected)
+    torch.testing.assert_close(_kl_to_uniform(logits)[:, 0], expected)
 
 
 @pytest.mark.parametrize("kl_target", [1e-6, 0.1, math.log(2), 2.0, math.log(8) - 1e-6])
 def test_adaptive_beta_reaches_its_target(kl_target):
     rewards = torch.randn(50, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     positions = below_top(rewards)
-    reached = kl_to_uniform(adaptive_beta(positions, kl_target) * positions)
+    reached = _kl_to_uniform(adaptive_beta(positions, kl_target) * positions)
     torch.testing.assert_close(reached, torch.full_like(reached, kl_target), rtol=1e-7, atol=1e-12)
 
 
 def test_adaptive_beta_finds_a_top_that_leads_by_next_to_nothing():
     positions = torch.tensor([[0.0, -1e-200, -1e-200, -1.0]], dtype=torch.float64)
     beta = adaptive_beta(positions, math.log(2))
-    assert kl_to_uniform(beta * positions).item() == pytest.approx(math.log(2), rel=1e-9)
+    assert _kl_to_uniform(beta * positions).item() == pytest.approx(math.log(2), rel=1e-9)
 
 
 def test_adaptive_beta_is_infinite_where_ties_put_the_target_out_of_reach():

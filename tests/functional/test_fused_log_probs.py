@@ -55,10 +55,10 @@ def kernel(monkeypatch):
     monkeypatch.setattr(Kernel, "calls", 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
 
-    def can_fuse(hidden, dtype):
+    def _can_fuse(hidden, dtype):
         return dtype == torch.bfloat16 and len(hidden) > 0
 
-    monkeypatch.setattr("tealightning.functional.log_probs.can_fuse", can_fuse)
+    monkeypatch.setattr("tealightning.functional.log_probs._can_fuse", _can_fuse)
     return Kernel
 
 
@@ -107,7 +107,7 @@ def test_wrong_kernel_is_told_and_not_used(kernel, monkeypatch, fault):
         warnings.simplefilter("error")
         second = linear_log_probs(*layer()[:3])[0]
     assert kernel.calls == 1 and torch.equal(first, second)
-    monkeypatch.setattr("tealightning.functional.log_probs.can_fuse", lambda *_: False)
+    monkeypatch.setattr("tealightning.functional.log_probs._can_fuse", lambda *_: False)
     assert torch.equal(first, linear_log_probs(*layer()[:3])[0])
 
 
@@ -140,7 +140,7 @@ def test_the_trial_may_come_in_an_evaluation(kernel, dtype):
 
 def test_no_gpu_no_kernel():
     hidden, *_ = layer()
-    assert not fused.can_fuse(hidden, torch.bfloat16)
+    assert not fused._can_fuse(hidden, torch.bfloat16)
 
 
 def test_interface_of_the_installed_kernel_is_the_one_that_is_called(monkeypatch):
@@ -149,7 +149,7 @@ def test_interface_of_the_installed_kernel_is_the_one_that_is_called(monkeypatch
     ops = pytest.importorskip("liger_kernel.ops", reason="the extra `fused` is not installed")
     hidden, weight, token_ids, worth = layer()
     assert hasattr(ops, NAME)
-    log_probs, entropy = fused.fused_log_probs(hidden, weight, token_ids, temperature=0.7, with_entropy=True)
+    log_probs, entropy = fused._fused_log_probs(hidden, weight, token_ids, temperature=0.7, with_entropy=True)
     expected, expected_entropy = linear_log_probs(hidden, weight, token_ids, temperature=0.7, with_entropy=True)
     torch.testing.assert_close(log_probs, expected, rtol=0.02, atol=0.05)
     torch.testing.assert_close(entropy, expected_entropy, rtol=0.02, atol=0.05)

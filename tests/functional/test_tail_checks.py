@@ -6,11 +6,11 @@ import torch
 
 from tealightning.functional.best_of_n import best_of_n
 from tealightning.functional.tail import expected_max_normal, extrapolated_best_of_n
-from tealightning.functional.tail_checks import check_tail, equal_samples, num_distinct, summarise, tied_share
+from tealightning.functional.tail_checks import _num_distinct, _tied_share, check_tail, equal_samples, summarise
 from tealightning.functional.tail_prediction import (
+    _predict_held_out,
     gaussian_prediction_error,
     held_out_best_of_n,
-    predict_held_out,
     prediction_budgets,
 )
 from tealightning.functional.tail_shape import (
@@ -146,7 +146,7 @@ def test_simulations_are_the_same_every_time():
 
 def test_predictions_come_from_a_group_and_measurements_from_the_others():
     samples = normal(5, 24)
-    found = predict_held_out(samples, 8, (4, 16), 0.5, num_groups=3)
+    found = _predict_held_out(samples, 8, (4, 16), 0.5, num_groups=3)
     assert found.predicted.shape == found.measured.shape == (5, 3, 2)
     group, others = samples[:, 8:16], torch.cat([samples[:, :8], samples[:, 16:]], dim=1)
     torch.testing.assert_close(found.predicted[:, 1], extrapolated_best_of_n(group, (4, 16), alpha=0.5))
@@ -223,8 +223,8 @@ def test_the_order_of_the_samples_does_not_matter_and_becomes_random():
 
 def test_ties_and_distinct_values_by_hand():
     samples = torch.tensor([[5.0, 5.0, 4.0, 3.0, 3.0, 1.0], [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]], dtype=torch.float64)
-    assert tied_share(samples, upper(samples, 4)).tolist() == [0.75, 0.0]  # 5, 5 and the 3 with a twin below the cut
-    assert num_distinct(samples).tolist() == [4, 6]
+    assert _tied_share(samples, upper(samples, 4)).tolist() == [0.75, 0.0]  # 5, 5 and the 3 with a twin below the cut
+    assert _num_distinct(samples).tolist() == [4, 6]
 
 
 @pytest.mark.parametrize(

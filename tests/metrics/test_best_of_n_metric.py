@@ -1,5 +1,6 @@
 import pickle
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -135,3 +136,17 @@ def test_best_of_n_metric_names_other_bad_arguments():
         metric.update(torch.zeros(2, 3), valid=torch.ones(2, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"keys must have shape \(2,\)"):
         metric.update(torch.zeros(2, 3), keys=torch.tensor([1]))
+
+
+def test_plot_shows_measured_and_extrapolated_budgets_of_each_result():
+    metric = BestOfN(ns=(1, 2), extrapolate_ns=(8,))
+    metric.update(torch.randn(6, 12, generator=torch.Generator().manual_seed(0)))
+    result = metric.compute()
+    figure, axis = metric.plot()
+    measured, extrapolated = (line.lines[0] for line in axis.containers)
+    assert measured.get_xdata().tolist() == [1, 2] and extrapolated.get_xdata().tolist() == [8]
+    assert measured.get_ydata().tolist() == [result["best_of_1"].item(), result["best_of_2"].item()]
+    assert extrapolated.get_ydata().tolist() == [result["best_of_8_extrapolated"].item()]
+    again, same = metric.plot([result, {key: value + 1 for key, value in result.items()}], ax=axis)
+    assert again is figure and same is axis and len(axis.containers) == 6
+    plt.close(figure)
