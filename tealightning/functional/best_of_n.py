@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def best_of_n_weights(counts: Tensor, width: int, n: int) -> Tensor:
-    """Weights of the order statistics, best first: `w_t = C(M-1-t, n-1) / C(M, n)` for rank t = 0..M-1.
+    """Weights of the order statistics in the mean of the maximum over subsets of size n, best first:
+
+        w_t = C(M-1-t, n-1) / C(M, n),     t = 0..M-1
 
     `w_0 = n/M` and `w_{t+1} = w_t * (M-t-n)/(M-t-1)`: no factorials, so M of many thousands is safe.
 
@@ -159,7 +161,7 @@ def win_rate(first: Tensor, second: Tensor, ns: Sequence[int]) -> Tensor:
 
 
 def improvement(first: Tensor, second: Tensor) -> Tensor:
-    """1 where `first` is larger, 1/2 where they tie, 0 where it is smaller; NaN where either is NaN.
+    """Improvement indicator: 1 where `first` is larger, 1/2 where they tie, 0 where it is smaller; NaN stays.
 
     The mean over cells is the probability of improvement (Agarwal et al. 2021, "Deep RL at the edge of the statistical
     precipice"). There, any run of one is compared with any run of the other; here cells are paired by seed and prompt.

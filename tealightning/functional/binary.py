@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def successes(rewards: Tensor, threshold: float) -> Tensor:
-    """1 where `reward > threshold`, else 0: [P, m] float64.
+    """Threshold rewards: 1 where `reward > threshold`, else 0; [P, m] float64.
 
     >>> successes(torch.tensor([[0.2, 0.9]]), threshold=0.5)
     tensor([[0., 1.]], dtype=torch.float64)
@@ -33,7 +33,9 @@ def _miss_moments(others: int, power: int, prior_successes: float, prior_failure
 
 
 def pass_at_n_factors(outcomes: Tensor, target_n: int, *, prior_successes: float, prior_failures: float) -> Tensor:
-    """`N * E[(1-p)^(N-1) | the other m-1 outcomes]` for every rollout, p ~ Beta(prior_successes, prior_failures).
+    """Expected derivative of pass@N for every rollout, p ~ Beta(prior_successes, prior_failures):
+
+        N * E[(1-p)^(N-1) | the other m-1 outcomes]
 
     `N (1-p)^(N-1)` is the derivative of pass@N, `1 - (1-p)^N`. Any real prior will do whose sum with m - 1 is positive;
     `(0, 2 - N)` gives `N C(f, N-1)/C(m-1, N-1)` with f failures among the others, the unbiased estimate for N <= m.
@@ -65,7 +67,9 @@ def pass_at_n_factors(outcomes: Tensor, target_n: int, *, prior_successes: float
 
 
 def pass_at_n_weights(outcomes: Tensor, target_n: int, *, prior_successes: float, prior_failures: float) -> Tensor:
-    """`A_i = R_i * factor_i` (see `pass_at_n_factors`): failures get exactly 0.
+    """Policy-gradient weights of pass@N, with the factors of `pass_at_n_factors`; failures get exactly 0:
+
+        A_i = R_i * factor_i
 
     Args:
         outcomes: [P, m] float64, 0 or 1.
@@ -84,7 +88,9 @@ def pass_at_n_weights(outcomes: Tensor, target_n: int, *, prior_successes: float
 
 
 def pass_at_n_loo_weights(outcomes: Tensor, target_n: int, *, prior_successes: float, prior_failures: float) -> Tensor:
-    """`A_i = (R_i - mean of the others' outcomes) * factor_i`: the expectation of `pass_at_n_weights`.
+    """Weights of pass@N with a leave-one-out baseline, of the same expectation as `pass_at_n_weights`:
+
+        A_i = (R_i - mean of the others' outcomes) * factor_i
 
     The factor and the baseline of rollout i know the other rollouts only. Zeros if all outcomes are equal. Where p is
     large the weights become smaller; where it is small they hardly change, as the others seldom succeed.
@@ -107,7 +113,9 @@ def pass_at_n_loo_weights(outcomes: Tensor, target_n: int, *, prior_successes: f
 
 
 def difficulty_weight(share: Tensor, *, low: float, high: float, steepness: float, midpoint: float) -> Tensor:
-    """`low + (high - low) / (1 + exp(steepness (share - midpoint)))`: `high` where few succeed, `low` where most do.
+    """Logistic weight of a prompt: `high` where few succeed, `low` where most do.
+
+        low + (high - low) / (1 + exp(steepness (share - midpoint)))
 
     Args:
         share: [...] float64, share of successes.

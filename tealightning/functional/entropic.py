@@ -15,7 +15,9 @@ _BISECTION_STEPS = 64  # halves a width of 740 below float64's resolution
 
 
 def below_top(rewards: Tensor) -> Tensor:
-    """`(R_i - max R) / (max R - min R)`, in [-1, 0]; all 0 in a constant group.
+    """Distance of each reward from the best in units of the range, in [-1, 0]; all 0 in a constant group:
+
+        (R_i - max R) / (max R - min R)
 
     Args:
         rewards: [P, m] float64.
@@ -38,7 +40,9 @@ def _kl_to_uniform(logits: Tensor) -> Tensor:
 
 
 def adaptive_beta(positions: Tensor, kl_target: float) -> Tensor:
-    """The beta with `KL(softmax(beta x) || uniform) = kl_target`, by bisection of log beta: [P, 1] float64.
+    """Tilt beta of a given divergence from uniform, by bisection of log beta: [P, 1] float64 with
+
+        KL(softmax(beta x) || uniform) = kl_target
 
     The divergence rises with beta from 0 to `ln(m/t)`, t the number of rollouts tied at the top; where that is not
     above the target, the search is for nothing and beta is infinite.
@@ -61,7 +65,9 @@ def adaptive_beta(positions: Tensor, kl_target: float) -> Tensor:
 
 
 def leave_one_out_tilt(logits: Tensor) -> Tensor:
-    """`exp(l_i) / mean_{j != i} exp(l_j) - 1`, capped at `LARGEST_TILT`; exactly 0 if all are equal.
+    """Leave-one-out exponential tilt, capped at `LARGEST_TILT`; exactly 0 if all are equal:
+
+        exp(l_i) / mean_{j != i} exp(l_j) - 1
 
     Args:
         logits: [P, m] float64, the largest of each row 0; -inf allowed; m >= 2.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def filter_logits(logits: Tensor, keep_ids: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Logits with everything outside top-k and then top-p set to -inf, as samplers do it.
+    """Set logits outside top-k and then top-p to -inf, as samplers do.
 
     The sampled token always stays: rounding differences between engine and trainer can put a token of the edge on
     different sides, and its log-prob must stay finite.
@@ -43,7 +43,7 @@ def filter_logits(logits: Tensor, keep_ids: Tensor, *, top_k: int = 0, top_p: fl
 def token_log_probs(
     logits: Tensor, token_ids: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> Tensor:
-    """`log p(token)` after temperature, top-k and top-p.
+    """Log-probs of sampled tokens after temperature, top-k and top-p.
 
     Args:
         logits: [..., V] raw model output, any float dtype (computed in float32).
@@ -77,7 +77,7 @@ def token_entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
 
 
 MAX_LOGITS_BYTES = 2**28
-"""Up to this size the probabilities are kept for the backward pass, beyond it they are computed again: 256 MiB."""
+"""Size up to which probabilities stay for the backward pass; beyond it they are computed again. 256 MiB."""
 
 CHUNK_BYTES = 2**24
 """Logits of one chunk that stays in a processor's cache while several operations read it: 16 MiB."""
@@ -95,12 +95,11 @@ def linear_log_probs(
     with_entropy: bool = False,
     max_logits_bytes: int = MAX_LOGITS_BYTES,
 ) -> tuple[Tensor, Tensor | None]:
-    """`token_log_probs` and `token_entropy` of `hidden @ weight.T + bias`, in memory that tokens x V do not decide.
+    """Log-probs and entropies from hidden states, without all logits in memory: of `hidden @ weight.T + bias`.
 
     The gradient of a log-prob with respect to its logits is `(onehot - softmax) / temperature`. Chunks of tokens go
     through the output layer one after the other; their probabilities are kept for the backward pass where all of them
-    fit into `max_logits_bytes`, and computed again otherwise. Where liger-kernel's fused kernel can be used, it is
-    (`functional/log_probs.py`).
+    fit into `max_logits_bytes`, and computed again otherwise. liger-kernel's fused kernel is used where it can be.
 
     Args:
         hidden: [n, D], inputs of the output layer at n positions.
@@ -275,7 +274,7 @@ def _is_installed() -> bool:
 
 
 def _is_right(chunked: LogProbs, hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> bool:
-    """Whether the kernel gives what `chunked` gives, for some tokens of these: found out once for each shape.
+    """Check the fused kernel against `chunked` on some of these tokens, once for each shape.
 
     A kernel that is compiled for a card and shape it was never tried on can be wrong without an error.
 

@@ -16,7 +16,9 @@ def clipped_policy_loss(
     clip_lower: float,
     clip_upper: float,
 ) -> tuple[Tensor, Tensor]:
-    """`-min(r A, clip(r, 1 - clip_lower, 1 + clip_upper) A)` per token, with `r = pi / behaviour`.
+    """Clipped policy-gradient loss per token, with `r = pi / behaviour`:
+
+        -min(r A, clip(r, 1 - clip_lower, 1 + clip_upper) A)
 
     PPO (Schulman et al. 2017) with separate bounds as in DAPO (Yu et al. 2025).
 
@@ -73,8 +75,11 @@ def token_weights(
 
 
 def truncated_importance_weights(trainer_log_probs: Tensor, rollout_log_probs: Tensor, cap: float) -> Tensor:
-    """`min(pi_trainer / pi_engine, cap)` per token, without gradient: corrects for an engine whose probabilities
-    differ from the trainer's (truncated importance sampling, Ionides 2008).
+    """Truncated importance weights per token (Ionides 2008), without gradient:
+
+        min(pi_trainer / pi_engine, cap)
+
+    They correct for an engine whose probabilities differ from the trainer's.
 
     >>> truncated_importance_weights(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -3.0]), cap=2)
     tensor([1., 2.])

@@ -21,7 +21,9 @@ from tealightning.functional.moments import centred, sum_of_others
 
 
 def subset_shares(m: int, k: int) -> Tensor:
-    """`a_l = m * C(l, k-1) / C(m, k)` for l = 0..m-1: [m] float64, rising from 0 (1 if k = 1) to k.
+    """Weights of the gaps between order statistics, [m] float64, rising from 0 (1 if k = 1) to k:
+
+        a_l = m * C(l, k-1) / C(m, k),     l = 0..m-1
 
     Computed downwards from `a_{m-1} = k` by `a_{l-1} = a_l * (l-k+1)/l`: no factorials, so nothing overflows.
 
@@ -52,7 +54,9 @@ def _sum_of_gaps_below(rewards: Tensor, factors: Tensor) -> Tensor:
 
 
 def max_at_k_weights(rewards: Tensor, k: int) -> Tensor:
-    """`A_i = m/C(m,k) * sum over subsets I of size k with i in I of max(R_I)`, in O(m log m).
+    """Score-function weights of max@k without a baseline, in O(m log m):
+
+        A_i = m/C(m,k) * sum over subsets I of size k with i in I of max(R_I)
 
     Plain score-function weights of max@k (Walder and Karkhanis 2025, "Pass@K policy optimization"). With ascending
     order statistics R_(1..m) and `a_l` of `subset_shares`, summed over the gaps above i instead of over subsets:
@@ -79,7 +83,9 @@ def max_at_k_weights(rewards: Tensor, k: int) -> Tensor:
 
 
 def max_at_k_loo_weights(rewards: Tensor, k: int) -> Tensor:
-    """`A_i = m/C(m,k) * sum over subsets I of size k with i in I of (max R_I - max R_{I without i})`, in O(m log m).
+    """Score-function weights of max@k with the leave-one-out-minus-one baseline, in O(m log m):
+
+        A_i = m/C(m,k) * sum over subsets I of size k with i in I of (max R_I - max R_{I without i})
 
     The leave-one-out-minus-one baseline of max@k (Walder and Karkhanis 2025): what rollout i adds to each subset that
     it is in. With `a_l` of `subset_shares` it is a sum over the gaps below i, hence never negative, equal for tied
@@ -191,7 +197,9 @@ def _below_shares(m: int, k: int) -> Tensor:
 
 
 def off_policy_max_at_k_weights(rewards: Tensor, ratios: Tensor, k: int) -> Tensor:
-    """`A_i = m C(m,k)^-1 * sum over subsets I of size k with i in I of prod_{j in I} rho_j * max R_I`.
+    """Off-policy weights of max@k without a baseline:
+
+        A_i = m C(m,k)^-1 * sum over subsets I of size k with i in I of prod_{j in I} rho_j * max R_I
 
     With the rewards ascending, a subset with i is split into its a members below i and those above, which hold the
     maximum; the two sides factorise:
@@ -236,7 +244,9 @@ def _importance_weighted_loo(rewards: Tensor, ratios: Tensor) -> Tensor:
 
 
 def off_policy_max_at_k_loo_weights(rewards: Tensor, ratios: Tensor, k: int) -> Tensor:
-    """`A_i = m C(m,k)^-1 * sum over I of size k with i in I of prod_{j in I} rho_j * (max R_I - max R_{I without i})`.
+    """Off-policy weights of max@k with the leave-one-out-minus-one baseline:
+
+        A_i = m C(m,k)^-1 * sum over I of size k with i in I of prod_{j in I} rho_j * (max R_I - max R_{I without i})
 
     The baseline carries the ratio of i too: `E_mu[rho_i grad log pi(y_i)] = 0` given the others, so it changes nothing
     in expectation. Without that ratio, as if I had lost i altogether, it would be biased. With a_l of `subset_shares`,
@@ -275,7 +285,9 @@ def off_policy_max_at_k_loo_weights(rewards: Tensor, ratios: Tensor, k: int) -> 
 
 
 def log_survival_weights(rewards: Tensor) -> Tensor:
-    """`A = w - mean(w)` with `w_(i) = m sum_{j <= i} (R_(j) - R_(j-1))/(m - j + 1)`, `R_(0) = 0`, in O(m log m).
+    """Centred weights of the integral of the log survival probability, in O(m log m):
+
+        A = w - mean(w),     w_(i) = m sum_{j <= i} (R_(j) - R_(j-1))/(m - j + 1),     R_(0) = 0
 
     The step of height `R_(j) - R_(j-1)` is shared by the `m - j + 1` rollouts that reach it, as `grad log P = grad P/P`
     wants. The first step is a constant and `mean(w) = R_(m)`, so that only the gaps count: shift-invariant, equal for

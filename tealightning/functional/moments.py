@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def centred(values: Tensor) -> Tensor:
-    """`x_i - mean(x)` over the last dimension, exactly 0 in a constant group.
+    """Subtract the mean over the last dimension; exactly 0 in a constant group.
 
     The maximum is subtracted first: the mean of m equal floats need not be that float (three times 0.1), and rewards
     with a large common offset keep their digits.
@@ -21,7 +21,9 @@ def centred(values: Tensor) -> Tensor:
 
 
 def root_mean_square(values: Tensor, count: Tensor | int) -> Tensor:
-    """`sqrt(sum(x^2) / count)` over the last dimension, without overflow or underflow of the squares.
+    """Root mean square over the last dimension, without overflow or underflow of the squares:
+
+        sqrt(sum(x^2) / count)
 
     Args:
         values: [..., m] float.
@@ -51,7 +53,7 @@ def sample_std(values: Tensor) -> Tensor:
 
 
 def ratio_or_zero(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """`numerator / denominator`, and 0 where the denominator is 0 (a group without spread carries no signal).
+    """Divide, with 0 where the denominator is 0 (a group without spread carries no signal).
 
     >>> ratio_or_zero(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 0.0]))
     tensor([0.5000, 0.0000])
@@ -65,7 +67,7 @@ def _sum_before(values: Tensor) -> Tensor:
 
 
 def sum_of_others(values: Tensor) -> Tensor:
-    """`sum_{j != i} x_j` over the last dimension, from the two partial sums beside i.
+    """Leave-one-out sums `sum_{j != i} x_j` over the last dimension, from the two partial sums beside i.
 
     Subtracting x_i from the whole sum would leave rounding noise where x_i is much larger than all others together.
 
@@ -90,7 +92,9 @@ def _below_and_tied(rewards: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mid_rank_quantiles(rewards: Tensor) -> Tensor:
-    """`q_i = (#{j: R_j < R_i} + #{j: R_j = R_i}/2) / m`, in [1/(2m), 1 - 1/(2m)]; a constant group gets 1/2.
+    """Mid-rank quantiles, in [1/(2m), 1 - 1/(2m)]; a constant group gets 1/2:
+
+        q_i = (#{j: R_j < R_i} + #{j: R_j = R_i}/2) / m
 
     Args:
         rewards: [P, m] float.
@@ -106,7 +110,7 @@ def mid_rank_quantiles(rewards: Tensor) -> Tensor:
 
 
 def win_rates(rewards: Tensor) -> Tensor:
-    """Share of the *other* rollouts that a rollout beats, a tie counting half: in [0, 1]; 1/2 in a constant group.
+    """Win rates: share of the *other* rollouts that a rollout beats, ties counting half; 1/2 in a constant group.
 
     Args:
         rewards: [P, m] float, m >= 2.
@@ -122,7 +126,7 @@ def win_rates(rewards: Tensor) -> Tensor:
 
 
 def best_of_n_rank_weights(quantiles: Tensor, n: int) -> Tensor:
-    """`N q_i^(N-1)`, the density ratio of the best of N to a single draw at quantile q_i, divided by its group mean.
+    """Density ratio `N q_i^(N-1)` of the best of N to a single draw at quantile q_i, divided by its group mean.
 
     Normalised in log space: neither a large N nor a small q underflows to 0/0.
 
@@ -140,7 +144,9 @@ def best_of_n_rank_weights(quantiles: Tensor, n: int) -> Tensor:
 
 
 def exponential_tilt(quantiles: Tensor, tilt: float) -> Tensor:
-    """`(exp(t q) - 1)/(exp(t) - 1)`: from 0 to 1, linear for small t, nothing but the top for large t.
+    """Exponential tilt of quantiles, from 0 to 1: linear for small t, nothing but the top for large t.
+
+        (exp(t q) - 1)/(exp(t) - 1)
 
     Evaluated as `exp(t (q - 1)) * expm1(-t q)/expm1(-t)`, whose factors never exceed 1.
 

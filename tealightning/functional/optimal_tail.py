@@ -60,7 +60,7 @@ def tail_moments(m: int, k: int, scale: TailScale) -> TailMoments:
 
 
 def signal_matrix(m: int, k: int, scale: TailScale, resolution: Resolution = DEFAULT) -> np.ndarray:
-    """`E` [2, 2(k-1)]: `E[e_j g_j]/m` and `E[e_j^2 g_j / s]/m` for the scores `g = R` and `R^2 - 1`.
+    """Expected gradients `E` [2, 2(k-1)]: `E[e_j g_j]/m` and `E[e_j^2 g_j / s]/m` for the scores `g = R` and `R^2 - 1`.
 
     Deterministic; accurate to better than 1e-6 (see `functional.normal_tail`).
 
@@ -110,7 +110,7 @@ def _rank_means(r: float, n: int, nodes: TiltNodes, *, power: int, resolution: R
 
 
 def noise_matrices(m: int, k: int, scale: TailScale, draws: int = _DRAWS) -> tuple[np.ndarray, np.ndarray]:
-    """`V = E[sum over the two directions of G G^T]` and `Q = E[F F^T]/m^2` for pairs of the same rank, 0 elsewhere.
+    """Noise matrices `V = E[sum over the two directions of G G^T]` and, for pairs of one rank only, `Q = E[F F^T]/m^2`.
 
     >>> noise, unrelated = noise_matrices(8, 3, "tail_rms", draws=1 << 14)
     >>> noise.shape
@@ -134,7 +134,7 @@ def noise_matrices(m: int, k: int, scale: TailScale, draws: int = _DRAWS) -> tup
 
 
 def rank_basis(rewards: Tensor, top: Tensor, scale: TailScale) -> tuple[Tensor, Tensor]:
-    """`e_j` and `e_j^2 / s` for the ranks j = 1..k-1, best first: [P, k-1] each; 0 where `s` is 0.
+    """Basis functions `e_j` and `e_j^2 / s` of the ranks j = 1..k-1, best first: [P, k-1] each; 0 where `s` is 0.
 
     Args:
         rewards: [P, m] float64.
@@ -153,7 +153,9 @@ def rank_basis(rewards: Tensor, top: Tensor, scale: TailScale) -> tuple[Tensor, 
 
 
 def optimal_coefficients(moments: TailMoments, *, target_n: int, lam: float, scale_weight: float) -> np.ndarray:
-    """`c = M^-1 E^T (E M^-1 E^T)^-1 (1, scale_weight c_N)` with `M = V + lam Q`: [2, k-1], rows a and b.
+    """Least noisy unbiased coefficients, [2, k-1], rows a and b:
+
+        c = M^-1 E^T (E M^-1 E^T)^-1 (1, scale_weight c_N),     M = V + lam Q
 
     The minimum of the noise `c^T M c` over the coefficients with `E c = (1, scale_weight c_N)`, that is over the
     exactly unbiased ones (Gauss-Markov). The noise matrices decide how noisy it is, never the mean.
@@ -169,7 +171,9 @@ def optimal_coefficients(moments: TailMoments, *, target_n: int, lam: float, sca
 
 
 def optimal_weights(rewards: Tensor, coefficients: Tensor, scale: TailScale) -> Tensor:
-    """`a_j e_j + b_j e_j^2 / s` for the rollout of rank j < k, 0 for the others and where `s` is 0.
+    """Weights of the ranks j < k; the other rollouts get 0, and so do groups where `s` is 0:
+
+        a_j e_j + b_j e_j^2 / s
 
     Rollouts with equal rewards share the mean of what their ranks would get.
 

@@ -142,7 +142,7 @@ def crossed_components(values: Tensor, missing: int = 0) -> Components:
 
 
 def _drop_and_fill(values: Tensor) -> tuple[Tensor, int]:
-    """Leaves out seeds and prompts without any value, and fills other missing cells with `mu + a_s + b_q`.
+    """Leave out seeds and prompts without any value, and fill other missing cells with `mu + a_s + b_q`.
 
     The fill is the fixed point of "fit the additive model to the filled table, read the missing cells off it", which is
     least squares on the present cells (Yates 1933).

@@ -23,7 +23,7 @@ _ROUNDING = 1e-9  # alpha * m this far above an integer is that integer (0.1 * 3
 
 
 def tail_size(alpha: float, m: int) -> int:
-    """`k = ceil(alpha * m)`, at least 1, unharmed by float error: `tail_size(0.1, 30) == 3`.
+    """Size of the tail, `k = ceil(alpha * m)`, at least 1, unharmed by float error: `tail_size(0.1, 30) == 3`.
 
     >>> tail_size(0.25, 16)
     4
@@ -51,7 +51,7 @@ def _quadrature() -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=1024)
 def expected_max_normal(n: int) -> float:
-    """`c_n = E[max of n standard normals]`, accurate to about 1e-13.
+    """Expected maximum `c_n` of n standard normals, accurate to about 1e-13.
 
         c_n = integral over x > 0 of 1 - Phi(x)^n - Phi(-x)^n
 
@@ -144,8 +144,7 @@ def direct_weights(rewards: Tensor, *, target_n: int, alpha: float) -> Tensor:
     Returns:
         [P, m] float64.
 
-    >>> rewards = torch.tensor([[0.0, 1.0, 2.0, 4.0]], dtype=torch.float64)
-    >>> direct_weights(rewards, target_n=8, alpha=0.75)
+    >>> direct_weights(torch.tensor([[0.0, 1.0, 2.0, 4.0]], dtype=torch.float64), target_n=8, alpha=0.75)
     tensor([[-0.0000, -0.0000, 0.1151, 4.7309]], dtype=torch.float64)
     """
     tail = tail_statistics(rewards, alpha)
@@ -179,7 +178,7 @@ def gaussian_influence(excess: Tensor, mean_excess: Tensor, std: Tensor, *, targ
 def extrapolated_best_of_n(
     rewards: Tensor, ns: Sequence[int], *, alpha: float = 0.25, valid: Tensor | None = None
 ) -> Tensor:
-    """`mu_a + ct_n * sigma_a` of each prompt: best-of-n for n beyond the sample, if the upper tail is Gaussian.
+    """Extrapolate best-of-n beyond the sample, `mu_a + ct_n * sigma_a`, right if the upper tail is Gaussian.
 
     A plug-in, biased low by O(1/M); never to be reported under the name of a measured value.
 
@@ -202,7 +201,9 @@ def extrapolated_best_of_n(
 
 @lru_cache(maxsize=1024)
 def calibration_matrix(m: int, k: int, resolution: Resolution = DEFAULT) -> tuple[tuple[float, float], ...]:
-    """`[[E B1 R, E B2 R], [E B1 (R^2-1), E B2 (R^2-1)]]` for standard normal R, each the mean over the group, where
+    """Expected gradient of the two basis functions for standard normal R, each the mean over the group:
+
+        [[E B1 R, E B2 R], [E B1 (R^2-1), E B2 (R^2-1)]]
 
         B1 = 1{top k} (R - r^),    B2 = 1{top k} ((R - mu^)^2 - (r^ - mu^)^2) / (2 sigma^)
 
@@ -255,7 +256,9 @@ def _quadratic_terms(r: float, k: int, resolution: Resolution) -> np.ndarray:
 
 @lru_cache(maxsize=1024)
 def calibrated_coefficients(m: int, target_n: int, alpha: float) -> tuple[float, float]:
-    """`(a, b) = E(m, alpha)^-1 (1, c_N)`, with `E` the calibration matrix over alpha.
+    """Coefficients of the exactly unbiased weights, with `E` the calibration matrix over alpha:
+
+        (a, b) = E(m, alpha)^-1 (1, c_N)
 
     >>> [round(c, 3) for c in calibrated_coefficients(16, 128, 0.25)]
     [1.728, 8.416]
@@ -267,7 +270,9 @@ def calibrated_coefficients(m: int, target_n: int, alpha: float) -> tuple[float,
 
 
 def calibrated_weights(rewards: Tensor, *, target_n: int, alpha: float) -> Tensor:
-    """`(1/alpha) [a e + b e (e - 2 e_mean)/(2 sigma)]` for the top k, 0 for the others.
+    """Calibrated weights of the top k, 0 for the others:
+
+        (1/alpha) [a e + b e (e - 2 e_mean)/(2 sigma)]
 
     The weights of `functional.tail.direct_weights` with `(a, b)` of `calibrated_coefficients` in place of `(1, ct_N)`.
 
@@ -277,8 +282,7 @@ def calibrated_weights(rewards: Tensor, *, target_n: int, alpha: float) -> Tenso
     Returns:
         [P, m] float64.
 
-    >>> rewards = torch.tensor([[0.0, 1.0, 2.0, 4.0]], dtype=torch.float64)
-    >>> calibrated_weights(rewards, target_n=8, alpha=0.75)
+    >>> calibrated_weights(torch.tensor([[0.0, 1.0, 2.0, 4.0]], dtype=torch.float64), target_n=8, alpha=0.75)
     tensor([[-0.0000, -0.0000, -3.6408,  9.9167]], dtype=torch.float64)
     """
     a, b = calibrated_coefficients(rewards.shape[1], target_n, alpha)
@@ -289,7 +293,7 @@ def calibrated_weights(rewards: Tensor, *, target_n: int, alpha: float) -> Tenso
 
 
 def prefix_sizes(m: int, num_prefixes: int) -> tuple[int, ...]:
-    """`round(j * m / num_prefixes)` for j = 1..num_prefixes: strictly growing, ends at m (needs m >= num_prefixes).
+    """Prefix sizes `round(j * m / num_prefixes)`, j = 1..num_prefixes: strictly growing up to m >= num_prefixes.
 
     >>> prefix_sizes(16, 4)
     (4, 8, 12, 16)
@@ -320,7 +324,9 @@ def jackknife_weights(sizes: tuple[int, ...], order: int) -> tuple[float, ...]:
 def prefix_weights(
     rewards: Tensor, plug_in: Callable[[Tensor], Tensor], *, num_prefixes: int, order: int, rotations: int
 ) -> Tensor:
-    """`A_i = sum_j v_j (m/P_j) 1{i < P_j} plug_in_i(first P_j rollouts)`, averaged over rotations of the group.
+    """Jackknife over prefixes of the group, averaged over rotations:
+
+        A_i = sum_j v_j (m/P_j) 1{i < P_j} plug_in_i(first P_j rollouts)
 
     Rotation r of R starts the order at rollout `r*m // R`: the same expectation with less variance. A prefix whose
     tail has one rollout contributes zeros.

@@ -38,7 +38,7 @@ MORE_THAN_A_RUBRIC = 16
 
 
 def tied(rewards: Tensor, completions: Sequence[str]) -> Tensor:
-    """[P, m] bool: True where another, different completion of the same prompt has exactly the same reward.
+    """Find ties, [P, m] bool: True where a different completion of the same prompt has exactly the same reward.
 
     Args:
         rewards: [P, m] float64; NaN = could not be scored, tied with nothing.
@@ -60,7 +60,7 @@ def tied(rewards: Tensor, completions: Sequence[str]) -> Tensor:
 
 
 def tie_cause(rewards: Tensor, ties: Tensor) -> TieCause | None:
-    """Why the scores of a batch are tied, if they look like continuous ones that something has made equal.
+    """Diagnose the ties of a batch whose scores look like continuous ones that something has made equal.
 
     - `bfloat16`, `float16`, `float32`: all of them are numbers of that type, and neighbours of that type occur. In
       float32 that is a score that was squashed.
@@ -145,7 +145,7 @@ def check_tail(
     ns: Sequence[int] | None = None,
     seed: int = 0,
 ) -> TailChecks:
-    """All checks. The reference values are those of Gaussian samples of the same size, so prompts are brought to one M.
+    """Run all checks of the upper tail against Gaussian samples of the same size; prompts are brought to one M.
 
     Args:
         rewards: [P, W] float; NaN or inf = could not be scored.
@@ -199,7 +199,7 @@ def check_tail(
 
 
 def equal_samples(rewards: Tensor, valid: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The same number M of valid samples from each prompt, in random order.
+    """Draw the same number M of valid samples from each prompt, in random order.
 
     M is the one that keeps the most samples in all: `M * (prompts with at least M)`. Of a prompt with more, M are
     drawn; a prompt with fewer is left out.
@@ -255,7 +255,7 @@ def _null_level(values: Tensor, null: Tensor) -> Tensor:
 
 
 def summarise(checks: TailChecks) -> dict[str, Tensor]:
-    """The numbers of `checks` over prompts, float64 scalars; predictions at the largest n.
+    """Average `checks` over prompts: float64 scalars by metric key; predictions at the largest n.
 
     `metrics.TailFit` says what they mean. What M is too small for has no key.
 

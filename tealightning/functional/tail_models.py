@@ -51,7 +51,7 @@ def _chebyshev(target_n: int, alpha: float) -> tuple[tuple[float, ...], tuple[fl
 
 
 def expected_max_gpd(shape: Tensor, *, target_n: int, alpha: float) -> tuple[Tensor, Tensor]:
-    """`h(xi)` and its derivative for shapes within [LOWEST_SHAPE, HIGHEST_SHAPE], accurate to about 1e-12.
+    """Expected maximum `h(xi)` at scale 1 and its derivative, for shapes within the limits; accurate to about 1e-12.
 
     >>> expected_max_gpd(torch.tensor([0.0], dtype=torch.float64), target_n=8, alpha=0.5)
     (tensor([2.0251], dtype=torch.float64), tensor([2.8134], dtype=torch.float64))
@@ -75,7 +75,7 @@ def _gpd_shape(mean_excess: Tensor, std: Tensor) -> Tensor:
 
 
 def gpd_best_of_n(mean_excess: Tensor, std: Tensor, *, target_n: int, alpha: float) -> Tensor:
-    """`s h(xi)`, the expected excess of the best of N over the threshold; shapes beyond the limits are clipped.
+    """Expected excess `s h(xi)` of the best of N over the threshold; shapes beyond the limits are clipped.
 
     A clipped shape fixes xi, and the scale then follows from the mean alone, `s = mean (1 - xi)`.
 
@@ -126,7 +126,7 @@ def gpd_influence(
 
 
 def gpd_weights(rewards: Tensor, *, target_n: int, alpha: float) -> Tensor:
-    """`gpd_influence` with the group's own tail plugged in.
+    """Plug-in weights of the generalised Pareto tail: `gpd_influence` with the group's own tail.
 
     Rewards tied at the threshold share the places in the tail that are left for them.
 
@@ -136,8 +136,7 @@ def gpd_weights(rewards: Tensor, *, target_n: int, alpha: float) -> Tensor:
     Returns:
         [P, m] float64; zeros where the tail has no spread.
 
-    >>> rewards = torch.tensor([[0.0, 1.0, 2.0, 4.0]], dtype=torch.float64)
-    >>> gpd_weights(rewards, target_n=8, alpha=0.75)
+    >>> gpd_weights(torch.tensor([[0.0, 1.0, 2.0, 4.0]], dtype=torch.float64), target_n=8, alpha=0.75)
     tensor([[ 0.0000, -0.0279,  0.0600,  4.7896]], dtype=torch.float64)
     """
     tail = tail_statistics(rewards, alpha)
@@ -165,8 +164,7 @@ def tail_weights(rewards: Tensor, *, target_n: int, alpha: float, tail: TailMode
     Returns:
         [P, m] float64; zeros where the tail has no spread.
 
-    >>> rewards = torch.tensor([[0.0, 1.0, 2.0, 4.0]], dtype=torch.float64)
-    >>> tail_weights(rewards, target_n=8, alpha=0.75, tail="gaussian")
+    >>> tail_weights(torch.tensor([[0.0, 1.0, 2.0, 4.0]], dtype=torch.float64), target_n=8, alpha=0.75, tail="gaussian")
     tensor([[-0.0000, -0.0000, 0.1151, 4.7309]], dtype=torch.float64)
     """
     weights = {"gaussian": direct_weights, "gpd": gpd_weights, "empirical": empirical_weights}[tail]
@@ -174,16 +172,16 @@ def tail_weights(rewards: Tensor, *, target_n: int, alpha: float, tail: TailMode
 
 
 def empirical_weights(rewards: Tensor, *, target_n: int, alpha: float) -> Tensor:
-    """`A_(i) = sum over the gaps above the threshold and below i of (R_(l+1) - R_(l)) * m C(l, n-1)/C(m, n)`, n =
-    min(N, m).
+    """Weights without a tail model, summed over the gaps above the threshold and below i, with n = min(N, m):
+
+        A_(i) = sum_l (R_(l+1) - R_(l)) * m C(l, n-1)/C(m, n)
 
     The exact influence function of `E[max of N]` is `w(u) = integral up to u of N F(x)^(N-1) dx`. Here `N F^(N-1)` is
     replaced by its unbiased estimate in each gap between neighbouring rewards, for the largest budget that m samples
     can measure, and gaps below the k-th largest reward, where `N F^(N-1)` is below `N (1-alpha)^(N-1)`, are left out.
     With `alpha = 1` and N <= m these are the weights of max@N (`functional.max_at_k.max_at_k_loo_weights`).
 
-    >>> rewards = torch.tensor([[0.0, 1.0, 2.0, 4.0]], dtype=torch.float64)
-    >>> empirical_weights(rewards, target_n=8, alpha=0.75)
+    >>> empirical_weights(torch.tensor([[0.0, 1.0, 2.0, 4.0]], dtype=torch.float64), target_n=8, alpha=0.75)
     tensor([[0., 0., 0., 8.]], dtype=torch.float64)
     """
     m = rewards.shape[-1]

@@ -23,7 +23,7 @@ _SEED = 20_250_102  # of every simulation here: the same numbers in every proces
 
 
 def prediction_budgets(m: int, num_samples: int) -> tuple[int, ...]:
-    """The powers of two from 4 to `num_samples - m`, and that number itself: what the held-out samples can measure.
+    """Budgets that the held-out samples can measure: the powers of two from 4 to `num_samples - m`, and that number.
 
     >>> prediction_budgets(16, 128)
     (4, 8, 16, 32, 64, 112)
@@ -79,8 +79,9 @@ class PredictionNull(NamedTuple):
 def _gaussian_prediction_null(
     num_samples: int, m: int, ns: tuple[int, ...], alpha: float, level: float
 ) -> PredictionNull:
-    """From a seeded simulation, once a process. The quantiles do not depend on location and scale, so an interval made
-    of them covers Gaussian rewards exactly (up to 0.3%, the simulation's error)."""
+    """Simulate the null, once a process.
+
+    The quantiles do not depend on location and scale, so an interval made of them covers Gaussian rewards exactly (up to 0.3%, the simulation's error)."""
     draws = np.random.default_rng(_SEED).standard_normal((num_simulations(num_samples), num_samples))
     samples = torch.from_numpy(draws)
     found = _predict_held_out(samples, m, ns, alpha, num_groups=1)
@@ -91,7 +92,7 @@ def _gaussian_prediction_null(
 
 
 def gaussian_prediction_error(num_samples: int, m: int, ns: tuple[int, ...], alpha: float) -> Tensor:
-    """`E[(predicted - measured)/s]` of Gaussian rewards, [len(ns)] float64: the plug-in's bias of order 1/m.
+    """Prediction error `E[(predicted - measured)/s]` of Gaussian rewards, [len(ns)]: the plug-in's bias of order 1/m.
 
         (E[mu_a] + ct_n E[sigma_a] - c_n) / E[s],     s = sample standard deviation of all `num_samples`
 
@@ -129,7 +130,7 @@ class HeldOut(NamedTuple):
 
 
 def held_out_best_of_n(samples: Tensor, m: int, *, alpha: float, ns: tuple[int, ...], level: float = 0.9) -> HeldOut:
-    """Fit on each of the `M // m` disjoint groups, predict `mu_a + ct_n sigma_a`, measure on the other M - m samples.
+    """Compare predicted and measured best-of-n: fit each of the `M // m` groups, measure on the other M - m samples.
 
     A group's interval for the measured value is `[predicted - high * sigma_a, predicted - low * sigma_a]` with the
     quantiles of `_gaussian_prediction_null`: `level` of the groups are covered if rewards are Gaussian. A group whose

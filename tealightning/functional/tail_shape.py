@@ -66,7 +66,7 @@ _SHAPES = np.concatenate([np.linspace(-3.0, -1.25, 8), np.linspace(-1.0, 0.9, 20
 
 
 def num_simulations(width: int) -> int:
-    """How many samples of `width` a simulation draws: 10,000, and fewer where they are so wide that it took seconds.
+    """Number of samples of `width` that a simulation draws: 10,000, fewer where it would take seconds.
 
     >>> num_simulations(128), num_simulations(4096)
     (10000, 2000)
@@ -76,7 +76,9 @@ def num_simulations(width: int) -> int:
 
 @lru_cache(maxsize=64)
 def expected_normal_order_statistics(m: int, k: int) -> Tensor:
-    """`E[Z_(j)]` of the `k` largest of `m` standard normals, largest first, [k] float64, accurate to about 1e-10.
+    """Expected order statistics `E[Z_(j)]` of the `k` largest of `m` standard normals, largest first, [k] float64.
+
+    Accurate to about 1e-10:
 
         integral of x * m!/((j-1)! (m-j)!) * Phi(-x)^(j-1) * Phi(x)^(m-j) * phi(x) over x,     j = 1..k from the top
 
@@ -154,8 +156,9 @@ class TailNull(NamedTuple):
 
 @lru_cache(maxsize=16)
 def gaussian_tail_null(m: int, k: int) -> TailNull:
-    """Simulated once a process for each `(m, k)`: a tenth of a second for m = 128; 10,000 samples, so that the 5%
-    level is within 0.2%.
+    """Simulate the tails of Gaussian samples, once a process for each `(m, k)`: a tenth of a second for m = 128.
+
+    10,000 samples, so that the 5% level is within 0.2%.
 
     >>> round(gaussian_tail_null(64, 32).r2.median().item(), 3)
     0.974
@@ -173,8 +176,7 @@ def gaussian_tail_null(m: int, k: int) -> TailNull:
 
 
 def standardised_tail(tail: Tensor, m: int) -> Tensor:
-    """Each tail moved and scaled to the mean and the spread that `m` standard normals expect there, [Q, k]; NaN for one
-    without spread.
+    """Standardise each tail to the mean and spread that `m` standard normals expect there, [Q, k]; NaN without spread.
 
     >>> standardised_tail(torch.tensor([[4.0, 2.0, 0.0]], dtype=torch.float64), m=8)
     tensor([[1.3948, 0.9162, 0.4376]], dtype=torch.float64)
@@ -219,7 +221,7 @@ class ShapeFit(NamedTuple):
 
 
 def pooled_shape(shapes: Tensor, m: int, k: int) -> ShapeFit:
-    """The mean of the prompts' `pwm_shape`, without its bias, and its error carried through the correction.
+    """Pool the prompts' `pwm_shape`: their mean without its bias, and its error carried through the correction.
 
     Averaging first and correcting then is right where correcting each noisy value would not be.
 

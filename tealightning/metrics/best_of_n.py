@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
 from tealightning.errors import UserError
 from tealightning.functional.best_of_n import best_of_n
@@ -89,8 +88,8 @@ class BestOfN(PromptSamples):
         return keys, best_of_n(samples, self.ns, ~samples.isnan())
 
     def plot(
-        self, val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None, ax: _AX_TYPE | None = None
-    ) -> _PLOT_OUT_TYPE:
+        self, val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None, ax: Any = None
+    ) -> tuple[Any, Any]:
         """Plot best-of-n over n with standard errors; extrapolated budgets are open circles.
 
         Args:
