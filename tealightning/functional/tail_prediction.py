@@ -81,8 +81,8 @@ def _gaussian_prediction_null(
 ) -> PredictionNull:
     """Simulate the null, once a process.
 
-    The quantiles do not depend on location and scale, so an interval made of them covers Gaussian rewards exactly (up to
-    0.3%, the simulation's error).
+    The quantiles do not depend on location and scale, so an interval made of them covers Gaussian rewards exactly
+    (up to 0.3%, the simulation's error).
     """
     draws = np.random.default_rng(_SEED).standard_normal((num_simulations(num_samples), num_samples))
     samples = torch.from_numpy(draws)
