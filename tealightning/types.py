@@ -4,7 +4,7 @@ Legend of shapes, used in every docstring of the package:
 
     P  prompts in a batch            m  rollouts per prompt in training (group_size)
     B  rollouts in a batch, P * m    N  best-of-N budget at deployment (target_n)
-    M  rollouts per prompt in evaluation, max(ns)
+    M  rollouts per prompt in evaluation, max(ns)          Q  prompts of an evaluation
     Tp longest prompt in tokens      T  longest completion in tokens       V  vocabulary
 """
 
@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from tealightning.errors import UserError
+
+Split = Literal["train", "val", "test"]
+"""Which prompts a batch is of."""
 
 Message = dict[str, str]
 """One chat message, `{"role": ..., "content": ...}`."""
@@ -67,8 +70,25 @@ class Completion:
 
 
 @dataclass(kw_only=True, slots=True)
+class RewardScores:
+    """Scores of B completions."""
+
+    total: Tensor  # [B] float64; NaN = could not be scored
+    components: dict[str, Tensor]  # name -> [B] float64, unweighted
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # name of a component -> what happened -> how often
+
+    def __post_init__(self) -> None:
+        """Make NaN the only form of "could not be scored": infinities become NaN."""
+        self.total = _finite_or_nan(self.total)
+        self.components = {name: _finite_or_nan(values) for name, values in self.components.items()}
+
+
+@dataclass(kw_only=True, slots=True)
 class RolloutBatch:
-    """Completions of one `PromptBatch` with their rewards; row `p * m + i` is rollout i of prompt p."""
+    """Completions of one `PromptBatch` with their rewards; row `p * m + i` is rollout i of prompt p.
+
+    A reward is a finite number, or NaN: not scored.
+    """
 
     prompt_ids: Tensor  # [B, Tp] int64, left-padded
     prompt_lengths: Tensor  # [B] int64
@@ -82,6 +102,10 @@ class RolloutBatch:
     completions: list[str] = field(default_factory=list)  # B texts
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     weights_version: int = 0  # optimizer steps that the sampling weights had seen
+
+    def __post_init__(self) -> None:
+        """Infinite rewards become NaN, also those of hand-made batches."""
+        self.rewards = _finite_or_nan(self.rewards)
 
     @property
     def group_size(self) -> int:
@@ -102,8 +126,8 @@ class RolloutBatch:
 
     @property
     def valid(self) -> Tensor:
-        """[P, m] bool, True = the reward is a finite number."""
-        return torch.isfinite(self.rewards)
+        """[P, m] bool, True = scored."""
+        return ~self.rewards.isnan()
 
     def to(self, device: Any, non_blocking: bool = False) -> "RolloutBatch":
         """A copy with every tensor on `device`."""
@@ -142,4 +166,63 @@ class PromptBatch:
         return replace(self, rollouts=self.rollouts.to(device, non_blocking=non_blocking))
 
 
-Phase = Literal["train", "val", "test"]
+def _finite_or_nan(values: Tensor) -> Tensor:
+    return values.masked_fill(~values.isfinite(), math.nan)
+
+
+# ---------------------------------------------------------------- inside a training step
+
+
+@dataclass(kw_only=True, slots=True)
+class StepBatch:
+    """What one training step works on, the same for all of its micro-batches and inner epochs.
+
+    The sizes are the whole batch's (mean over ranks), so that no split of it changes the loss.
+    """
+
+    rollouts: RolloutBatch
+    advantages: Tensor  # [B] float64
+    rows: Tensor  # [R] int64, the rollouts that a loss term needs
+    num_tokens: Tensor  # scalar, completion tokens of scored rollouts
+    num_sequences: Tensor  # scalar, scored rollouts
+    behaviour_log_probs: Tensor | None = None  # [B, T] of the policy at the start; None = the policy itself (ratio 1)
+    ref_log_probs: Tensor | None = None  # [B, T] of the reference; None without a KL penalty
+
+
+@dataclass(kw_only=True, slots=True)
+class CompletionScores:
+    """What a causal LM says about the completions of some rollouts."""
+
+    log_probs: Tensor  # [rows, t] float32 of each sampled token; 0 on padding
+    mask: Tensor  # [rows, t] bool, True = sampled token
+    entropy: Tensor | None = None  # [rows, t] float32 nats, without gradient; 0 on padding
+
+
+@dataclass(kw_only=True, slots=True)
+class SkippedStep:
+    """An optimizer step that was not taken because loss or gradient is not finite, as this rank saw it."""
+
+    inner_epoch: int
+    loss: float  # this rank's share of the policy loss
+    kl: float  # this rank's sum over tokens; 0 without a KL penalty
+    grad_norm: float  # over ranks
+    advantages: Tensor  # [P, m] float64
+    policy_log_probs: Tensor  # [B, T] float32; 0 where nothing is trained
+    parameters: list[str]  # whose gradient, averaged over ranks, is not finite
+
+    def __str__(self) -> str:
+        where = f"; gradients not finite: {', '.join(self.parameters[:3])}" if self.parameters else ""
+        more = f" and {len(self.parameters) - 3} more" if len(self.parameters) > 3 else ""
+        return f"loss {self.loss:g}, KL {self.kl:g}, gradient norm {self.grad_norm:g}{where}{more}"
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+@dataclass(kw_only=True, slots=True)
+class Evaluation:
+    """The rewards of one validation or test: what best-of-n curves, reports and reward files are made of."""
+
+    step: int  # optimizer steps before it
+    keys: Tensor  # [Q] int64, prompt keys
+    rewards: Tensor  # [Q, M] float64, the samples of each prompt; NaN = not scored

@@ -16,7 +16,7 @@ from tealightning.pretrained import load_policy
 from tealightning.reliability.files import going_on_without, run_folder, write_whole
 from tealightning.rewards.base import Reward
 from tealightning.training.micro_batches import score_completions, split_rows
-from tealightning.training.sharding import is_sharded
+from tealightning.training.policy_weights import is_sharded
 from tealightning.types import PromptBatch, RolloutBatch
 
 FOLDER = "evaluations"

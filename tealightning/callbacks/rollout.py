@@ -16,7 +16,7 @@ from tealightning.rewards.base import Reward
 from tealightning.rollouts import EngineContext, RolloutCollector, RolloutEngine, policy_weights, prompt_seed
 from tealightning.rollouts.collector import rollout_metrics
 from tealightning.rollouts.prefetch import Collected, OneStepAhead
-from tealightning.types import Phase, PromptBatch, SamplingConfig
+from tealightning.types import PromptBatch, SamplingConfig, Split
 
 
 class RolloutCallback(Callback):
@@ -237,7 +237,7 @@ class RolloutCallback(Callback):
     ) -> None:
         self._evaluate(trainer, pl_module, batch, "test")
 
-    def _evaluate(self, trainer: pl.Trainer, pl_module: Any, batch: PromptBatch, phase: Phase) -> None:
+    def _evaluate(self, trainer: pl.Trainer, pl_module: Any, batch: PromptBatch, phase: Split) -> None:
         self._sync(trainer, pl_module)
         rollouts, _ = self._collect(trainer, batch, phase, max(pl_module.ns), 0)
         with during(RunPhase.OTHER):  # ranks meet in it
@@ -255,7 +255,7 @@ class RolloutCallback(Callback):
             upcoming.ids, partial(self._collect, trainer, upcoming, "train", self.group_size, self.rollout_step)
         )
 
-    def _collect(self, trainer: pl.Trainer, batch: PromptBatch, phase: Phase, num_samples: int, step: int) -> Collected:
+    def _collect(self, trainer: pl.Trainer, batch: PromptBatch, phase: Split, num_samples: int, step: int) -> Collected:
         assert self._collector is not None, "the engine is started before the first batch"
         return self._collector.collect(
             batch,

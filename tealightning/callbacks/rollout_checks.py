@@ -9,7 +9,7 @@ import torch
 from tealightning.data.prompts import PromptSet
 from tealightning.errors import UserError
 from tealightning.pretrained import positions_of
-from tealightning.types import Phase, RolloutBatch, SamplingConfig
+from tealightning.types import RolloutBatch, SamplingConfig, Split
 
 MOST_TOKENS = 8192
 """Prompt and completion, where nothing else says how long they get."""
@@ -100,7 +100,7 @@ class UnscorableGuard:
         """Forget the evaluation before."""
         self._so_far.zero_()
 
-    def check(self, trainer: pl.Trainer, rollouts: RolloutBatch, phase: Phase, problem: str | None) -> None:
+    def check(self, trainer: pl.Trainer, rollouts: RolloutBatch, phase: Split, problem: str | None) -> None:
         """Count a batch of one rank.
 
         Args:

@@ -21,9 +21,9 @@ from tealightning.data.sources import check_source
 from tealightning.errors import UserError
 from tealightning.pretrained import check_weights, policy_config, positions_of
 from tealightning.training.module import PostTrainingModule
-from tealightning.types import Phase
+from tealightning.types import Split
 
-PHASES: dict[str, tuple[Phase, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+PHASES: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 """What a command reads of the data; the first of them it must have."""
 
 

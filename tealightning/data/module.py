@@ -11,9 +11,9 @@ from tealightning.data.prompts import PromptSet, build_prompt_set
 from tealightning.data.sources import parse_source, read_rows
 from tealightning.errors import UserError
 from tealightning.text.chat import ChatFormatter, ChatTemplate, check_template
-from tealightning.types import Phase
+from tealightning.types import Split
 
-_PHASES: dict[str | None, tuple[Phase, ...]] = {
+_PHASES: dict[str | None, tuple[Split, ...]] = {
     "fit": ("train", "val"),
     "validate": ("val",),
     "test": ("test",),
@@ -79,7 +79,7 @@ class PromptDataModule(pl.LightningDataModule):
         if seed < 0:
             raise UserError(f"seed must be at least 0, got {seed}.")
         check_template(chat_template)
-        self.sources: dict[Phase, str | None] = {"train": train, "val": val, "test": test}
+        self.sources: dict[Split, str | None] = {"train": train, "val": val, "test": test}
         self.prompt_column = prompt_column
         self.id_column = id_column
         self.system_prompt = system_prompt
@@ -89,7 +89,7 @@ class PromptDataModule(pl.LightningDataModule):
         self.val_batch_size = val_batch_size or batch_size
         self.max_prompt_tokens = max_prompt_tokens
         self.seed = seed
-        self.prompt_sets: dict[Phase, PromptSet] = {}
+        self.prompt_sets: dict[Split, PromptSet] = {}
         self._train_loader: PromptLoader | None = None
 
     def prepare_data(self) -> None:
@@ -148,7 +148,7 @@ class PromptDataModule(pl.LightningDataModule):
         if "train" in state and "train" in self.prompt_sets:  # not when a checkpoint is only evaluated
             self.train_dataloader().load_state_dict(state["train"])
 
-    def _evaluation_loader(self, phase: Phase) -> EvaluationLoader:
+    def _evaluation_loader(self, phase: Split) -> EvaluationLoader:
         return EvaluationLoader(self.prompt_sets[phase], batch_size=self.val_batch_size, **self._ranks())
 
     def _build(self, source: str, formatter: ChatFormatter) -> PromptSet:

@@ -3,11 +3,12 @@
 from typing import Any
 
 from tealightning.registry import register
-from tealightning.rewards.base import REWARDS, Reward, RewardScores
+from tealightning.rewards.base import REWARDS, Reward
 from tealightning.rewards.classifier import SequenceClassifierReward
 from tealightning.rewards.function import FunctionReward
 from tealightning.rewards.http import HTTPReward
 from tealightning.rewards.weighted import WeightedReward
+from tealightning.types import RewardScores
 
 __all__ = [
     "FunctionReward",

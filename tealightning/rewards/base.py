@@ -3,7 +3,6 @@
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -11,25 +10,11 @@ from torch import Tensor
 
 from tealightning.errors import UserError
 from tealightning.registry import Registry, snake_case
-from tealightning.types import Prompt
+from tealightning.types import Prompt, RewardScores
 
 REWARDS = Registry("reward")
 
 Row = TypeVar("Row")
-
-
-@dataclass(kw_only=True, slots=True)
-class RewardScores:
-    """Scores of B completions."""
-
-    total: Tensor  # [B] float64; NaN = could not be scored
-    components: dict[str, Tensor]  # name -> [B] float64, unweighted
-    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # name of a component -> what happened -> how often
-
-    def __post_init__(self) -> None:
-        """Make NaN the only form of "could not be scored": infinities become NaN."""
-        self.total = _finite_or_nan(self.total)
-        self.components = {name: _finite_or_nan(values) for name, values in self.components.items()}
 
 
 class Reward(ABC):
@@ -71,10 +56,6 @@ class Reward(ABC):
 
     def close(self) -> None:  # noqa: B027 - optional hook
         """Release what `setup` took; safe to call twice."""
-
-
-def _finite_or_nan(values: Tensor) -> Tensor:
-    return values.masked_fill(~values.isfinite(), float("nan"))
 
 
 def bisect_failures(

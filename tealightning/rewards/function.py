@@ -9,7 +9,7 @@ import torch
 
 from tealightning.errors import UserError
 from tealightning.registry import register
-from tealightning.rewards.base import Reward, RewardScores, as_scores, bisect_failures, check_seconds
+from tealightning.rewards.base import Reward, as_scores, bisect_failures, check_seconds
 from tealightning.rewards.function_worker import (
     FunctionRaisedError,
     FunctionWorker,
@@ -18,7 +18,7 @@ from tealightning.rewards.function_worker import (
     WorkerTimeoutError,
 )
 from tealightning.rewards.user_function import call_function, function_path, import_function
-from tealightning.types import Prompt
+from tealightning.types import Prompt, RewardScores
 
 _TIMEOUTS_OF_A_DEADLINE = 10.0  # enough to find one completion in 500 that hangs
 

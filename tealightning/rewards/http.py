@@ -14,10 +14,10 @@ from torch import Tensor
 from tealightning.checks import check_integer, check_not_negative
 from tealightning.errors import UserError
 from tealightning.registry import register
-from tealightning.rewards.base import Reward, RewardScores, check_seconds
+from tealightning.rewards.base import Reward, check_seconds
 from tealightning.rewards.http_call import OutageClock, RetryPolicy, ScoringCall
 from tealightning.rewards.http_client import RewardClient
-from tealightning.types import Prompt
+from tealightning.types import Prompt, RewardScores
 
 
 @register

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tealightning.errors import UserError
 from tealightning.registry import did_you_mean, register
-from tealightning.rewards.base import Reward, RewardScores, summed_counts
-from tealightning.types import Prompt
+from tealightning.rewards.base import Reward, summed_counts
+from tealightning.types import Prompt, RewardScores
 
 
 @register

@@ -12,9 +12,9 @@ from torch import Tensor
 from tealightning.errors import UserError
 from tealightning.functional.tail_checks import tied
 from tealightning.reliability.progress import RunPhase, beat, during
-from tealightning.rewards.base import Reward, RewardScores, summed_counts
+from tealightning.rewards.base import Reward, summed_counts
 from tealightning.rollouts.base import RolloutEngine
-from tealightning.types import Completion, PromptBatch, RolloutBatch, SamplingConfig
+from tealightning.types import Completion, PromptBatch, RewardScores, RolloutBatch, SamplingConfig
 
 T = TypeVar("T")
 

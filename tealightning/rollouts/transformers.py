@@ -13,7 +13,7 @@ from tealightning.functional.log_probs import filter_logits
 from tealightning.registry import register
 from tealightning.rollouts.base import EngineContext, RolloutEngine
 from tealightning.rollouts.generation_request import EndRule, check_requests, completion_texts, end_rule, first_match
-from tealightning.training.sharding import is_sharded
+from tealightning.training.policy_weights import is_sharded
 from tealightning.types import Completion, SamplingConfig
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from tealightning.errors import MissingPackageError, UserError
-from tealightning.training.sharding import whole
 
 _ADAPTER = "default"
 _CHECKPOINT_KEY = "lora"
@@ -78,9 +77,14 @@ def add_adapter(policy: Any, lora: LoRA) -> None:
     _check_untied(policy)
 
 
+def has_adapter(policy: nn.Module) -> bool:
+    """Whether `add_adapter` has put an adapter into the policy."""
+    return hasattr(policy, "peft_config")
+
+
 def adapter_layers(policy: nn.Module) -> dict[str, Any]:
     """peft's layers by their name; empty without an adapter."""
-    if not hasattr(policy, "peft_config"):
+    if not has_adapter(policy):
         return {}
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -136,13 +140,13 @@ def merged_parameters(policy: nn.Module, device: torch.device | str | None = Non
         device: Where the computed ones go; None = where they are.
     """
     for name, parameter, layer in _without_adapter(policy):
-        yield name, whole(parameter.detach()) if layer is None else _merged(layer).to(device)
+        yield name, parameter.detach() if layer is None else _merged(layer).to(device)
 
 
 def merged_state_dict(policy: nn.Module) -> dict[str, Tensor]:
     """The state dict of the policy with its adapter merged, the merged weights on the CPU."""
     parameters = {name for name, _ in policy.named_parameters(remove_duplicate=False)}
-    buffers = {_plain(name): value for name, value in policy.state_dict().items() if name not in parameters}
+    buffers = {plain_name(name): value for name, value in policy.state_dict().items() if name not in parameters}
     return dict(merged_parameters(policy, device="cpu")) | buffers
 
 
@@ -153,10 +157,11 @@ def _without_adapter(policy: nn.Module) -> Iterator[tuple[str, nn.Parameter, Any
     adapted = {id(layer.get_base_layer().weight): layer for layer in layers.values()}
     for name, parameter in policy.named_parameters(remove_duplicate=False):
         if id(parameter) not in adapter:
-            yield _plain(name), parameter, adapted.get(id(parameter))
+            yield plain_name(name), parameter, adapted.get(id(parameter))
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """The name of a parameter in the policy as it was loaded."""
     return name.replace(".base_layer.", ".").replace("_orig_mod.", "")  # what peft and torch.compile add
 
 
@@ -175,7 +180,7 @@ def _check_untied(policy: nn.Module) -> None:
     """Refuse adapters on weights that have several names: merged, they would no longer be one weight."""
     names: dict[int, list[str]] = {}
     for name, parameter in policy.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(_plain(name))
+        names.setdefault(id(parameter), []).append(plain_name(name))
     for layer in adapter_layers(policy).values():
         tied = names[id(layer.get_base_layer().weight)]
         if len(tied) > 1:

@@ -17,8 +17,7 @@ from tealightning.functional.losses import (
     token_weights,
     truncated_importance_weights,
 )
-from tealightning.training.micro_batches import CompletionScores
-from tealightning.types import RolloutBatch
+from tealightning.types import CompletionScores, StepBatch
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,22 +61,6 @@ class PolicyGradientLoss:
             warnings.warn(f"loss.constant has no effect with reduction={self.reduction!r}.", stacklevel=3)
         if self.importance_cap is not None and not self.importance_cap > 0:
             raise UserError(f"loss.importance_cap must be above 0, got {self.importance_cap}.")
-
-
-@dataclass(kw_only=True, slots=True)
-class StepBatch:
-    """What one training step works on, the same for all of its micro-batches and inner epochs.
-
-    The sizes are the whole batch's (mean over ranks), so that no split of it changes the loss.
-    """
-
-    rollouts: RolloutBatch
-    advantages: Tensor  # [B] float64
-    rows: Tensor  # [R] int64, the rollouts that a loss term needs
-    num_tokens: Tensor  # scalar, completion tokens of scored rollouts
-    num_sequences: Tensor  # scalar, scored rollouts
-    behaviour_log_probs: Tensor | None = None  # [B, T] of the policy at the start; None = the policy itself (ratio 1)
-    ref_log_probs: Tensor | None = None  # [B, T] of the reference; None without a KL penalty
 
 
 def micro_batch_loss(

@@ -1,6 +1,9 @@
-"""Split a rollout batch into micro-batches, and run the forward pass of one."""
+"""Split a rollout batch into micro-batches, and score the completions of one: log-probs and entropies of its tokens."""
 
 import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -9,8 +12,7 @@ import torch
 from torch import Tensor
 
 from tealightning.functional.log_probs import linear_log_probs, token_entropy, token_log_probs
-from tealightning.training.output_head import linear_head, scored_by_head
-from tealightning.types import RolloutBatch, SamplingConfig
+from tealightning.types import CompletionScores, RolloutBatch, SamplingConfig
 
 
 def tokens_of_a_pass(device: torch.device) -> int:
@@ -50,15 +52,6 @@ def split_rows(
             sizes.append(1)
             width, length = prompt, completion
     return list(ordered.split(sizes))
-
-
-@dataclass(kw_only=True, slots=True)
-class CompletionScores:
-    """What a causal LM says about the completions of some rollouts."""
-
-    log_probs: Tensor  # [rows, t] float32 of each sampled token; 0 on padding
-    mask: Tensor  # [rows, t] bool, True = sampled token
-    entropy: Tensor | None = None  # [rows, t] float32 nats, without gradient; 0 on padding
 
 
 def trim(rollouts: RolloutBatch, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,3 +163,54 @@ def _distribution(sampling: SamplingConfig) -> dict[str, Any]:
 def _padded(values: Tensor, mask: Tensor) -> Tensor:
     """[rows, t]: `values` [n] where `mask` is True, 0 elsewhere."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+# ---------------------------------------------------------------- scores in place of logits
+
+_ALTERS_LOGITS: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
+"""Models found to do something to the output layer's result (a softcap, a scale) or not to call the layer at all."""
+
+
+def linear_head(model: Any) -> torch.nn.Linear | None:
+    """The output layer if the logits are exactly what it returns, else None.
+
+    Whether a model changes its logits afterwards is found out by `scored_by_head`, not from lists of architectures.
+    """
+    if model in _ALTERS_LOGITS or hasattr(model, "_orig_mod"):  # torch.compile would compile anew at every call
+        return None
+    head = model.get_output_embeddings()
+    return head if type(head) is torch.nn.Linear else None
+
+
+def scored_by_head(
+    model: Any, head: torch.nn.Linear, score: Callable[[Tensor, torch.nn.Linear], Tensor], inputs: dict[str, Any]
+) -> bool:
+    """Call `model(**inputs)` with `score(hidden [rows, kept, D], head)` in the place of the output layer.
+
+    The whole model is called, so that wrappers around it (FSDP, adapters, autocast) do their work.
+
+    Returns:
+        Whether the model passed the scores on as they were. If not they are worthless, and the model is remembered:
+        `linear_head` is None from then on.
+    """
+    made: list[Tensor] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        made.append(score(hidden, head))
+        return made[0]
+
+    with _forward_of(head, forward):
+        result = model(**inputs).logits
+    passed_on = len(made) == 1 and (result is made[0] or (result.shape == made[0].shape and result.equal(made[0])))
+    if not passed_on:
+        _ALTERS_LOGITS.add(model)
+    return passed_on
+
+
+@contextmanager
+def _forward_of(module: torch.nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    module.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del module.forward

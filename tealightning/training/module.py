@@ -1,13 +1,25 @@
-"""LightningModule of post-training: rewards -> advantages -> loss -> optimizer step.
+"""The training loop: from the rewards of a batch of prompts to the optimizer step.
 
-It knows nothing of engines or rewards' makers: `batch.rollouts` is there when `training_step` is called.
+Shapes: P prompts, m rollouts each, B = P * m rollouts, T tokens of the longest completion (`types.py` has them all).
+
+    before the step     RolloutCallback: sync weights, engine, reward        batch.rollouts: completions, rewards [P, m]
+    training_step       advantages = estimator(rewards)                      [P, m], whole groups; NaN reward -> 0
+                        advantages /= their root mean square                 over the batch and all ranks
+                        rows = rollouts that a loss term needs               [R], at most B
+                        ref_log_probs = reference(rows)                      [B, T], with a KL penalty only
+      inner epochs      for chosen in micro-batches of rows:                 longest first, within a token budget
+                            scores = score_completions(policy, chosen)       micro_batches.py: log-probs [rows, t]
+                            loss = micro_batch_loss(advantages, scores)      loss.py: clipped loss + KL penalty
+                            backward(loss)                                   denominators are the whole batch's
+                        clip the gradient, optimizer.step()                  on no rank if one is not finite
+    after the step      log train/..., rollout/log_prob_...                  docs/metrics.md
+
+The module knows nothing of engines or rewards' makers: `batch.rollouts` is there when `training_step` is called.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -16,37 +28,20 @@ from torch import Tensor
 
 from tealightning.errors import UserError
 from tealightning.estimators import AdvantageEstimator
-from tealightning.pretrained import load_policy, load_tokenizer, policy_config
 from tealightning.reliability.progress import beat
-from tealightning.training.evaluation import BestOfNEvaluation, rollouts_of
-from tealightning.training.lora import (
-    LoRA,
-    WithoutAdapter,
-    add_adapter,
-    add_frozen,
-    check_checkpoint,
-    drop_frozen,
-    merged_state_dict,
-)
-from tealightning.training.loss import PolicyGradientLoss, StepBatch, merge_sums, micro_batch_loss
+from tealightning.training.lora import LoRA
+from tealightning.training.loss import PolicyGradientLoss, merge_sums, micro_batch_loss
 from tealightning.training.micro_batches import score_completions, split_rows, tokens_of_a_pass
-from tealightning.training.nonfinite import (
-    SkippedSteps,
-    is_not_finite,
-    load_count,
-    save_count,
-    skipped_step,
-    unclipped_norm,
-)
-from tealightning.training.settings import check_correction, check_settings
-from tealightning.training.sharding import is_sharded, shard, whole, whole_state_dict
-from tealightning.types import PromptBatch, RolloutBatch
+from tealightning.training.nonfinite import SkippedSteps, is_not_finite, skipped_step, unclipped_norm
+from tealightning.training.policy_module import PolicyModule, attached_rollouts
+from tealightning.training.policy_weights import gradient_sync, is_sharded, whole
+from tealightning.types import PromptBatch, RolloutBatch, StepBatch
 
 AdvantageScale = Literal["none", "batch_rms"]
 InnerEpochCorrection = Literal["clip", "exact"]
 
 
-class PostTrainingModule(BestOfNEvaluation):
+class PostTrainingModule(PolicyModule):
     """Post-trains a causal LM with advantages from a pluggable estimator.
 
     Args:
@@ -99,18 +94,22 @@ class PostTrainingModule(BestOfNEvaluation):
         ns: Sequence[int] = (1, 4, 16, 64, 128),
         extrapolate_ns: Sequence[int] = (),
     ) -> None:
-        super().__init__(ns=ns, extrapolate_ns=extrapolate_ns)
-        check_settings(advantage_scale, inner_epochs, micro_batch_tokens, micro_batch_size, gradient_clip_norm)
-        if reference is not None and not (loss and loss.kl_coef > 0):
+        loss = loss or PolicyGradientLoss()
+        if reference is not None and not loss.kl_coef > 0:
             warnings.warn("model.reference has no effect without a KL penalty (loss.kl_coef > 0).", stacklevel=2)
-        check_correction(inner_epoch_correction, estimator, loss, inner_epochs)
+        super().__init__(
+            policy,
+            reference=reference,
+            with_reference=loss.kl_coef > 0,
+            lora=lora,
+            load_kwargs={"dtype": dtype, "trust_remote_code": trust_remote_code},
+            gradient_checkpointing=gradient_checkpointing,
+            ns=ns,
+            extrapolate_ns=extrapolate_ns,
+        )
         self.automatic_optimization = False
-        self.policy_path = policy
-        self.reference_path = reference or policy
-        self.lora = lora
-        self._reference_is_base = lora is not None and reference is None
         self.estimator = estimator
-        self.loss = loss or PolicyGradientLoss()
+        self.loss = loss
         self.advantage_scale = advantage_scale
         self.inner_epochs = inner_epochs
         self.is_exact_off_policy = inner_epoch_correction == "exact"
@@ -119,62 +118,38 @@ class PostTrainingModule(BestOfNEvaluation):
         self.gradient_clip_norm = gradient_clip_norm
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.load_kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-        self.gradient_checkpointing = gradient_checkpointing
-        self.policy: Any = None  # a transformers.PreTrainedModel once `configure_model` ran
         self.skipped = SkippedSteps()
-        self._reference: tuple[Any, ...] = ()  # in a tuple: no submodule, so neither checkpointed nor wrapped
+        self._check_settings(inner_epoch_correction)
 
-    # ---------------------------------------------------------------- loading
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The policy's tokenizer."""
-        return load_tokenizer(self.policy_path, trust_remote_code=self.load_kwargs["trust_remote_code"])
-
-    @cached_property
-    def policy_config(self) -> Any:
-        """The policy's configuration as it is saved; needs no weights."""
-        return policy_config(self.policy_path, trust_remote_code=self.load_kwargs["trust_remote_code"])
+    def _check_settings(self, inner_epoch_correction: str) -> None:
+        if self.advantage_scale not in ("none", "batch_rms"):
+            raise UserError(f"advantage_scale must be none or batch_rms, got {self.advantage_scale!r}.")
+        optional = {"micro_batch_tokens": self._micro_batch_tokens, "micro_batch_size": self.micro_batch_size}
+        for name, value in ({"inner_epochs": self.inner_epochs} | optional).items():
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1{' or null' if name in optional else ''}, got {value}.")
+        if self.gradient_clip_norm is not None and not self.gradient_clip_norm > 0:
+            raise UserError(f"gradient_clip_norm must be above 0 or null, got {self.gradient_clip_norm}.")
+        if inner_epoch_correction not in ("clip", "exact"):
+            raise UserError(f"inner_epoch_correction must be clip or exact, got {inner_epoch_correction!r}.")
+        if not self.is_exact_off_policy:
+            return
+        if not self.estimator.has_off_policy_form:
+            raise UserError(
+                "inner_epoch_correction=exact needs an estimator with an off-policy form (max_at_k with scale=none), "
+                f"got {self.estimator!r}."
+            )
+        if self.loss.importance_cap is not None:
+            raise UserError(
+                "inner_epoch_correction=exact and loss.importance_cap both correct ratios: set one of them only."
+            )
+        if self.inner_epochs == 1:
+            warnings.warn("model.inner_epoch_correction=exact has no effect with inner_epochs=1.", stacklevel=3)
 
     @property
     def micro_batch_tokens(self) -> int:
         """Padded tokens of one forward and backward pass, on the device where the policy is."""
         return self._micro_batch_tokens or tokens_of_a_pass(self.device)
-
-    @property
-    def reference(self) -> Any:
-        """The frozen model that the KL is measured to; None where it is not loaded."""
-        if self._reference:
-            return self._reference[0]
-        return WithoutAdapter(self.policy) if self._reference_is_base else None
-
-    def setup(self, stage: str) -> None:
-        """Load the reference if there is a KL penalty to train with. Safe to call again."""
-        if stage == "fit" and self.loss.kl_coef > 0 and not self._reference and not self._reference_is_base:
-            reference = load_policy(self.reference_path, argument="reference", **self.load_kwargs)
-            self._reference = (reference.requires_grad_(False).eval(),)
-
-    def configure_model(self) -> None:
-        """Load the policy, with its adapter. Safe to call again."""
-        if self.policy is not None:
-            return
-        self.policy = load_policy(
-            self.policy_path, gradient_checkpointing=self.gradient_checkpointing, **self.load_kwargs
-        )
-        if self.lora is not None:
-            add_adapter(self.policy, self.lora)
-        if self._reference_is_base and self.loss.kl_coef > 0:
-            self._reference = (WithoutAdapter(self.policy),)
-        if self.device_mesh is not None:  # of trainer.strategy=ModelParallelStrategy
-            for model in (self.policy, *self._reference):
-                shard(model, self.device_mesh, lora=self.lora is not None)
-
-    def on_fit_start(self) -> None:
-        if self.trainer.precision == "16-mixed":  # clipping would take its scaled gradients for the real ones
-            raise UserError("trainer.precision=16-mixed is not supported: use bf16-mixed, bf16-true or 32-true.")
-        for reference in self._reference:
-            reference.to(self.device)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
@@ -182,34 +157,11 @@ class PostTrainingModule(BestOfNEvaluation):
             return optimizer
         return [optimizer], [self.lr_scheduler(optimizer)]
 
-    def export(self, folder: str) -> None:
-        """Save policy and tokenizer in Hugging Face format (safetensors), loadable by transformers and vLLM. An adapter
-        is merged into the weights. Rank 0 writes, and all ranks must call it: a sharded policy is gathered."""
-        state = merged_state_dict(self.policy) if self.lora else whole_state_dict(self.policy)
-        if self.global_rank == 0:
-            self.policy.save_pretrained(folder, state_dict=state)
-            self.tokenizer.save_pretrained(folder)
-
-    # ---------------------------------------------------------------- checkpoints
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        drop_frozen(self, checkpoint, self.lora)
-        save_count(checkpoint, self.skipped)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_checkpoint(checkpoint, self.lora)
-        load_count(checkpoint, self.skipped)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Also without the frozen weights, which an adapter's checkpoint leaves out."""
-        state = state_dict if self.lora is None else add_frozen(self, state_dict)
-        return super().load_state_dict(state, strict=strict, assign=assign)
-
-    # ---------------------------------------------------------------- training
+    # ---------------------------------------------------------------- the step, from top to bottom
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        step = self._step_batch(rollouts_of(batch))
-        sampled_log_probs = self._sampled_log_probs(step) if self.inner_epochs > 1 else None
+        step = self._prepared(attached_rollouts(batch))
+        sampled_log_probs = self._log_probs_besides(step) if self.inner_epochs > 1 else None
         sums: dict[str, Tensor] = {}
         trained_tokens = 0
         self.skipped.begin()
@@ -227,49 +179,29 @@ class PostTrainingModule(BestOfNEvaluation):
         self.skipped.end()
         self._log_step(step, sums, trained_tokens)
 
-    def _step_batch(self, rollouts: RolloutBatch) -> StepBatch:
-        """Advantages, the rollouts to train on and the log-probs that stay fixed during the step."""
-        advantages = self._scaled(self.estimator(rollouts.rewards, rollouts.valid), rollouts)
-        rows = self._rows_to_train(rollouts, advantages)
+    def _prepared(self, rollouts: RolloutBatch) -> StepBatch:
+        """Advantages, the rollouts to train on, the batch's sizes and the reference's log-probs."""
+        advantages = self.estimator(rollouts.rewards)
         scored = rollouts.valid.flatten()
+        tokens, squares = rollouts.completion_lengths[scored].sum(), (advantages**2).sum()
+        sizes = self.over_ranks({"tokens": tokens, "sequences": scored.sum(), "squares": squares}, "mean")
+        advantages = self._scaled(advantages, sizes["squares"], sizes["sequences"])
+        rows = self._rows_to_train(rollouts, advantages)
         return StepBatch(
             rollouts=rollouts,
             advantages=advantages.flatten(),
             rows=rows,
-            num_tokens=self._over_ranks(rollouts.completion_lengths[scored].sum()),
-            num_sequences=self._over_ranks(scored.sum()),
+            num_tokens=sizes["tokens"],
+            num_sequences=sizes["sequences"],
             ref_log_probs=self._frozen_log_probs(self._reference[0], rollouts, rows) if self._reference else None,
         )
 
-    def _sampled_log_probs(self, step: StepBatch) -> Tensor:
-        """[B, T] for the log-probs under the weights that sampled. The first inner epoch's own forward pass records
-        them; exact correction also wants those of rollouts that are not trained on."""
-        scored = step.rollouts.valid.flatten()
-        scored[step.rows] = False
-        others = scored.nonzero().squeeze(1) if self.is_exact_off_policy else step.rows[:0]
-        return self._frozen_log_probs(self.policy, step.rollouts, others)
-
-    def _step_moved_on(self, step: StepBatch, sampled_log_probs: Tensor) -> StepBatch:
-        """The step for the policy as it is after an inner epoch: the loss compares it with the one that sampled. With
-        exact correction advantages from the ratios of whole completions replace the loss's own ratios."""
-        if not self.is_exact_off_policy:
-            return replace(step, behaviour_log_probs=sampled_log_probs)
-        rollouts = step.rollouts
-        scored = rollouts.valid.flatten().nonzero().squeeze(1)
-        log_ratios = (self._frozen_log_probs(self.policy, rollouts, scored) - sampled_log_probs).double().sum(dim=1)
-        ratios = (
-            log_ratios.view_as(rollouts.rewards).clamp(max=700).exp()
-        )  # finite; estimators decide what is too large
-        advantages = self._scaled(self.estimator.off_policy(rollouts.rewards, ratios, rollouts.valid), rollouts)
-        rows = self._rows_to_train(rollouts, advantages)
-        return replace(step, advantages=advantages.flatten(), rows=rows, behaviour_log_probs=None)
-
-    def _scaled(self, advantages: Tensor, rollouts: RolloutBatch) -> Tensor:
-        """[P, m] float64: advantages over their RMS in the batch if asked for."""
-        if self.advantage_scale == "none":
-            return advantages
-        square_mean = self._over_ranks((advantages**2).sum()) / self._over_ranks(rollouts.valid.sum()).clamp(min=1)
-        return advantages / square_mean.sqrt() if square_mean > 0 else advantages
+    def _scaled(self, advantages: Tensor, squares: Tensor, num_sequences: Tensor) -> Tensor:
+        """[P, m] float64: advantages over their root mean square in the batch, if asked for."""
+        mean_square = squares / num_sequences.clamp(min=1)
+        return (
+            advantages / mean_square.sqrt() if self.advantage_scale == "batch_rms" and mean_square > 0 else advantages
+        )
 
     def _rows_to_train(self, rollouts: RolloutBatch, advantages: Tensor) -> Tensor:
         """[R] indices of the rollouts that a loss term needs: all scored ones with a KL penalty, else those with an
@@ -278,36 +210,13 @@ class PostTrainingModule(BestOfNEvaluation):
         needed = needed.flatten() & (rollouts.completion_lengths > 0)
         return needed.nonzero().squeeze(1)
 
-    def _micro_batches(self, model: Any, rollouts: RolloutBatch, rows: Tensor, *, at_least: int = 0) -> list[Tensor]:
-        """Micro-batches of `rows`. Empty ones follow where the other ranks of a sharded model have more: it is called
-        by all of them together or not at all."""
-        splits = split_rows(
-            rollouts.prompt_lengths,
-            rollouts.completion_lengths,
-            rows,
-            max_tokens=self.micro_batch_tokens,
-            max_rows=self.micro_batch_size,
-        )
-        calls = max(at_least, len(splits))
-        if is_sharded(model):
-            calls = int(self._over_ranks(torch.tensor(calls, device=self.device), "max"))
-        return splits + [rows[:0]] * (calls - len(splits))
-
-    @torch.no_grad()
-    def _frozen_log_probs(self, model: Any, rollouts: RolloutBatch, rows: Tensor) -> Tensor:
-        """[B, T] log-probs of `rows` without gradient; 0 elsewhere."""
-        log_probs = torch.zeros_like(rollouts.rollout_log_probs)
-        for chosen in self._micro_batches(model, rollouts, rows):
-            scores = score_completions(model, rollouts, _some(chosen))
-            if len(chosen) > 0:
-                log_probs[chosen, : scores.mask.shape[1]] = scores.log_probs
-            beat()
-        return log_probs
-
     def _optimizer_step(self, step: StepBatch, *, epoch: int, record: Tensor | None) -> dict[str, Tensor]:
         """One pass over the step's rollouts, one optimizer step; returns the metrics' sums over this rank.
 
         Where loss or gradient is not finite on any rank, no rank steps.
+
+        Args:
+            record: [B, T] to fill with the log-probs of the trained rollouts.
         """
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
@@ -315,7 +224,11 @@ class PostTrainingModule(BestOfNEvaluation):
         sums = self._backward(step, is_first=epoch == 0, record=log_probs)
         norm = unclipped_norm(self.policy)
         sums["grad_norm"] = whole(norm)
-        if self._over_ranks(is_not_finite(sums), "max"):
+        own = {"not_finite": is_not_finite(sums), "mismatch_max": sums.get("mismatch_max", 0.0)}
+        highest = self.over_ranks(own, "max")
+        if epoch == 0:
+            sums["mismatch_max"] = highest["mismatch_max"]
+        if highest["not_finite"]:
             advantages = step.advantages.view_as(step.rollouts.rewards)
             self.skipped.add(skipped_step(sums, self.policy, epoch, advantages, log_probs))
             return sums
@@ -334,7 +247,7 @@ class PostTrainingModule(BestOfNEvaluation):
         splits = self._micro_batches(self.policy, step.rollouts, step.rows, at_least=1)
         sums: dict[str, Tensor] = {}
         for index, chosen in enumerate(splits):
-            with self._gradient_sync(index == len(splits) - 1):
+            with gradient_sync(self.policy, self.trainer.strategy, wanted=index == len(splits) - 1):
                 scores = score_completions(self.policy, step.rollouts, _some(chosen), with_entropy=is_first)
                 loss, part = micro_batch_loss(self.loss, step, _some(chosen), scores)
                 self.manual_backward(loss if len(chosen) > 0 else loss * 0)
@@ -344,25 +257,17 @@ class PostTrainingModule(BestOfNEvaluation):
                 record[chosen, : scores.mask.shape[1]] = scores.log_probs.detach()
         return sums
 
-    def _over_ranks(self, value: Tensor, op: str = "mean") -> Tensor:
-        """`value` reduced over ranks. The mean fits data parallelism, which averages the ranks' gradients."""
-        return self.trainer.strategy.reduce(value.detach().double(), reduce_op=op)
-
-    def _gradient_sync(self, wanted: bool) -> Any:
-        """Whether ranks exchange gradients in the backward pass inside."""
-        if is_sharded(self.policy):
-            self.policy.set_requires_gradient_sync(wanted)
-        block = getattr(self.trainer.strategy, "block_backward_sync", None)
-        return block() if block is not None and not wanted else nullcontext()
-
     def _log_step(self, step: StepBatch, sums: dict[str, Tensor], trained_tokens: int) -> None:
         """Log the step's metrics, reduced over ranks."""
-        zero = torch.zeros((), device=self.device)
-        keys = ["policy_loss", "clipped", "entropy", "kl", "mismatch", "tokens"]
-        totals = self._over_ranks(torch.stack([sums.get(k, zero).double() for k in keys]), "sum")
-        total = dict(zip(keys, totals, strict=True))
+        summed = ("policy_loss", "clipped", "entropy", "kl", "mismatch", "tokens")
+        averaged: dict[str, Tensor | float] = {
+            "train/advantage_std": step.advantages.std(),
+            "train/rollouts_skipped": 1 - len(step.rows) / len(step.advantages),
+            "train/groups_too_small": (step.rollouts.valid.sum(dim=1) < self.estimator.min_group_size).double().mean(),
+        }
+        own = averaged | {"train/trained_tokens": trained_tokens} | {key: sums.get(key, 0.0) for key in summed}
+        total = self.over_ranks(own, "sum")
         tokens = total["tokens"].clamp(min=1)
-        small = (step.rollouts.valid.sum(dim=1) < self.estimator.min_group_size).double().mean()
         metrics = {
             "train/policy_loss": total["policy_loss"] / self.trainer.world_size,
             "train/clip_fraction": total["clipped"] / tokens,
@@ -370,16 +275,78 @@ class PostTrainingModule(BestOfNEvaluation):
             "train/grad_norm": sums["grad_norm"],
             "train/nonfinite_steps": self.skipped.total,
             "train/lr": self.optimizers().param_groups[0]["lr"],  # type: ignore[union-attr]
-            "train/advantage_std": self._over_ranks(step.advantages.std()),
-            "train/trained_tokens": self._over_ranks(zero + trained_tokens, "sum"),
-            "train/rollouts_skipped": self._over_ranks(zero + 1 - len(step.rows) / len(step.advantages)),
-            "train/groups_too_small": self._over_ranks(small),
+            "train/trained_tokens": total["train/trained_tokens"],
             "rollout/log_prob_abs_diff_mean": total["mismatch"] / tokens,
-            "rollout/log_prob_abs_diff_max": self._over_ranks(sums.get("mismatch_max", zero), "max"),
+            "rollout/log_prob_abs_diff_max": sums["mismatch_max"],
         }
+        metrics |= {name: total[name] / self.trainer.world_size for name in averaged}
         if self._reference:
             metrics["train/kl"] = total["kl"] / tokens
         self.log_dict({k: float(v) for k, v in metrics.items()}, batch_size=len(step.rollouts.rewards))
+
+    # ---------------------------------------------------------------- inner epochs after the first
+
+    def _log_probs_besides(self, step: StepBatch) -> Tensor:
+        """[B, T] for the log-probs under the weights that sampled. The first inner epoch's own forward pass records
+        them; exact correction also wants those of rollouts that are not trained on."""
+        scored = step.rollouts.valid.flatten()
+        scored[step.rows] = False
+        others = scored.nonzero().squeeze(1) if self.is_exact_off_policy else step.rows[:0]
+        return self._frozen_log_probs(self.policy, step.rollouts, others)
+
+    def _step_moved_on(self, step: StepBatch, sampled_log_probs: Tensor) -> StepBatch:
+        """The step for the policy as it is after an inner epoch: the loss compares it with the one that sampled. With
+        exact correction advantages from the ratios of whole completions replace the loss's own ratios."""
+        if not self.is_exact_off_policy:
+            return replace(step, behaviour_log_probs=sampled_log_probs)
+        rollouts = step.rollouts
+        scored = rollouts.valid.flatten().nonzero().squeeze(1)
+        log_ratios = (self._frozen_log_probs(self.policy, rollouts, scored) - sampled_log_probs).double().sum(dim=1)
+        # Finite; estimators decide what is too large.
+        ratios = log_ratios.view_as(rollouts.rewards).clamp(max=700).exp()
+        advantages = self.estimator.off_policy(rollouts.rewards, ratios)
+        squares = self.over_ranks({"squares": (advantages**2).sum()}, "mean")["squares"]
+        advantages = self._scaled(advantages, squares, step.num_sequences)
+        rows = self._rows_to_train(rollouts, advantages)
+        return replace(step, advantages=advantages.flatten(), rows=rows, behaviour_log_probs=None)
+
+    # ---------------------------------------------------------------- passes over micro-batches
+
+    def _micro_batches(self, model: Any, rollouts: RolloutBatch, rows: Tensor, *, at_least: int = 0) -> list[Tensor]:
+        """Micro-batches of `rows`. Empty ones follow where the other ranks of a sharded model have more: it is called
+        by all of them together or not at all."""
+        splits = split_rows(
+            rollouts.prompt_lengths,
+            rollouts.completion_lengths,
+            rows,
+            max_tokens=self.micro_batch_tokens,
+            max_rows=self.micro_batch_size,
+        )
+        calls = max(at_least, len(splits))
+        if is_sharded(model):
+            calls = int(self.over_ranks({"calls": calls}, "max")["calls"])
+        return splits + [rows[:0]] * (calls - len(splits))
+
+    @torch.no_grad()
+    def _frozen_log_probs(self, model: Any, rollouts: RolloutBatch, rows: Tensor) -> Tensor:
+        """[B, T] log-probs of `rows` without gradient; 0 elsewhere."""
+        log_probs = torch.zeros_like(rollouts.rollout_log_probs)
+        for chosen in self._micro_batches(model, rollouts, rows):
+            scores = score_completions(model, rollouts, _some(chosen))
+            if len(chosen) > 0:
+                log_probs[chosen, : scores.mask.shape[1]] = scores.log_probs
+            beat()
+        return log_probs
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["skipped_optimizer_steps"] = self.skipped.total
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.skipped.total = checkpoint.get("skipped_optimizer_steps", 0)
 
 
 def _some(chosen: Tensor) -> Tensor:

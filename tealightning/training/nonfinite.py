@@ -1,15 +1,14 @@
 """Skip optimizer steps whose loss or gradient is not finite; count and describe them."""
 
-import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from tealightning.types import SkippedStep
 
 MOST_IN_A_ROW = 100
 """Nothing trains for that long: the module gives up, also where no `HealthChecks` callback has ended the run before."""
@@ -19,26 +18,12 @@ class UnhealthyRun(RuntimeError):
     """Training was stopped because what it would learn from is wrong. The weights are those of the last good step."""
 
 
-@dataclass(kw_only=True, slots=True)
-class SkippedStep:
-    """An optimizer step that was not taken, as this rank saw it."""
-
-    inner_epoch: int
-    loss: float  # this rank's share of the policy loss
-    kl: float  # this rank's sum over tokens; 0 without a KL penalty
-    grad_norm: float  # over ranks
-    advantages: Tensor  # [P, m] float64
-    policy_log_probs: Tensor  # [B, T] float32; 0 where nothing is trained
-    parameters: list[str]  # whose gradient, averaged over ranks, is not finite
-
-    def __str__(self) -> str:
-        where = f"; gradients not finite: {', '.join(self.parameters[:3])}" if self.parameters else ""
-        more = f" and {len(self.parameters) - 3} more" if len(self.parameters) > 3 else ""
-        return f"loss {self.loss:g}, KL {self.kl:g}, gradient norm {self.grad_norm:g}{where}{more}"
-
-
 class SkippedSteps:
-    """Counts rollout steps in which an optimizer step was skipped."""
+    """Counts rollout steps in which an optimizer step was skipped.
+
+    Checkpoints hold the total. How many in a row is not kept: a run that goes on may skip as many in a row as one that
+    begins.
+    """
 
     def __init__(self) -> None:
         self.total = 0
@@ -94,31 +79,15 @@ def skipped_step(
     sums: Mapping[str, Tensor], policy: nn.Module, inner_epoch: int, advantages: Tensor, policy_log_probs: Tensor
 ) -> SkippedStep:
     """The description of a step from what it has computed."""
-    loss, kl, norm = (float(sums.get(key, math.nan if key == "grad_norm" else 0.0)) for key in _DESCRIBED)
     return SkippedStep(
         inner_epoch=inner_epoch,
-        loss=loss,
-        kl=kl,
-        grad_norm=norm,
+        loss=float(sums.get("policy_loss", 0.0)),
+        kl=float(sums.get("kl", 0.0)),
+        grad_norm=float(sums["grad_norm"]),
         advantages=advantages,
         policy_log_probs=policy_log_probs,
         parameters=not_finite_gradients(policy),
     )
-
-
-def save_count(checkpoint: dict[str, Any], skipped: SkippedSteps) -> None:
-    """Into a checkpoint: how many steps were skipped so far. How many in a row is not kept: a run that goes on may
-    skip as many in a row as one that begins."""
-    checkpoint[_KEY] = skipped.total
-
-
-def load_count(checkpoint: Mapping[str, Any], skipped: SkippedSteps) -> None:
-    """From a checkpoint, also one from before there was a count."""
-    skipped.total = checkpoint.get(_KEY, 0)
-
-
-_KEY = "skipped_optimizer_steps"
-_DESCRIBED = ("policy_loss", "kl", "grad_norm")
 
 
 @rank_zero_only

@@ -1,20 +1,49 @@
-"""Hand out the trainer's weights for engines to load."""
+"""The policy's weights: sharded over ranks (FSDP2), gathered, and handed out for engines to load or for export."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from tealightning.training.lora import merged_names, merged_parameters
+from tealightning.errors import UserError
+from tealightning.training.lora import has_adapter, merged_names, merged_parameters, merged_state_dict, plain_name
 
 
 def policy_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """`(name, tensor)` of every parameter, detached, not copied; with an adapter merged into the weights that it
-    adapts, each when its turn comes, so that there is never a second copy of them all.
+    """`(name, tensor)` of every parameter, detached, not copied, each when its turn comes: a sharded one is gathered,
+    and one with an adapter is merged, so that there is never a second copy of them all.
 
     Tied parameters appear under every name: an engine that keeps its own copy of `lm_head.weight` would otherwise go on
     with the old one while the embedding that it is tied to moves on.
     """
-    return merged_parameters(policy)
+    if has_adapter(policy):
+        return merged_parameters(policy)
+    parameters = policy.named_parameters(remove_duplicate=False)
+    return ((plain_name(name), whole(parameter.detach())) for name, parameter in parameters)
+
+
+def weight_names(policy: nn.Module) -> set[str]:
+    """The names in `policy_weights`, without gathering or merging anything."""
+    if has_adapter(policy):
+        return set(merged_names(policy))
+    return {plain_name(name) for name, _ in policy.named_parameters(remove_duplicate=False)}
+
+
+def policy_state_dict(policy: nn.Module) -> dict[str, Any]:
+    """The state dict for export: an adapter is merged; a sharded policy's is whole, on the CPU of rank 0 and empty on
+    the others, and all ranks must call this."""
+    if has_adapter(policy):
+        return merged_state_dict(policy)
+    if not is_sharded(policy):
+        return policy.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+# ---------------------------------------------------------------- a push of all weights to an engine
 
 
 def checked_off(weights: Iterable[tuple[str, Tensor]], missing: set[str]) -> Iterator[tuple[str, Tensor]]:
@@ -22,11 +51,6 @@ def checked_off(weights: Iterable[tuple[str, Tensor]], missing: set[str]) -> Ite
     for name, tensor in weights:
         missing.discard(name)
         yield name, tensor.detach()
-
-
-def weight_names(policy: nn.Module) -> set[str]:
-    """The names in `policy_weights`."""
-    return set(merged_names(policy))
 
 
 def refuse_partial_push(missing: set[str]) -> None:
@@ -40,3 +64,54 @@ def refuse_partial_push(missing: set[str]) -> None:
             f"sync_weights needs every parameter of the policy, tied ones under each name (policy_weights gives "
             f"them); missing: {', '.join(sorted(missing))}."
         )
+
+
+# ---------------------------------------------------------------- sharding
+
+
+def shard(model: nn.Module, mesh: Any, *, lora: bool = False) -> None:
+    """Shard a transformers model over a device mesh of Lightning's `ModelParallelStrategy`, in place, one unit a
+    decoder layer: a rank holds a share of each weight, and layers are gathered in use.
+
+    Embedding, output layer and final norm are a unit of their own, which stays gathered from a forward pass to its
+    backward pass.
+
+    Raises:
+        ValueError: for tensor parallelism, or with an adapter.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    if mesh["tensor_parallel"].size() > 1:
+        raise UserError(
+            "trainer.strategy.tensor_parallel_size must be 1, with data_parallel_size the number of devices, got "
+            f"{mesh['tensor_parallel'].size()}: policies are sharded over the data, not split inside layers."
+        )
+    if lora:
+        raise UserError("model.lora cannot be sharded: use trainer.strategy=ddp, or model.lora=null.")
+    for layer in _decoder_layers(model):
+        fully_shard(layer, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"])
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether ranks must call the model together."""
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of one that may be sharded; then all ranks must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gradient_sync(policy: Any, strategy: Any, *, wanted: bool) -> Any:
+    """Context: whether ranks exchange gradients in a backward pass inside."""
+    if is_sharded(policy):
+        policy.set_requires_gradient_sync(wanted)
+    block = getattr(strategy, "block_backward_sync", None)
+    return block() if block is not None and not wanted else nullcontext()
+
+
+def _decoder_layers(model: nn.Module) -> nn.ModuleList | list[nn.Module]:
+    """The list of modules that holds most of the model."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=[])

@@ -4,25 +4,14 @@ import pytest
 import torch
 
 from tealightning import HealthChecks
-from tealightning.callbacks.health import CHECKS, LIMITS
-from tealightning.callbacks.health_check import (
+from tealightning.callbacks.health import CHECKS
+from tealightning.callbacks.health_checks import (
     GOOD_STEPS_THAT_END_AN_EPISODE,
-    KL,
-    Degenerate,
-    Entropy,
-    NonFinite,
-    RewardPrecision,
-    StepSeen,
+    RULES,
+    HealthCheck,
+    StepSummary,
 )
-from tealightning.callbacks.health_of_engine import (
-    Drift,
-    Mismatch,
-    StaleAhead,
-    StaleWeights,
-    UnknownTokens,
-    WeightsVersion,
-)
-from tealightning.training.nonfinite import SkippedStep
+from tealightning.types import SkippedStep
 
 GOOD = {
     "train/trained_tokens": 100.0,
@@ -31,17 +20,21 @@ GOOD = {
     "train/entropy": 1.0,
     "rollout/log_prob_abs_diff_mean": 0.01,
     "rollout/reward_ties": 0.0,
+    "unknown_tokens": 0,
     "rollout/zero_variance_groups": 0.25,
 }
 
 
+RULE = {rule.name: rule for rule in RULES}
+
+
 def seen(metrics=(), **fields):
-    usual = {"skipped": None, "global_step": 5, "weights_version": 5, "steps_ahead": 0, "unknown_tokens": 0}
-    return StepSeen(metrics=GOOD | dict(metrics), **{"tie_cause": None} | usual | fields)
+    usual = {"skipped": None, "global_step": 5, "weights_version": 5, "steps_ahead": 0, "tie_cause": None}
+    return StepSummary(metrics=GOOD | dict(metrics), **usual | fields)
 
 
-def check_of(kind, limit, patience=2):
-    return kind("setting", limit, patience)
+def check_of(name, limit, patience=2):
+    return HealthCheck(RULE[name], limit, patience)
 
 
 def skipped():
@@ -58,25 +51,25 @@ def skipped():
 
 MISMATCH, ENTROPY = "rollout/log_prob_abs_diff_mean", "train/entropy"
 CASES = [
-    (NonFinite, 3, seen(), seen(skipped=skipped()), 3, "NaN or infinite.*a, b, c and 1 more"),
-    (WeightsVersion, 0, seen(), seen(weights_version=4), 1, "step 4 and trained on after step 5"),
-    (WeightsVersion, 0, seen(weights_version=4, steps_ahead=1), seen(weights_version=3, steps_ahead=1), 1, "step 3"),
-    (Mismatch, 0.2, seen(), seen({MISMATCH: 0.3}), 1, "differ by 0.3 nats"),
-    (Drift, 0.2, seen(weights_version=4), seen({MISMATCH: 0.3}, weights_version=4), 1, "moves that far in 1 steps"),
-    (StaleWeights, 5, seen(), seen({MISMATCH: 0.06}), 3, "6 times what they did at the first step"),
-    (StaleAhead, 5, seen(weights_version=4), seen({MISMATCH: 0.06}, weights_version=4), 3, "6 times what they did"),
-    (UnknownTokens, 0, seen(), seen(unknown_tokens=2), 1, "2 sampled tokens"),
-    (RewardPrecision, 0.2, seen(), seen({"rollout/reward_ties": 0.3}, tie_cause="bfloat16"), 2, "30%.*bfloat16"),
-    (Degenerate, 4, seen(), seen({"rollout/zero_variance_groups": 1.0}), 4, "for every prompt"),
-    (KL, 5, seen(), seen({"train/kl": 6.0}), 2, "KL to the reference is 6 nats"),
-    (KL, 5, seen(), seen({"train/kl": 0.0}), 2, "exactly 0 although the policy is trained"),
-    (Entropy, 0.05, seen(), seen({ENTROPY: 0.04}), 2, "4.0% of the 1"),
+    ("nonfinite", 3, seen(), seen(skipped=skipped()), 3, "NaN or infinite.*a, b, c and 1 more"),
+    ("weights_version", 0, seen(), seen(weights_version=4), 1, "step 4 and trained on after step 5"),
+    ("weights_version", 0, seen(weights_version=4, steps_ahead=1), seen(weights_version=3, steps_ahead=1), 1, "step 3"),
+    ("mismatch", 0.2, seen(), seen({MISMATCH: 0.3}), 1, "differ by 0.3 nats"),
+    ("drift", 0.2, seen(weights_version=4), seen({MISMATCH: 0.3}, weights_version=4), 1, "moves that far in 1 steps"),
+    ("stale_weights", 5, seen(), seen({MISMATCH: 0.06}), 3, "6 times what they did at the first step"),
+    ("stale_ahead", 5, seen(weights_version=4), seen({MISMATCH: 0.06}, weights_version=4), 3, "6 times what they did"),
+    ("unknown_tokens", 0, seen(), seen({"unknown_tokens": 2}), 1, "2 sampled tokens"),
+    ("reward_ties", 0.2, seen(), seen({"rollout/reward_ties": 0.3}, tie_cause="bfloat16"), 2, "30%.*bfloat16"),
+    ("degenerate", 4, seen(), seen({"rollout/zero_variance_groups": 1.0}), 4, "for every prompt"),
+    ("kl", 5, seen(), seen({"train/kl": 6.0}), 2, "KL to the reference is 6 nats"),
+    ("kl", 5, seen(), seen({"train/kl": 0.0}), 2, "exactly 0 although the policy is trained"),
+    ("entropy", 0.05, seen(), seen({ENTROPY: 0.04}), 2, "4.0% of the 1"),
 ]
 
 
-@pytest.mark.parametrize(("kind", "limit", "good", "bad", "steps", "message"), CASES)
-def test_check_tells_after_its_steps_in_a_row_and_once_an_episode(kind, limit, good, bad, steps, message):
-    check = check_of(kind, limit)
+@pytest.mark.parametrize(("name", "limit", "good", "bad", "steps", "message"), CASES)
+def test_check_tells_after_its_steps_in_a_row_and_once_an_episode(name, limit, good, bad, steps, message):
+    check = check_of(name, limit)
     assert check.look(good) is None
     for _ in range(steps - 1):
         assert check.look(bad) is None
@@ -88,7 +81,7 @@ def test_check_tells_after_its_steps_in_a_row_and_once_an_episode(kind, limit, g
 
 
 def test_an_episode_ends_after_good_steps_and_a_new_one_is_told():
-    check = check_of(Mismatch, 0.2)
+    check = check_of("mismatch", 0.2)
     bad = seen({MISMATCH: 0.3})
     assert check.look(bad)
     for _ in range(GOOD_STEPS_THAT_END_AN_EPISODE - 1):
@@ -101,18 +94,18 @@ def test_an_episode_ends_after_good_steps_and_a_new_one_is_told():
 
 def test_a_step_without_log_probs_says_nothing_of_the_engine():
     nothing = {"train/trained_tokens": 0.0, MISMATCH: 0.0, ENTROPY: 0.0, "train/kl": 0.0}
-    for kind in (Mismatch, StaleWeights, KL, Entropy):
-        check = check_of(kind, 0.01, patience=1)
+    for name in ("mismatch", "stale_weights", "kl", "entropy"):
+        check = check_of(name, 0.01, patience=1)
         for _ in range(4):
             assert check.look(seen(nothing)) is None
         assert check.total == 0
 
 
 def test_stale_weights_leave_rounding_and_a_higher_entropy_alone():
-    check = check_of(StaleWeights, 5)
+    check = check_of("stale_weights", 5)
     for value in (1e-7, 4e-4, 4e-4, 4e-4):  # all float32's
         assert check.look(seen({MISMATCH: value})) is None
-    check = check_of(StaleWeights, 5)
+    check = check_of("stale_weights", 5)
     check.look(seen({MISMATCH: 0.01, ENTROPY: 0.5}))
     check.look(seen({MISMATCH: 0.09, ENTROPY: 1.0}))
     assert check.total == 0
@@ -124,28 +117,30 @@ def test_stale_ahead_goes_with_the_learning_rate_and_waits_for_a_difference_to_b
     def one_step_old(value, lr):
         return seen({MISMATCH: value, "train/lr": lr}, weights_version=4)
 
-    check = check_of(StaleAhead, 5)
+    check = check_of("stale_ahead", 5)
     for value, lr in [(0.0, 0.0), (1e-5, 1e-7), (2e-3, 1e-5), (1e-2, 5e-5), (5e-2, 1e-4), (2e-2, 1e-5)]:
         check.look(one_step_old(value, lr))
-    assert check.first == 2e-3
+    assert check.first["first"] == 2e-3
     assert check.total == 1  # the last one: a warm-up explains the others
 
 
 def test_what_a_check_compares_with_survives_a_checkpoint():
-    for kind, metric in ((StaleWeights, MISMATCH), (Entropy, ENTROPY)):
-        first, second = check_of(kind, 0.5), check_of(kind, 0.5)
+    for name, metric in (("stale_weights", MISMATCH), ("entropy", ENTROPY)):
+        first, second = check_of(name, 0.5), check_of(name, 0.5)
         first.look(seen({metric: 0.3}))
         second.load_state_dict(first.state_dict())
-        assert second.first == 0.3
+        assert second.first == first.first and second.first["first"] == 0.3
+        second.load_state_dict({"total": 2, "first": None})
+        assert (second.total, second.first) == (2, {})
 
 
 def test_ties_that_are_meant_are_left_alone():
-    check = check_of(RewardPrecision, 0.2, patience=1)
+    check = check_of("reward_ties", 0.2, patience=1)
     assert check.look(seen({"rollout/reward_ties": 1.0}, tie_cause=None)) is None
 
 
 def test_null_switches_a_check_off():
-    assert HealthChecks(**dict.fromkeys(LIMITS)).counts == {}
+    assert HealthChecks(**{rule.setting: None for rule in RULES}).counts == {}
     assert set(HealthChecks().counts) == set(CHECKS)
 
 

@@ -15,7 +15,7 @@ from module_fixtures import make_batch, make_rollouts, run_steps
 
 from tealightning import PolicyGradientLoss, PostTrainingModule
 from tealightning.estimators import build_estimator
-from tealightning.training.sharding import is_sharded, whole
+from tealightning.training.policy_weights import is_sharded, whole
 from tealightning.types import RolloutBatch
 
 NAN = math.nan

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tealightning.training.sharding import whole
+from tealightning.training.policy_weights import whole
 from tealightning.types import PromptBatch, RolloutBatch, SamplingConfig
 
 VOCAB = 32

@@ -10,7 +10,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 
-from tealightning.training.sharding import is_sharded, whole
+from tealightning.training.policy_weights import is_sharded, whole
 
 PROSE = Path(__file__).parents[2] / "configs" / "experiments" / "prose.yaml"
 

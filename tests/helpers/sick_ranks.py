@@ -29,8 +29,8 @@ def main(policy: str, folder: str, strategy: str) -> None:
     module = module_of(policy, {"lr": 0.05, "micro_batch_size": 3})
     healthy, sick = module.estimator, list(SICK)
 
-    def estimator(rewards, valid):
-        return healthy(rewards, valid) * (math.nan if sick.pop(0) and rank == 1 else 1.0)
+    def estimator(rewards):
+        return healthy(rewards) * (math.nan if sick.pop(0) and rank == 1 else 1.0)
 
     estimator.min_group_size = 1
     module.estimator = estimator

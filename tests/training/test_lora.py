@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from tealightning import LoRA, PolicyGradientLoss, PostTrainingModule
 from tealightning.diagnostics.projections import LinearProjection, score_vectors
 from tealightning.estimators import build_estimator
-from tealightning.training import module as module_file
+from tealightning.training import policy_module as module_file
 from tealightning.training.lora import adapter_off, add_adapter, merged_names, merged_parameters
 from tealightning.training.micro_batches import score_completions
 

@@ -17,8 +17,7 @@ from transformers import (
 )
 
 from tealightning.functional.log_probs import token_entropy, token_log_probs
-from tealightning.training.micro_batches import score_completions, trim
-from tealightning.training.output_head import linear_head
+from tealightning.training.micro_batches import linear_head, score_completions, trim
 
 SIZES = {
     "vocab_size": VOCAB,

@@ -1,0 +1,191 @@
+"""LightningModule around a causal LM: load it with reference and adapter, evaluate best-of-n, checkpoint, export."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from tealightning.errors import UserError
+from tealightning.metrics import BestOfN, TailFit
+from tealightning.metrics.best_of_n import check_budgets
+from tealightning.pretrained import load_policy, load_tokenizer, policy_config
+from tealightning.training.lora import LoRA, WithoutAdapter, add_adapter, add_frozen, check_checkpoint, drop_frozen
+from tealightning.training.policy_weights import policy_state_dict, shard
+from tealightning.types import PromptBatch, RolloutBatch
+
+
+class PolicyModule(pl.LightningModule):
+    """What `PostTrainingModule` does beside training: the policy's life from loading to export, and its evaluation.
+
+    Args:
+        policy: Folder or hub id of the policy.
+        reference: Folder or hub id of the reference; None = the policy as it was loaded.
+        with_reference: Training needs the reference.
+        lora: Adapter to train; None = all weights.
+        load_kwargs: `dtype` and `trust_remote_code` of `pretrained.load_policy`.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        ns: Best-of-n budgets; `max(ns)` completions are sampled a prompt.
+        extrapolate_ns: Budgets beyond `max(ns)`, extrapolated and logged under their own keys.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        *,
+        reference: str | None,
+        with_reference: bool,
+        lora: LoRA | None,
+        load_kwargs: dict[str, Any],
+        gradient_checkpointing: bool,
+        ns: Sequence[int],
+        extrapolate_ns: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.policy_path = policy
+        self.reference_path = reference or policy
+        self.with_reference = with_reference
+        self.lora = lora
+        self.load_kwargs = load_kwargs
+        self.gradient_checkpointing = gradient_checkpointing
+        self.policy: Any = None  # a transformers.PreTrainedModel once `configure_model` ran
+        self._reference_is_base = lora is not None and reference is None
+        self._reference: tuple[Any, ...] = ()  # in a tuple: no submodule, so neither checkpointed nor wrapped
+        self.ns = sorted(check_budgets("ns", ns))
+        extrapolated = check_budgets("extrapolate_ns", extrapolate_ns, may_be_empty=True)
+        if extrapolated and min(extrapolated) <= self.ns[-1]:
+            raise UserError(
+                f"extrapolate_ns must hold budgets above max(ns)={self.ns[-1]}, up to which they are measured; got "
+                f"{list(extrapolate_ns)}."
+            )
+        self.best_of_n = torch.nn.ModuleDict(
+            {split: BestOfN(ns=self.ns, extrapolate_ns=extrapolate_ns) for split in ("val", "test")}
+        )
+        self.tail_fit = torch.nn.ModuleDict({split: TailFit() for split in ("val", "test")})
+
+    # ---------------------------------------------------------------- loading
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The policy's tokenizer."""
+        return load_tokenizer(self.policy_path, trust_remote_code=self.load_kwargs["trust_remote_code"])
+
+    @cached_property
+    def policy_config(self) -> Any:
+        """The policy's configuration as it is saved; needs no weights."""
+        return policy_config(self.policy_path, trust_remote_code=self.load_kwargs["trust_remote_code"])
+
+    @property
+    def reference(self) -> Any:
+        """The frozen model that the KL is measured to; None where it is not loaded."""
+        if self._reference:
+            return self._reference[0]
+        return WithoutAdapter(self.policy) if self._reference_is_base else None
+
+    def setup(self, stage: str) -> None:
+        """Load the reference if training needs one. Safe to call again."""
+        if stage == "fit" and self.with_reference and not self._reference and not self._reference_is_base:
+            reference = load_policy(self.reference_path, argument="reference", **self.load_kwargs)
+            self._reference = (reference.requires_grad_(False).eval(),)
+
+    def configure_model(self) -> None:
+        """Load the policy, with its adapter. Safe to call again."""
+        if self.policy is not None:
+            return
+        self.policy = load_policy(
+            self.policy_path, gradient_checkpointing=self.gradient_checkpointing, **self.load_kwargs
+        )
+        if self.lora is not None:
+            add_adapter(self.policy, self.lora)
+        if self._reference_is_base and self.with_reference:
+            self._reference = (WithoutAdapter(self.policy),)
+        if self.device_mesh is not None:  # of trainer.strategy=ModelParallelStrategy
+            for model in (self.policy, *self._reference):
+                shard(model, self.device_mesh, lora=self.lora is not None)
+
+    def on_fit_start(self) -> None:
+        if self.trainer.precision == "16-mixed":  # clipping would take its scaled gradients for the real ones
+            raise UserError("trainer.precision=16-mixed is not supported: use bf16-mixed, bf16-true or 32-true.")
+        for reference in self._reference:
+            reference.to(self.device)
+
+    # ---------------------------------------------------------------- evaluation
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self._update_metrics("val", batch)
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self._update_metrics("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
+
+    def _update_metrics(self, split: str, batch: PromptBatch) -> None:
+        rewards = attached_rollouts(batch).rewards
+        for metric in self._metrics(split):
+            metric.update(rewards, keys=batch.keys.to(rewards.device))
+
+    def _log_metrics(self, split: str) -> None:
+        for metric in self._metrics(split):
+            values = {f"{split}/{key}": value for key, value in metric.compute().items()}
+            self.log_dict(values, sync_dist=True)  # the same on all ranks already; says so to Lightning
+            metric.reset()
+
+    def _metrics(self, split: str) -> list[Any]:
+        return [self.best_of_n[split], self.tail_fit[split]]
+
+    # ---------------------------------------------------------------- ranks
+
+    def over_ranks(self, values: Mapping[str, Tensor | float], op: str) -> dict[str, Tensor]:
+        """Reduce named scalars over ranks, all in one collective.
+
+        Args:
+            values: The same names on every rank.
+            op: `sum`, `max`, or `mean`, which fits data parallelism: it averages the ranks' gradients.
+
+        Returns:
+            The same names; float64 scalars on this module's device.
+        """
+        stacked = torch.stack(
+            [torch.as_tensor(value).detach().to(self.device, torch.float64) for value in values.values()]
+        )
+        return dict(zip(values, self.trainer.strategy.reduce(stacked, reduce_op=op), strict=True))
+
+    # ---------------------------------------------------------------- checkpoints and export
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        drop_frozen(self, checkpoint, self.lora)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_checkpoint(checkpoint, self.lora)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Also without the frozen weights, which an adapter's checkpoint leaves out."""
+        state = state_dict if self.lora is None else add_frozen(self, state_dict)
+        return super().load_state_dict(state, strict=strict, assign=assign)
+
+    def export(self, folder: str) -> None:
+        """Save policy and tokenizer in Hugging Face format (safetensors), loadable by transformers and vLLM. An adapter
+        is merged into the weights. Rank 0 writes, and all ranks must call it: a sharded policy is gathered."""
+        state = policy_state_dict(self.policy)
+        if self.global_rank == 0:
+            self.policy.save_pretrained(folder, state_dict=state)
+            self.tokenizer.save_pretrained(folder)
+
+
+def attached_rollouts(batch: PromptBatch) -> RolloutBatch:
+    """The rollouts that the rollout callback has attached.
+
+    Raises:
+        RuntimeError: if there is no such callback.
+    """
+    if batch.rollouts is None:
+        raise RuntimeError(
+            "The batch has no rollouts. Add RolloutCallback to the trainer's callbacks (CLI: section `rollout`)."
+        )
+    return batch.rollouts
