@@ -4,9 +4,8 @@ from tealightning.callbacks.budget import Budget
 from tealightning.callbacks.evaluation_record import EvaluationRecord
 from tealightning.callbacks.export import ExportPolicy
 from tealightning.callbacks.health import HealthChecks
-from tealightning.callbacks.report import BestOfNReport
+from tealightning.callbacks.report import BestOfNReport, SampleTable
 from tealightning.callbacks.rollout import RolloutCallback
-from tealightning.callbacks.samples import SampleTable
 from tealightning.reliability.checkpoint import ResumableCheckpoint
 from tealightning.reliability.deadlines import Deadlines
 

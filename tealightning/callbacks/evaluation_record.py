@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tealightning.errors import UserError
 from tealightning.functional.diversity import distinct_n, self_similarity
+from tealightning.functional.losses import kl_estimate
 from tealightning.pretrained import load_policy
 from tealightning.reliability.files import going_on_without, run_folder, write_whole
 from tealightning.rewards.base import Reward
@@ -148,7 +149,7 @@ class EvaluationRecord(Callback):
         shape = tuple(rollouts.rewards.shape)
         measured: dict[str, Tensor] = {
             "keys": batch.keys,
-            "rewards": rollouts.rewards.masked_fill(~rollouts.valid, float("nan")),
+            "rewards": rollouts.rewards,
             "lengths": rollouts.completion_lengths.view(shape),
             "truncated": rollouts.truncated.view(shape),
         }
@@ -179,9 +180,8 @@ class EvaluationRecord(Callback):
         ):
             scores = score_completions(reference, rollouts, chosen)
             length = scores.mask.shape[1]
-            log_ratio = (scores.log_probs - rollouts.rollout_log_probs[chosen, :length]).double()
-            k3 = torch.where(scores.mask, log_ratio.exp() - 1 - log_ratio, 0.0)
-            kl[chosen] = k3.sum(dim=1)
+            log_ratio = (rollouts.rollout_log_probs[chosen, :length] - scores.log_probs).double()
+            kl[chosen] = torch.where(scores.mask, kl_estimate(log_ratio, "k3"), 0.0).sum(dim=1)
         return kl[rows], rollouts.completion_lengths[rows].double()
 
     def _loaded_reference(self, pl_module: Any) -> Any:

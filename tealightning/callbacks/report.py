@@ -1,9 +1,8 @@
-"""Best-of-n report: table and curve before and after training, with the paired difference."""
+"""What a run shows of itself: best-of-n before and after training, and samples of what the policy says."""
 
 import csv
 import io
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,15 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
+from tealightning.errors import UserError
+from tealightning.functional.best_of_n import best_of_n
 from tealightning.functional.statistics import mean_over_prompts, paired_difference
-from tealightning.reliability.files import going_on_without, run_folder, write_whole
+from tealightning.reliability.files import append_lines, going_on_without, run_folder, write_whole
+from tealightning.types import Evaluation, PromptBatch
 
-
-@dataclass(kw_only=True, slots=True)
-class Evaluation:
-    """Best-of-n of every prompt at one point of training."""
-
-    step: int  # optimizer steps
-    keys: Tensor  # [Q] int64, prompt keys
-    values: Tensor  # [Q, len(ns)] float64, E[max of n] of each prompt
-    rewards: Tensor  # [Q, M] float64, the scored samples of each prompt, padded with NaN
+COLUMNS = ["phase", "step", "prompt_id", "prompt", "completion", "reward", "tokens", "truncated"]
+"""Of the table of samples."""
 
 
 class BestOfNReport(Callback):
@@ -44,12 +38,8 @@ class BestOfNReport(Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf"):
             return  # a glance at a few batches is no evaluation
-        metric = pl_module.best_of_n["val"]
-        keys, values = metric.per_prompt()
-        _, rewards = metric.pooled()
-        evaluation = Evaluation(
-            step=trainer.global_step, keys=keys.cpu(), values=values.cpu().double(), rewards=rewards.cpu()
-        )
+        keys, rewards = pl_module.best_of_n["val"].pooled()
+        evaluation = Evaluation(step=trainer.global_step, keys=keys.cpu(), rewards=rewards.cpu())
         if self.before is None:
             self.before = evaluation
         else:
@@ -85,11 +75,11 @@ class BestOfNReport(Callback):
     def rows(self, ns: list[int]) -> list[dict[str, float]]:
         """One row for each n: before, after and difference, each with its standard error."""
         assert self.before is not None and self.after is not None
-        before, after = self.before, self.after
+        before, after = (best_of_n(e.rewards, ns, ~e.rewards.isnan()) for e in (self.before, self.after))
         columns = {
-            "before": mean_over_prompts(before.values),
-            "after": mean_over_prompts(after.values),
-            "difference": paired_difference((before.keys, before.values), (after.keys, after.values)),
+            "before": mean_over_prompts(before),
+            "after": mean_over_prompts(after),
+            "difference": paired_difference((self.before.keys, before), (self.after.keys, after)),
         }
         rows = []
         for index, n in enumerate(ns):
@@ -143,15 +133,13 @@ class BestOfNReport(Callback):
             write_whole(folder / name, data)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            name: None if e is None else {"step": e.step, "keys": e.keys, "values": e.values, "rewards": e.rewards}
-            for name, e in (("before", self.before), ("after", self.after))
-        }
+        saved = {"before": self.before, "after": self.after}
+        return {name: e and {"step": e.step, "keys": e.keys, "rewards": e.rewards} for name, e in saved.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name in ("before", "after"):
-            saved = state_dict[name]
-            setattr(self, name, None if saved is None else Evaluation(**saved))
+        for name, saved in state_dict.items():
+            evaluation = saved and Evaluation(step=saved["step"], keys=saved["keys"], rewards=saved["rewards"])
+            setattr(self, name, evaluation)
 
 
 def reward_lines(evaluation: Evaluation) -> str:
@@ -188,3 +176,88 @@ def best_of_n_plot(rows: list[dict[str, float]], curves: dict[str, str]) -> byte
     image = io.BytesIO()
     figure.savefig(image, dpi=150)
     return image.getvalue()
+
+
+# ---------------------------------------------------------------- samples
+
+
+class SampleTable(Callback):
+    """Writes what the policy says: to `<run folder>/samples.jsonl`, and as a table to wandb or text to TensorBoard.
+
+    Of each prompt the best, the median and the worst completion by reward are shown.
+
+    Args:
+        every_n_steps: Training batches between tables; the first batch of each validation is always shown.
+        num_prompts: Prompts of a batch to show.
+    """
+
+    def __init__(self, every_n_steps: int = 10, num_prompts: int = 2) -> None:
+        if every_n_steps < 1 or num_prompts < 1:
+            raise UserError(f"every_n_steps and num_prompts must be at least 1, got {every_n_steps} and {num_prompts}.")
+        self.every_n_steps = every_n_steps
+        self.num_prompts = num_prompts
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
+    ) -> None:
+        if trainer.fit_loop.total_batch_idx % self.every_n_steps == 0:
+            self._show(trainer, batch, "train")
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: PromptBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx == 0:
+            self._show(trainer, batch, "val")
+
+    def _show(self, trainer: pl.Trainer, batch: PromptBatch, phase: str) -> None:
+        folder = run_folder(trainer)
+        if not trainer.is_global_zero or batch.rollouts is None:
+            return
+        rows = table_rows(batch, phase=phase, step=trainer.global_step, num_prompts=self.num_prompts)
+        with going_on_without(f"sampled completions to {folder / 'samples.jsonl'}; these are lost"):
+            append_lines(folder / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_table"):  # wandb
+                values = [[row[c] for c in COLUMNS] for row in rows]
+                logger.log_table(f"samples/{phase}", columns=COLUMNS, data=values, step=trainer.global_step)
+            elif add_text := getattr(getattr(logger, "experiment", None), "add_text", None):  # TensorBoard
+                add_text(f"samples/{phase}", _markdown(rows), trainer.global_step)
+
+
+def table_rows(batch: PromptBatch, *, phase: str, step: int, num_prompts: int) -> list[dict[str, Any]]:
+    """Best, median and worst completion (by reward; unscorable ones last) of the first prompts of the batch."""
+    rollouts = batch.rollouts
+    assert rollouts is not None
+    rows = []
+    for p in range(min(num_prompts, len(batch))):
+        rewards = rollouts.rewards[p].nan_to_num(nan=float("-inf"))
+        order = rewards.argsort(descending=True).tolist()
+        for i in dict.fromkeys([order[0], order[len(order) // 2], order[-1]]):
+            row = p * rollouts.group_size + i
+            rows.append(
+                {
+                    "phase": phase,
+                    "step": step,
+                    "prompt_id": batch.ids[p],
+                    "prompt": batch.prompts[p] if isinstance(batch.prompts[p], str) else json.dumps(batch.prompts[p]),
+                    "completion": rollouts.completions[row],
+                    "reward": float(rollouts.rewards[p, i]) if rollouts.valid[p, i] else None,
+                    "tokens": int(rollouts.completion_lengths[row]),
+                    "truncated": bool(rollouts.truncated[row]),
+                }
+            )
+    return rows
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    lines = ["| prompt | completion | reward |", "|---|---|---|"]
+    for row in rows:
+        cells = [str(row[c]).replace("|", "\\|").replace("\n", " ") for c in ("prompt", "completion", "reward")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from tealightning.callbacks.rollout_checks import UnscorableGuard, check_prompts, model_length, padding_id
@@ -16,7 +17,7 @@ from tealightning.rewards.base import Reward
 from tealightning.rollouts import EngineContext, RolloutCollector, RolloutEngine, policy_weights, prompt_seed
 from tealightning.rollouts.collector import rollout_metrics
 from tealightning.rollouts.prefetch import Collected, OneStepAhead
-from tealightning.types import PromptBatch, SamplingConfig, Split
+from tealightning.types import PromptBatch, RolloutBatch, SamplingConfig, Split
 
 
 class RolloutCallback(Callback):
@@ -201,15 +202,16 @@ class RolloutCallback(Callback):
         waited = time.perf_counter() - started
         synced = self._sync(trainer, pl_module)
         rollouts, seconds = collected or self._collect(trainer, batch, "train", self.group_size, self.rollout_step)
-        with during(RunPhase.OTHER):  # ranks meet in it
-            self._unscorable.check(trainer, rollouts, "train", self.reward.problem)
-        batch.rollouts = rollouts.to(pl_module.device)
         metrics = rollout_metrics(rollouts) | {f"{name}_seconds": value for name, value in seconds.items()}
         metrics |= {"sync_seconds": synced, "step": self.rollout_step}
         if self.steps_ahead:
             metrics |= {"wait_seconds": waited, "staleness": trainer.global_step - rollouts.weights_version}
         with during(RunPhase.OTHER):  # ranks meet in it
-            self._log(trainer, pl_module, batch, "rollout", metrics)
+            unscorable, total, all_metrics = _over_ranks(trainer, pl_module, rollouts, metrics)
+        self._unscorable.check(unscorable, total, "train", self.reward.problem)
+        batch.rollouts = rollouts.to(pl_module.device)
+        for name, value in all_metrics.items():
+            pl_module.log(f"rollout/{name}", value, batch_size=len(batch))
         pl_module.log("reward", metrics["reward_mean"], prog_bar=True, logger=False, batch_size=len(batch))
         self.rollout_step += 1
         if self.steps_ahead:
@@ -237,13 +239,24 @@ class RolloutCallback(Callback):
     ) -> None:
         self._evaluate(trainer, pl_module, batch, "test")
 
-    def _evaluate(self, trainer: pl.Trainer, pl_module: Any, batch: PromptBatch, phase: Split) -> None:
+    def _evaluate(self, trainer: pl.Trainer, pl_module: Any, batch: PromptBatch, split: Split) -> None:
         self._sync(trainer, pl_module)
-        rollouts, _ = self._collect(trainer, batch, phase, max(pl_module.ns), 0)
+        rollouts, _ = self._collect(trainer, batch, split, max(pl_module.ns), 0)
         with during(RunPhase.OTHER):  # ranks meet in it
-            self._unscorable.check(trainer, rollouts, phase, self.reward.problem)
+            unscorable, total, _ = _over_ranks(trainer, pl_module, rollouts, {})
+        self._unscorable.check(unscorable, total, split, self.reward.problem)
         batch.rollouts = rollouts.to(pl_module.device)
-        self._log(trainer, pl_module, batch, phase, rollout_metrics(rollouts))
+        for name, value in rollout_metrics(rollouts).items():
+            pl_module.log(
+                f"{split}/{name}",
+                float(value),
+                # A float, because Lightning averages the ranks' batch sizes in the type that they have: 6 and 5 gave 5.
+                batch_size=float(len(batch)),
+                reduce_fx="max" if name.endswith("_max") else "mean",
+                sync_dist=trainer.world_size > 1,
+                on_step=False,
+                on_epoch=True,
+            )
 
     def _start_next(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Begin to collect the next step's rollouts, from the weights as they are before this step's update."""
@@ -255,30 +268,14 @@ class RolloutCallback(Callback):
             upcoming.ids, partial(self._collect, trainer, upcoming, "train", self.group_size, self.rollout_step)
         )
 
-    def _collect(self, trainer: pl.Trainer, batch: PromptBatch, phase: Split, num_samples: int, step: int) -> Collected:
+    def _collect(self, trainer: pl.Trainer, batch: PromptBatch, split: Split, num_samples: int, step: int) -> Collected:
         assert self._collector is not None, "the engine is started before the first batch"
         return self._collector.collect(
             batch,
             num_samples=num_samples,
-            seeds=[prompt_seed(self._run_seed, phase, step, prompt_id) for prompt_id in batch.ids],
+            seeds=[prompt_seed(self._run_seed, split, step, prompt_id) for prompt_id in batch.ids],
             weights_version=self._synced_step if self._synced_step is not None else trainer.global_step,
         )
-
-    @staticmethod
-    def _log(
-        trainer: pl.Trainer, pl_module: pl.LightningModule, batch: PromptBatch, prefix: str, metrics: dict[str, float]
-    ) -> None:
-        for name, value in metrics.items():
-            pl_module.log(
-                f"{prefix}/{name}",
-                float(value),
-                # A float, because Lightning averages the ranks' batch sizes in the type that they have: 6 and 5 gave 5.
-                batch_size=float(len(batch)),  # type: ignore[arg-type]
-                reduce_fx="max" if name.endswith("_max") else "mean",
-                sync_dist=trainer.world_size > 1,
-                on_step=prefix == "rollout",
-                on_epoch=prefix != "rollout",
-            )
 
     def _sync(self, trainer: pl.Trainer, pl_module: Any) -> float:
         """Give the engine the trainer's weights if they changed; seconds taken."""
@@ -291,6 +288,21 @@ class RolloutCallback(Callback):
             self.engine.sync_weights(policy_weights(pl_module.policy))
         self._synced_step = trainer.global_step
         return time.perf_counter() - started
+
+
+def _over_ranks(
+    trainer: pl.Trainer, pl_module: Any, rollouts: RolloutBatch, metrics: dict[str, float]
+) -> tuple[int, int, dict[str, float]]:
+    """Unscorable completions, all completions, and metrics (means, but maxima where the name ends in `_max`) of all
+    ranks, in a collective for the sums and one for the maxima."""
+    means = {name: torch.tensor(value) for name, value in metrics.items() if not name.endswith("_max")}
+    maxima = {name: value for name, value in metrics.items() if name.endswith("_max")}
+    counts = {"unscorable completions": (~rollouts.valid).sum(), "all completions": rollouts.valid.numel()}
+    sums = {name: float(value) for name, value in pl_module.over_ranks(means | counts, "sum").items()}
+    highest = pl_module.over_ranks(maxima, "max") if maxima else {}
+    reduced = {name: sums[name] / trainer.world_size for name in means}
+    reduced |= {name: float(value) for name, value in highest.items()}
+    return int(sums["unscorable completions"]), int(sums["all completions"]), {name: reduced[name] for name in metrics}
 
 
 def _loader_of(trainer: pl.Trainer) -> Any:

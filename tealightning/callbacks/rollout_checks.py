@@ -3,13 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
-
 from tealightning.data.prompts import PromptSet
 from tealightning.errors import UserError
 from tealightning.pretrained import positions_of
-from tealightning.types import RolloutBatch, SamplingConfig, Split
+from tealightning.types import SamplingConfig, Split
 
 MOST_TOKENS = 8192
 """Prompt and completion, where nothing else says how long they get."""
@@ -94,40 +91,32 @@ class UnscorableGuard:
         if not 0 <= max_share <= 1:
             raise UserError(f"rollout.max_unscorable must be a share in [0, 1], got {max_share}.")
         self.max_share = max_share
-        self._so_far = torch.zeros(2, dtype=torch.float64)  # unscorable and all completions of an evaluation
+        self._unscorable = self._total = 0  # completions of the evaluation under way
 
     def begin_evaluation(self) -> None:
         """Forget the evaluation before."""
-        self._so_far.zero_()
+        self._unscorable = self._total = 0
 
-    def check(self, trainer: pl.Trainer, rollouts: RolloutBatch, phase: Split, problem: str | None) -> None:
-        """Count a batch of one rank.
+    def check(self, unscorable: int, total: int, split: Split, problem: str | None) -> None:
+        """Count a batch.
 
         Args:
-            trainer: Reduces over the ranks.
-            rollouts: What was scored.
-            phase: Of the run.
+            unscorable: Completions of all ranks that could not be scored.
+            total: All completions of all ranks.
+            split: Of the batch.
             problem: What the reward says about it.
 
         Raises:
-            UnscorableError: on every rank, if the share over all ranks is above the limit.
+            UnscorableError: on every rank, if the share is above the limit.
         """
-        counts = torch.tensor([(~rollouts.valid).sum(), rollouts.valid.numel()], dtype=torch.float64)
-        counts = _summed(trainer, counts)
-        if phase != "train":
-            counts = self._so_far = self._so_far + counts
-        unscorable, total = counts.tolist()
+        if split != "train":
+            self._unscorable, self._total = self._unscorable + unscorable, self._total + total
+            unscorable, total = self._unscorable, self._total
         if unscorable > self.max_share * total:
-            where = "a training step" if phase == "train" else f"this evaluation ({phase})"
+            where = "a training step" if split == "train" else f"this evaluation ({split})"
             raise UnscorableError(
-                f"{unscorable:.0f} of the {total:.0f} completions of {where} could not be scored, more than the share "
+                f"{unscorable} of the {total} completions of {where} could not be scored, more than the share "
                 f"of {self.max_share:g} that rollout.max_unscorable allows. "
                 f"{'The reward gave no reason' if problem is None else f'The reward says: {problem}'}. Once that is "
                 "mended, the run can be resumed from its last checkpoint."
             )
-
-
-def _summed(trainer: Any, counts: torch.Tensor) -> torch.Tensor:
-    if trainer.world_size == 1:
-        return counts
-    return trainer.strategy.reduce(counts.to(trainer.strategy.root_device), reduce_op="sum").cpu()

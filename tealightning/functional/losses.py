@@ -90,25 +90,27 @@ def truncated_importance_weights(trainer_log_probs: Tensor, rollout_log_probs: T
 KLEstimator = Literal["k1", "k2", "k3"]
 
 
-def kl_estimate(policy_log_probs: Tensor, ref_log_probs: Tensor, estimator: KLEstimator = "k3") -> Tensor:
+def kl_estimate(log_ratio: Tensor, estimator: KLEstimator = "k3") -> Tensor:
     """Per-token estimate of `KL(policy || reference)` at tokens sampled from the policy (Schulman 2020).
 
     With `d = log pi - log ref`: k1 = d (unbiased, noisy, negative at times), k2 = d^2/2 (biased, low noise),
     k3 = exp(-d) - 1 + d (unbiased, never negative). `d` above 20 in size is clamped in k3's exponential.
 
-    Returns:
-        Same shape as the log-probs, in nats.
+    Args:
+        log_ratio: d, of any shape.
 
-    >>> kl_estimate(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -1.0]))
+    Returns:
+        Same shape, in nats.
+
+    >>> kl_estimate(torch.tensor([0.0, -1.0]))
     tensor([0.0000, 0.7183])
     """
-    difference = policy_log_probs - ref_log_probs
     if estimator == "k1":
-        return difference
+        return log_ratio
     if estimator == "k2":
-        return 0.5 * difference**2
+        return 0.5 * log_ratio**2
     if estimator == "k3":
-        return (-difference).clamp(max=20.0).exp() - 1 + difference
+        return (-log_ratio).clamp(max=20.0).exp() - 1 + log_ratio
     raise ValueError(f"kl_estimator must be k1, k2 or k3, got {estimator!r}.")
 
 
@@ -122,7 +124,8 @@ def kl_penalty(policy_log_probs: Tensor, ref_log_probs: Tensor, estimator: KLEst
     >>> kl_penalty(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -1.0]), "k1")
     tensor([ 0., -1.])
     """
+    log_ratio = policy_log_probs - ref_log_probs
     if estimator == "k1":
-        k2 = kl_estimate(policy_log_probs, ref_log_probs, "k2")
-        return kl_estimate(policy_log_probs, ref_log_probs, "k1").detach() + k2 - k2.detach()
-    return kl_estimate(policy_log_probs, ref_log_probs, estimator)
+        k2 = kl_estimate(log_ratio, "k2")
+        return kl_estimate(log_ratio, "k1").detach() + k2 - k2.detach()
+    return kl_estimate(log_ratio, estimator)

@@ -102,11 +102,9 @@ def micro_batch_loss(
         sums |= {"entropy": scores.entropy.sum(), "mismatch": mismatch.sum(), "mismatch_max": mismatch.max()}
     if step.ref_log_probs is not None:
         ref_log_probs = step.ref_log_probs[here]
-        loss = (
-            loss
-            + settings.kl_coef * (weights * kl_penalty(policy_log_probs, ref_log_probs, settings.kl_estimator)).sum()
-        )
-        kl = kl_estimate(policy_log_probs.detach(), ref_log_probs, settings.kl_estimator)
+        penalty = kl_penalty(policy_log_probs, ref_log_probs, settings.kl_estimator)
+        loss = loss + settings.kl_coef * (weights * penalty).sum()
+        kl = kl_estimate(policy_log_probs.detach() - ref_log_probs, settings.kl_estimator)
         sums["kl"] = (kl * mask).sum()
     return loss, sums
 

@@ -5,12 +5,15 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from module_fixtures import make_rollouts, tiny_llama
 from playground_fits import data_of, module_of, record_of, rollout_of, trainer_of
 from transformers import AutoModelForCausalLM
 
 from tealightning import EvaluationRecord
 from tealightning.functional.best_of_n import best_of_n
+from tealightning.functional.losses import kl_estimate
 from tealightning.rewards import FunctionReward
+from tealightning.training.micro_batches import score_completions
 
 KL_SAMPLES = 2
 
@@ -173,3 +176,16 @@ def test_sanity_check_leaves_no_record_and_unscored_samples_are_nan(playground, 
 def test_too_few_samples_are_refused(arguments):
     with pytest.raises(ValueError, match="kl_samples must be at least 0 and diversity_samples at least 2"):
         EvaluationRecord(**arguments)
+
+
+def test_kl_far_from_the_reference_is_the_estimate_that_training_penalises():
+    """Both clamp k3's exponential: e^20 - 1 + d where the reference gives a sampled token e^60 times the policy's."""
+    rollouts = make_rollouts([[1.0, 2.0]])
+    rollouts.rollout_log_probs -= 60.0
+    module = SimpleNamespace(reference=tiny_llama(), micro_batch_tokens=100)
+    kl, _ = EvaluationRecord()._kl(module, rollouts)
+    log_probs = score_completions(tiny_llama(), rollouts, torch.arange(2)).log_probs
+    log_ratio = (rollouts.rollout_log_probs[:, : log_probs.shape[1]] - log_probs).double()
+    expected = (kl_estimate(log_ratio) * rollouts.completion_mask[:, : log_probs.shape[1]]).sum(dim=1)
+    torch.testing.assert_close(kl.flatten(), expected, rtol=1e-6, atol=0)
+    assert kl.max() < 6 * torch.e**20

@@ -9,27 +9,30 @@ from playground_fits import data_of, fit, module_of, rollout_of, trainer_of
 from run_records import metrics_of, quickstart_args
 
 from tealightning import BestOfNReport
-from tealightning.callbacks.report import Evaluation, reward_lines
+from tealightning.callbacks.report import reward_lines
+from tealightning.functional.best_of_n import best_of_n
+from tealightning.types import Evaluation
 
 VALIDATION = {"num_sanity_val_steps": -1, "limit_val_batches": 2, "check_val_every_n_epoch": None}
 
 
 def evaluation(step, values):
-    values = torch.tensor(values, dtype=torch.float64)
-    return Evaluation(step=step, keys=torch.arange(len(values)), values=values, rewards=values)
+    """Two samples a prompt with these values of best-of-1 and best-of-2."""
+    rewards = torch.tensor([[2 * one - two, two] for one, two in values], dtype=torch.float64)
+    return Evaluation(step=step, keys=torch.arange(len(values)), rewards=rewards)
 
 
 def test_difference_is_paired_over_prompts():
-    """Prompts differ by 10 and every one gains 1 at n = 4: the error of the gain is 0, those of the levels are not."""
+    """Prompts differ by 10 and every one gains 1 at n = 2: the error of the gain is 0, those of the levels are not."""
     report = BestOfNReport()
     report.before = evaluation(0, [[0.0, 1.0], [10.0, 11.0], [20.0, 21.0]])
     report.after = evaluation(5, [[1.0, 2.0], [10.0, 12.0], [22.0, 22.0]])
-    one, four = report.rows([1, 4])
+    one, two = report.rows([1, 2])
     assert (one["n"], one["before"], one["after"], one["difference"]) == (1, 10.0, 11.0, 1.0)
     assert one["difference_se"] == pytest.approx((1 / 3) ** 0.5)  # gains 1, 0, 2: variance 1 over 3 prompts
-    assert (four["before"], four["after"], four["difference"], four["difference_se"]) == (11.0, 12.0, 1.0, 0.0)
-    assert four["before_se"] == pytest.approx(10 / 3**0.5)
-    assert "|    4 | 11.000 ± 5.774  | 12.000 ± 5.774  | 1.000 ± 0.000   |" in report.table([1, 4])
+    assert (two["before"], two["after"], two["difference"], two["difference_se"]) == (11.0, 12.0, 1.0, 0.0)
+    assert two["before_se"] == pytest.approx(10 / 3**0.5)
+    assert "|    2 | 11.000 ± 5.774  | 12.000 ± 5.774  | 1.000 ± 0.000   |" in report.table([1, 2])
 
 
 def test_state_survives_a_checkpoint(tmp_path):
@@ -38,7 +41,10 @@ def test_state_survives_a_checkpoint(tmp_path):
     torch.save(report.state_dict(), tmp_path / "state")
     copy.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
     assert copy.before is not None and copy.after is None
-    assert copy.before.step == 3 and copy.before.values.tolist() == copy.before.rewards.tolist() == [[1.0, 2.0]]
+    assert copy.before.step == 3 and copy.before.rewards.tolist() == [[0.0, 2.0]]
+    older = {"before": {"step": 4, "keys": torch.tensor([1]), "values": torch.ones(1, 1), "rewards": torch.ones(1, 2)}}
+    copy.load_state_dict(older | {"after": None})
+    assert copy.before.step == 4 and copy.after is None
 
 
 def test_before_is_the_sanity_check_and_after_the_last_validation(playground, tmp_path):
@@ -51,8 +57,8 @@ def test_before_is_the_sanity_check_and_after_the_last_validation(playground, tm
     assert len(report.before.keys) == 8  # two batches of four prompts
     assert torch.equal(report.before.keys, report.after.keys)
     first, _, last = [validation["metrics"] for validation in record.validations]
-    assert report.before.values[:, 1].mean() == pytest.approx(first["val/best_of_4"])
-    assert report.after.values[:, 1].mean() == pytest.approx(last["val/best_of_4"])
+    assert best_of_n(report.before.rewards, [4]).mean() == pytest.approx(first["val/best_of_4"])
+    assert best_of_n(report.after.rewards, [4]).mean() == pytest.approx(last["val/best_of_4"])
 
 
 def test_files_hold_the_rows(playground, tmp_path):
@@ -73,12 +79,12 @@ def test_rewards_are_written_a_line_a_prompt(playground, tmp_path):
         assert [line["key"] for line in lines] == evaluation_.keys.tolist()
         rewards = torch.tensor([line["rewards"] for line in lines], dtype=torch.float64)
         assert rewards.shape == (8, 4)
-        torch.testing.assert_close(rewards.mean(dim=1), evaluation_.values[:, 0], rtol=1e-12, atol=0)  # best of 1
+        assert torch.equal(rewards, evaluation_.rewards)
 
 
 def test_unscorable_samples_are_not_in_the_rewards_file(tmp_path):
     rewards = torch.tensor([[1.5, float("nan"), -2.0], [0.1, 3.0, 4.0]], dtype=torch.float64)
-    written = Evaluation(step=0, keys=torch.tensor([2**62, 7]), values=torch.zeros(2, 1), rewards=rewards)
+    written = Evaluation(step=0, keys=torch.tensor([2**62, 7]), rewards=rewards)
     (tmp_path / "rewards.jsonl").write_text(reward_lines(written))
     assert (tmp_path / "rewards.jsonl").read_text().splitlines() == [
         '{"key": 4611686018427387904, "rewards": [1.5, -2.0]}',
@@ -93,7 +99,7 @@ def test_a_resumed_run_keeps_the_evaluation_before_training(playground, tmp_path
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     fit(playground, steps=2, callbacks=[second], ckpt_path=str(tmp_path / "last.ckpt"), **settings)
     assert (second.before.step, second.after.step) == (0, 2)
-    assert torch.equal(second.before.values, first.before.values)
+    assert torch.equal(second.before.rewards, first.before.rewards)
 
 
 def test_without_an_evaluation_before_training_there_is_a_hint_and_no_table(playground, tmp_path):

@@ -8,7 +8,7 @@ from playground_fits import fit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tealightning import SampleTable
-from tealightning.callbacks.samples import COLUMNS, table_rows
+from tealightning.callbacks.report import COLUMNS, table_rows
 
 
 def read(file):

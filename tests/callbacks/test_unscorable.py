@@ -1,7 +1,6 @@
 """When a run stops because its completions cannot be scored."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,54 +8,61 @@ from playground_fits import data_of, fit, module_of, rollout_of, trainer_of
 
 from tealightning.callbacks.rollout_checks import UnscorableError, UnscorableGuard
 
-ALONE = SimpleNamespace(world_size=1)
-
-
-def rollouts(unscorable, total):
-    rewards = torch.tensor([math.nan] * unscorable + [0.0] * (total - unscorable)).reshape(1, total)
-    return SimpleNamespace(valid=torch.isfinite(rewards))
-
 
 @pytest.mark.parametrize(("max_share", "unscorable", "stops"), [(0.5, 4, False), (0.5, 5, True), (0.0, 0, False)])
 def test_share_above_the_limit_stops_a_training_step(max_share, unscorable, stops):
     guard = UnscorableGuard(max_share)
-    guard.check(ALONE, rollouts(0, 800), "train", None)  # earlier steps do not count
+    guard.check(0, 800, "train", None)  # earlier steps do not count
     if not stops:
-        return guard.check(ALONE, rollouts(unscorable, 8), "train", None)
+        return guard.check(unscorable, 8, "train", None)
     with pytest.raises(
         UnscorableError, match=r"5 of the 8 completions of a training step.*share of 0.5 that rollout.max"
     ):
-        guard.check(ALONE, rollouts(unscorable, 8), "train", None)
+        guard.check(unscorable, 8, "train", None)
 
 
 def test_share_of_one_never_stops_and_of_zero_always():
-    UnscorableGuard(1.0).check(ALONE, rollouts(8, 8), "train", None)
+    UnscorableGuard(1.0).check(8, 8, "train", None)
     with pytest.raises(UnscorableError, match="The reward says: the judge is asleep"):
-        UnscorableGuard(0.0).check(ALONE, rollouts(1, 800), "train", "the judge is asleep")
+        UnscorableGuard(0.0).check(1, 800, "train", "the judge is asleep")
 
 
 def test_evaluation_counts_all_its_batches_so_far_and_each_evaluation_anew():
     guard = UnscorableGuard(0.5)
-    guard.check(ALONE, rollouts(2, 8), "val", None)
-    guard.check(ALONE, rollouts(2, 2), "val", None)  # a last batch of one prompt
+    guard.check(2, 8, "val", None)
+    guard.check(2, 2, "val", None)  # a last batch of one prompt
     with pytest.raises(UnscorableError, match=r"8 of the 14 completions of this evaluation \(val\)"):
-        guard.check(ALONE, rollouts(4, 4), "val", None)
+        guard.check(4, 4, "val", None)
     guard.begin_evaluation()
-    guard.check(ALONE, rollouts(4, 8), "val", None)
+    guard.check(4, 8, "val", None)
 
 
-def test_all_ranks_decide_by_their_sum():
-    """A rank that could score nothing goes on if the others could, and stops with them if they could not."""
-    other = torch.tensor([0.0, 8.0])
-    strategy = SimpleNamespace(root_device="cpu", reduce=lambda counts, reduce_op: counts + other)
-    ranks = SimpleNamespace(world_size=2, strategy=strategy)
-    guard = UnscorableGuard(0.5)
-    guard.check(ranks, rollouts(8, 8), "train", None)
-    other += torch.tensor([1.0, 0.0])
-    with pytest.raises(UnscorableError, match="9 of the 16"):
-        guard.check(ranks, rollouts(8, 8), "train", None)
-    with pytest.raises(UnscorableError, match="9 of the 24"):
-        UnscorableGuard(0.3).check(ranks, rollouts(8, 16), "train", None)
+def nothing_scored(prompts, completions, metadata):
+    return [None] * len(completions)
+
+
+def test_all_ranks_decide_by_their_sum(playground):
+    """A rank that could score nothing goes on if the other could, and stops with it if it could not."""
+    other = torch.zeros(2, dtype=torch.float64)  # unscorable and all completions of the other rank
+
+    class TwoRanks(type(module_of(playground))):
+        def over_ranks(self, values, op):
+            result = super().over_ranks(values, op)
+            if "all completions" in values:
+                result["unscorable completions"] += other[0]
+                result["all completions"] += other[1]
+            return result
+
+    def run():
+        module = module_of(playground)
+        module.__class__ = TwoRanks
+        return fit(playground, steps=1, module=module, reward=nothing_scored)
+
+    other += torch.tensor([0, 32])
+    run()
+    other += torch.tensor([1, 0])
+    with pytest.raises(UnscorableError, match="33 of the 64"):
+        run()
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])

@@ -6,7 +6,8 @@ import torch
 from command_line import overlay, run
 from run_records import quickstart_args
 
-from tealightning.callbacks.report import Evaluation, reward_lines
+from tealightning.callbacks.report import reward_lines
+from tealightning.types import Evaluation
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def test_a_file_of_rewards_gives_a_report(tmp_path, rewards):
 
 def test_a_runs_rewards_before_and_after(tmp_path, rewards):
     for name, values in (("before", rewards), ("after", (rewards > 0).double())):
-        evaluation = Evaluation(step=0, keys=torch.arange(64), values=values[:, :1], rewards=values)
+        evaluation = Evaluation(step=0, keys=torch.arange(64), rewards=values)
         (tmp_path / f"rewards_{name}.jsonl").write_text(reward_lines(evaluation))
     after = run("diagnose", "tail", "--run", tmp_path, "--out", tmp_path / "after")
     before = run("diagnose", "tail", "--run", tmp_path, "--which", "before", "--out", tmp_path / "before")

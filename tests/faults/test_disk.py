@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM
 from tealightning import BestOfNReport, ExportPolicy, SampleTable
 from tealightning.ablation import worker
 from tealightning.callbacks import EvaluationRecord
-from tealightning.callbacks.report import Evaluation
 from tealightning.estimators import _constants
 from tealightning.reliability.checkpoint import ResumableCheckpoint
 from tealightning.reliability.checkpoint_files import VerifiedCheckpointIO, checkpoints, newest_good, step_of, verify
 from tealightning.reliability.files import append_lines
 from tealightning.reliability.logger import DurableCSVLogger, MetricsWriter
+from tealightning.types import Evaluation
 from tealightning.worlds.folder import build_folder, load_playground
 
 VALIDATION = {"log_every_n_steps": 1, "limit_val_batches": 1, "num_sanity_val_steps": -1, "val_check_interval": 2}
@@ -209,8 +209,7 @@ def test_kill_during_an_export_leaves_the_old_or_the_new_one(trained, memory, in
 
 
 def evaluation(value):
-    shape = torch.Size([3, 2])
-    return Evaluation(step=int(value), keys=torch.arange(3), values=torch.full(shape, value), rewards=torch.rand(3, 4))
+    return Evaluation(step=int(value), keys=torch.arange(3), rewards=torch.rand(3, 4, dtype=torch.float64))
 
 
 @pytest.mark.fault("SIGKILL while metrics and reports are written", how="a process that only writes, at random moments")

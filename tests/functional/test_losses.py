@@ -82,14 +82,14 @@ TRUE_KL = float((POLICY * (POLICY / REFERENCE).log()).sum())
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_kl_estimate_is_unbiased_in_exact_expectation(estimator):
-    estimate = kl_estimate(POLICY.log(), REFERENCE.log(), estimator)
+    estimate = kl_estimate(POLICY.log() - REFERENCE.log(), estimator)
     assert float((POLICY * estimate).sum()) == pytest.approx(TRUE_KL)
 
 
 def test_kl_estimate_k3_is_never_negative_and_finite():
     policy = torch.tensor([-100.0, -1.0, 0.0])
     reference = torch.tensor([0.0, -1.0, -100.0])
-    estimate = kl_estimate(policy, reference, "k3")
+    estimate = kl_estimate(policy - reference, "k3")
     assert (estimate >= 0).all() and estimate.isfinite().all()
     assert estimate[1] == 0
 
@@ -111,10 +111,10 @@ def test_kl_penalty_gradient_is_that_of_the_exact_kl(estimator):
 
 def test_kl_penalty_k1_keeps_its_value():
     assert torch.allclose(
-        kl_penalty(POLICY.log(), REFERENCE.log(), "k1"), kl_estimate(POLICY.log(), REFERENCE.log(), "k1")
+        kl_penalty(POLICY.log(), REFERENCE.log(), "k1"), kl_estimate(POLICY.log() - REFERENCE.log(), "k1")
     )
 
 
 def test_kl_estimate_rejects_an_unknown_name():
     with pytest.raises(ValueError, match="k1, k2 or k3"):
-        kl_estimate(POLICY, REFERENCE, "k4")
+        kl_estimate(POLICY - REFERENCE, "k4")

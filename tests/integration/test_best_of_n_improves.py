@@ -4,6 +4,7 @@ import pytest
 from playground_fits import data_of, module_of, rollout_of, trainer_of
 
 from tealightning import BestOfNReport
+from tealightning.functional.best_of_n import best_of_n
 from tealightning.functional.statistics import paired_difference
 
 NS = (1, 16)
@@ -31,7 +32,7 @@ def test_best_of_n_rises_by_more_than_three_standard_errors(estimator, playgroun
     module = module_of(playground, estimator=estimator, lr=5e-3, ns=NS)
     trainer.fit(module, datamodule=data_of(playground, val_batch_size=16))
     before, after = report.before, report.after
-    rise = paired_difference((before.keys, before.values), (after.keys, after.values))
+    rise = paired_difference((before.keys, best_of_n(before.rewards, NS)), (after.keys, best_of_n(after.rewards, NS)))
     assert (before.step, after.step) == (0, STEPS)
     assert (rise.num_prompts >= 10).all()
     assert (rise.mean > 3 * rise.standard_error).all(), rise

@@ -1,7 +1,9 @@
 """Two real ranks, each with its share of a batch, take the step that one process takes on the whole batch."""
 
+import json
 from pathlib import Path
 
+import collective_counts
 import gradient_cases
 import pytest
 import torch
@@ -49,3 +51,13 @@ def test_two_ranks_take_the_step_of_one_process(ranks, policy, case):
             assert shared["metrics"][key] == pytest.approx(alone["metrics"][key], rel=1e-5, abs=1e-6), key
     assert torch.equal(ranks[0][case]["weights"], ranks[1][case]["weights"])
     assert ranks[0][case]["metrics"] == ranks[1][case]["metrics"]
+
+
+@pytest.mark.slow
+def test_a_step_exchanges_its_scalars_in_few_collectives(playground, tmp_path):
+    """Rollouts: counts and metrics as a sum, maxima. Training: sizes before the loss, what is not finite after the
+    backward pass, metrics after the step. Budget: a sum; health: a maximum."""
+    run_ranks(Path(collective_counts.__file__), str(playground), str(tmp_path))
+    for rank in range(2):
+        for step in json.loads((tmp_path / f"{rank}.json").read_text()):
+            assert [entry.split()[0] for entry in step] == ["sum", "max", "sum", "max", "sum", "sum", "max"]
