@@ -46,8 +46,7 @@ def main(folder: str = "runs/prose_tiny", *, steps: int = 20) -> list[float]:
     engine = TransformersEngine()
     context = {"policy_path": path, "device": torch.device("cpu"), "max_model_len": 64, "seed": 0}
     engine.start(EngineContext(policy=policy, tokenizer=tokenizer, **context))
-    reward, sampling = FunctionReward(letters), SamplingConfig(max_new_tokens=12)
-    collector = RolloutCollector(engine, reward, sampling, pad_token_id=tokenizer.pad_token_id)
+    collector = RolloutCollector(engine, FunctionReward(letters), SamplingConfig(max_new_tokens=12), pad_token_id=0)
     estimator = OptimalTEA(target_n=128, alpha=1.0, scale="group_std", scale_weight=0.5)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=5e-3)
 

@@ -37,9 +37,6 @@ from tealightning.training.policy_module import PolicyModule, attached_rollouts
 from tealightning.training.policy_weights import gradient_sync, is_sharded, whole
 from tealightning.types import PromptBatch, RolloutBatch, StepBatch
 
-AdvantageScale = Literal["none", "batch_rms"]
-InnerEpochCorrection = Literal["clip", "exact"]
-
 
 class PostTrainingModule(PolicyModule):
     """Post-trains a causal LM with advantages from a pluggable estimator.
@@ -80,9 +77,9 @@ class PostTrainingModule(PolicyModule):
         loss: PolicyGradientLoss | None = None,
         reference: str | None = None,
         lora: LoRA | None = None,
-        advantage_scale: AdvantageScale = "batch_rms",
+        advantage_scale: Literal["none", "batch_rms"] = "batch_rms",
         inner_epochs: int = 1,
-        inner_epoch_correction: InnerEpochCorrection = "clip",
+        inner_epoch_correction: Literal["clip", "exact"] = "clip",
         micro_batch_tokens: int | None = None,
         micro_batch_size: int | None = None,
         gradient_clip_norm: float | None = 1.0,
@@ -153,23 +150,23 @@ class PostTrainingModule(PolicyModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
-        if self.lr_scheduler is None:
-            return optimizer
-        return [optimizer], [self.lr_scheduler(optimizer)]
+        return optimizer if self.lr_scheduler is None else ([optimizer], [self.lr_scheduler(optimizer)])
 
     # ---------------------------------------------------------------- the step, from top to bottom
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        step = self._prepared(attached_rollouts(batch))
-        sampled_log_probs = self._log_probs_besides(step) if self.inner_epochs > 1 else None
+        rollouts = attached_rollouts(batch)
+        step = self._step_batch(rollouts, self.estimator(rollouts.rewards))
+        sampled_log_probs = self._untrained_log_probs(step)  # the first inner epoch adds those that it trains on
         sums: dict[str, Tensor] = {}
         trained_tokens = 0
         self.skipped.begin()
         for epoch in range(self.inner_epochs):
             if epoch > 0:
-                assert sampled_log_probs is not None, "there is more than one inner epoch"
-                step = self._step_moved_on(step, sampled_log_probs)
-            epoch_sums = self._optimizer_step(step, record=sampled_log_probs if epoch == 0 else None, epoch=epoch)
+                step = self._step_of_moved_policy(step, sampled_log_probs)
+            epoch_sums, log_probs = self._optimizer_step(step, epoch)
+            if epoch == 0:
+                sampled_log_probs += log_probs
             trained_tokens += int(epoch_sums.get("tokens", 0))
             sums |= epoch_sums
             if self.skipped.last is not None:  # the weights are where they were: later epochs would fail the same way
@@ -179,9 +176,8 @@ class PostTrainingModule(PolicyModule):
         self.skipped.end()
         self._log_step(step, sums, trained_tokens)
 
-    def _prepared(self, rollouts: RolloutBatch) -> StepBatch:
-        """Advantages, the rollouts to train on, the batch's sizes and the reference's log-probs."""
-        advantages = self.estimator(rollouts.rewards)
+    def _step_batch(self, rollouts: RolloutBatch, advantages: Tensor) -> StepBatch:
+        """The rollouts to train on, their advantages [P, m], the batch's sizes and the reference's log-probs."""
         scored = rollouts.valid.flatten()
         tokens, squares = rollouts.completion_lengths[scored].sum(), (advantages**2).sum()
         sizes = self.over_ranks({"tokens": tokens, "sequences": scored.sum(), "squares": squares}, "mean")
@@ -199,9 +195,8 @@ class PostTrainingModule(PolicyModule):
     def _scaled(self, advantages: Tensor, squares: Tensor, num_sequences: Tensor) -> Tensor:
         """[P, m] float64: advantages over their root mean square in the batch, if asked for."""
         mean_square = squares / num_sequences.clamp(min=1)
-        return (
-            advantages / mean_square.sqrt() if self.advantage_scale == "batch_rms" and mean_square > 0 else advantages
-        )
+        is_scaled = self.advantage_scale == "batch_rms" and bool(mean_square > 0)
+        return advantages / mean_square.sqrt() if is_scaled else advantages
 
     def _rows_to_train(self, rollouts: RolloutBatch, advantages: Tensor) -> Tensor:
         """[R] indices of the rollouts that a loss term needs: all scored ones with a KL penalty, else those with an
@@ -210,18 +205,16 @@ class PostTrainingModule(PolicyModule):
         needed = needed.flatten() & (rollouts.completion_lengths > 0)
         return needed.nonzero().squeeze(1)
 
-    def _optimizer_step(self, step: StepBatch, *, epoch: int, record: Tensor | None) -> dict[str, Tensor]:
-        """One pass over the step's rollouts, one optimizer step; returns the metrics' sums over this rank.
+    def _optimizer_step(self, step: StepBatch, epoch: int) -> tuple[dict[str, Tensor], Tensor]:
+        """One pass over the step's rollouts, one optimizer step; where loss or gradient is not finite on any rank, no
+        rank steps.
 
-        Where loss or gradient is not finite on any rank, no rank steps.
-
-        Args:
-            record: [B, T] to fill with the log-probs of the trained rollouts.
+        Returns:
+            (metrics' sums over this rank, log-probs [B, T] of the trained rollouts before the step)
         """
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        log_probs = torch.zeros_like(step.rollouts.rollout_log_probs) if record is None else record
-        sums = self._backward(step, is_first=epoch == 0, record=log_probs)
+        sums, log_probs = self._backward(step, is_first=epoch == 0)
         norm = unclipped_norm(self.policy)
         sums["grad_norm"] = whole(norm)
         own = {"not_finite": is_not_finite(sums), "mismatch_max": sums.get("mismatch_max", 0.0)}
@@ -231,21 +224,20 @@ class PostTrainingModule(PolicyModule):
         if highest["not_finite"]:
             advantages = step.advantages.view_as(step.rollouts.rewards)
             self.skipped.add(skipped_step(sums, self.policy, epoch, advantages, log_probs))
-            return sums
-        max_norm = self.gradient_clip_norm if self.gradient_clip_norm is not None else float("inf")
-        torch.nn.utils.clip_grads_with_norm_(self.policy.parameters(), max_norm, norm)
+            return sums, log_probs
+        torch.nn.utils.clip_grads_with_norm_(self.policy.parameters(), self.gradient_clip_norm or float("inf"), norm)
         optimizer.step()
-        return sums
+        return sums, log_probs
 
-    def _backward(self, step: StepBatch, *, is_first: bool, record: Tensor) -> dict[str, Tensor]:
-        """Add up the gradient over micro-batches; ranks meet in the last one's backward. `record` [B, T] takes the
-        log-probs.
+    def _backward(self, step: StepBatch, *, is_first: bool) -> tuple[dict[str, Tensor], Tensor]:
+        """Add up the gradient over micro-batches; ranks meet in the last one's backward. Returns as `_optimizer_step`.
 
         Entropy and the engine/trainer mismatch are those of the sampling weights: of the first inner epoch only.
         """
         # A rank with nothing to train still has to meet the others in backward: in a rollout weighted by 0.
         splits = self._micro_batches(self.policy, step.rollouts, step.rows, at_least=1)
         sums: dict[str, Tensor] = {}
+        log_probs = torch.zeros_like(step.rollouts.rollout_log_probs)
         for index, chosen in enumerate(splits):
             with gradient_sync(self.policy, self.trainer.strategy, wanted=index == len(splits) - 1):
                 scores = score_completions(self.policy, step.rollouts, _some(chosen), with_entropy=is_first)
@@ -254,8 +246,8 @@ class PostTrainingModule(PolicyModule):
             beat()
             if len(chosen) > 0:
                 merge_sums(sums, part)
-                record[chosen, : scores.mask.shape[1]] = scores.log_probs.detach()
-        return sums
+                log_probs[chosen, : scores.mask.shape[1]] = scores.log_probs.detach()
+        return sums, log_probs
 
     def _log_step(self, step: StepBatch, sums: dict[str, Tensor], trained_tokens: int) -> None:
         """Log the step's metrics, reduced over ranks."""
@@ -286,15 +278,16 @@ class PostTrainingModule(PolicyModule):
 
     # ---------------------------------------------------------------- inner epochs after the first
 
-    def _log_probs_besides(self, step: StepBatch) -> Tensor:
-        """[B, T] for the log-probs under the weights that sampled. The first inner epoch's own forward pass records
-        them; exact correction also wants those of rollouts that are not trained on."""
-        scored = step.rollouts.valid.flatten()
-        scored[step.rows] = False
-        others = scored.nonzero().squeeze(1) if self.is_exact_off_policy else step.rows[:0]
-        return self._frozen_log_probs(self.policy, step.rollouts, others)
+    def _untrained_log_probs(self, step: StepBatch) -> Tensor:
+        """[B, T] log-probs, under the weights that sampled, of the scored rollouts that the step does not train on:
+        exact correction needs them. 0 elsewhere."""
+        if not self.is_exact_off_policy or self.inner_epochs == 1:
+            return torch.zeros_like(step.rollouts.rollout_log_probs)
+        others = step.rollouts.valid.flatten()
+        others[step.rows] = False
+        return self._frozen_log_probs(self.policy, step.rollouts, others.nonzero().squeeze(1))
 
-    def _step_moved_on(self, step: StepBatch, sampled_log_probs: Tensor) -> StepBatch:
+    def _step_of_moved_policy(self, step: StepBatch, sampled_log_probs: Tensor) -> StepBatch:
         """The step for the policy as it is after an inner epoch: the loss compares it with the one that sampled. With
         exact correction advantages from the ratios of whole completions replace the loss's own ratios."""
         if not self.is_exact_off_policy:
