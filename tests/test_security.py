@@ -44,7 +44,7 @@ ALLOWED = {
     # The class of the exception that torch.load raises, which is called with weights_only.
     ("tealightning/reliability/checkpoint_files.py", "import pickle"),
     # The class of an exception: the process that it talks to runs the function of the user.
-    ("tealightning/rewards/function_worker.py", "import pickle"),
+    ("tealightning/rewards/function.py", "import pickle"),
     # _SafeLoader is a yaml.SafeLoader: the tests of YAML tags below are of it.
     ("tealightning/strict_yaml.py", "yaml.load(text, Loader=_SafeLoader)"),
 }

@@ -90,10 +90,7 @@ def bisect_failures(
 
 
 def check_seconds(name: str, seconds: float) -> None:
-    """
-    Raises:
-        UserError: unless `seconds` is above 0 and no longer than a thread can wait.
-    """
+    """Refuse, with a UserError, `seconds` that are not above 0 or longer than a thread can wait."""
     if not 0 < seconds < threading.TIMEOUT_MAX:
         raise UserError(f"{name} must be above 0, got {seconds}.")
 

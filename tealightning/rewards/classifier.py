@@ -26,8 +26,8 @@ class SequenceClassifierReward(Reward):
     Args:
         model: Folder or hub id of the reward model.
         tokenizer: Folder or hub id of its tokenizer; None = the one saved with the model.
-        dtype: Of weights and scores. `bfloat16` has 8 significant bits: scores near 10 are then multiples of 1/16,
-            and tied maxima tell an estimator of the upper tail nothing.
+        dtype: Data type of weights and scores. `bfloat16` has 8 significant bits: scores near 10 are then multiples of
+            1/16, and tied maxima tell an estimator of the upper tail nothing.
         batch_size: Most completions of one forward pass.
         batch_tokens: Most tokens of one forward pass, padding included (a longer sequence goes alone); None = 16,384 on
             a GPU and 2,048 on a CPU.

@@ -1,26 +1,49 @@
-"""Reward computed by a Python function of the user."""
+"""Reward computed by a Python function of the user, in this process or, with a time limit, in one of its own."""
 
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pickle import PicklingError
 from typing import Any, Literal
 
 import torch
 
+from tealightning.checks import check_choice
 from tealightning.errors import UserError
 from tealightning.registry import register
+from tealightning.reliability.processes import ChildProcess
+from tealightning.rewards import user_function
 from tealightning.rewards.base import Reward, as_scores, bisect_failures, check_seconds
-from tealightning.rewards.function_worker import (
-    FunctionRaisedError,
-    FunctionWorker,
-    WorkerDiedError,
-    WorkerStartError,
-    WorkerTimeoutError,
-)
-from tealightning.rewards.user_function import call_function, function_path, import_function
 from tealightning.types import Prompt, RewardScores
 
 _TIMEOUTS_OF_A_DEADLINE = 10.0  # enough to find one completion in 500 that hangs
+_START_SECONDS = 300.0  # to import the function, which may load a model
+
+
+class FunctionRaisedError(RuntimeError):
+    """The function raised."""
+
+    def __init__(self, name: str, error: str, count: int, message: str) -> None:
+        super().__init__(f"reward function {name!r} raised {error} on {count} completions: {message}")
+
+
+class WorkerStartError(UserError):
+    """The function cannot be imported in its process."""
+
+
+class WorkerTimeoutError(RuntimeError):
+    """The function took too long; its process has been ended."""
+
+
+class WorkerDiedError(RuntimeError):
+    """The function's process ended while it was at work."""
 
 
 @register
@@ -51,13 +74,18 @@ class FunctionReward(Reward):
         deadline_seconds: float | None = None,
         on_error: Literal["raise", "unscored"] = "raise",
     ) -> None:
-        _check_settings(timeout_seconds, deadline_seconds, on_error)
+        for setting, seconds in (("timeout_seconds", timeout_seconds), ("deadline_seconds", deadline_seconds)):
+            if seconds is not None:
+                check_seconds(setting, seconds)
+        if deadline_seconds is not None and timeout_seconds is None:
+            raise UserError("deadline_seconds has no effect without timeout_seconds: set that too.")
+        check_choice("on_error", on_error, ("raise", "unscored"))
         self.on_error = on_error
         self._runner: _InProcess | FunctionWorker
         if timeout_seconds is None:
             self._runner = _InProcess(function)
         else:
-            self._runner = FunctionWorker(function_path(function), timeout_seconds=timeout_seconds)
+            self._runner = FunctionWorker(user_function.function_path(function), timeout_seconds=timeout_seconds)
         self._budget_seconds = deadline_seconds or _TIMEOUTS_OF_A_DEADLINE * (timeout_seconds or float("inf"))
         self._is_tolerant = timeout_seconds is not None or on_error == "unscored"
         self._closes = 0
@@ -91,21 +119,45 @@ class FunctionReward(Reward):
         """
         if not self._is_tolerant:
             return super().__call__(prompts, completions, metadata)
-        call = _TolerantCall(self._runner, prompts, completions, metadata, raises=self.on_error == "raise")
-        closes = self._closes
-        total = call.scores(lambda: self._closes == closes and call.seconds < self._budget_seconds)
-        if call.problem is not None:
-            self._report(call)
-        return RewardScores(total=total, components={self.name: total}, counts={self.name: call.counts})
+        columns = {"prompts": prompts, "completions": completions, "metadata": metadata}
+        counts = dict.fromkeys(("timeouts", "crashes", "errors", "unscored"), 0)
+        problem: str | None = None
 
-    def _report(self, call: "_TolerantCall") -> None:
+        def attempt(rows: Sequence[int]) -> Sequence[float] | None:
+            nonlocal problem
+            try:
+                values = self._runner.call(**{name: [column[i] for i in rows] for name, column in columns.items()})
+                return as_scores(values, expected=len(rows), source=f"reward {self.name!r}").tolist()
+            except WorkerStartError:
+                raise
+            except (WorkerTimeoutError, WorkerDiedError) as error:
+                counts["timeouts" if isinstance(error, WorkerTimeoutError) else "crashes"] += 1
+                problem = str(error)
+            except (FunctionRaisedError, ValueError) as error:
+                if self.on_error == "raise":
+                    raise
+                counts["errors"] += 1
+                problem = str(error)
+            return None
+
+        closes, deadline = self._closes, time.monotonic() + self._budget_seconds
+        scored = bisect_failures(
+            range(len(completions)), attempt, lambda: self._closes == closes and time.monotonic() < deadline
+        )
+        counts["unscored"] = len(completions) - len(scored)
+        if problem is not None:
+            self._report(problem, counts["unscored"])
+        total = torch.tensor([scored.get(row, float("nan")) for row in range(len(completions))], dtype=torch.float64)
+        return RewardScores(total=total, components={self.name: total}, counts={self.name: counts})
+
+    def _report(self, problem: str, unscored: int) -> None:
         if self.problem is None:
             warnings.warn(
-                f"{call.problem}. {call.counts['unscored']} completions of the call have no score. Later failures are "
-                "counted, without this warning.",
+                f"{problem}. {unscored} completions of the call have no score. Later failures are counted, without "
+                "this warning.",
                 stacklevel=3,
             )
-        self.problem = call.problem
+        self.problem = problem
 
     def close(self) -> None:
         """End the worker process, if there is one."""
@@ -117,7 +169,7 @@ class _InProcess:
     """Calls a function in this process, as `FunctionWorker` does in another one."""
 
     def __init__(self, function: str | Callable[..., Any]) -> None:
-        self.function = import_function(function) if isinstance(function, str) else function
+        self.function = user_function.import_function(function) if isinstance(function, str) else function
         if not callable(self.function):
             raise UserError(f"function must be a path to a function or a callable, got {self.function!r}.")
         self.name: str = getattr(self.function, "__name__", type(self.function).__name__)
@@ -127,7 +179,7 @@ class _InProcess:
 
     def call(self, **arguments: Sequence[Any]) -> Any:
         try:
-            return call_function(self.function, **arguments)
+            return user_function.call_function(self.function, **arguments)
         except Exception as error:  # whatever the user's code raises gets the context that its traceback lacks
             raise FunctionRaisedError(
                 self.name, type(error).__name__, len(arguments["completions"]), str(error)
@@ -137,57 +189,150 @@ class _InProcess:
         pass
 
 
-class _TolerantCall:
-    """One call of the reward that costs only the completions that the function fails on.
+class FunctionWorker:
+    """Calls a function by its path in another process, which is started when needed.
 
-    Attributes:
-        counts: Number of failures of each kind, and of completions without a score.
-        problem: Message of the last failure; None = there was none.
-        seconds: Time spent in the function so far.
+    The process inherits this one's environment variables, folder and import path. What the function prints goes to
+    stderr. A call that takes longer than `timeout_seconds` ends the process and all that it started.
+
+    Args:
+        path: See `import_function`.
+        timeout_seconds: Longest time for one call.
     """
 
-    def __init__(self, runner: _InProcess | FunctionWorker, *columns: Sequence[Any], raises: bool) -> None:
-        self._runner = runner
-        self._columns = dict(zip(("prompts", "completions", "metadata"), columns, strict=True))
-        self._raises = raises
-        self.counts = dict.fromkeys(("timeouts", "crashes", "errors", "unscored"), 0)
-        self.problem: str | None = None
-        self.seconds = 0.0
+    def __init__(self, path: str, *, timeout_seconds: float) -> None:
+        self.path = path
+        self.name = path.replace(":", ".").rpartition(".")[2]
+        self.timeout_seconds = timeout_seconds
+        self._process: _WorkerProcess | None = None
+        self._one_call = threading.Lock()
 
-    def scores(self, go_on: Callable[[], bool]) -> torch.Tensor:
-        """[B] float64; NaN where the function failed."""
-        count = len(self._columns["completions"])
-        scored = bisect_failures(range(count), self._attempt, go_on)
-        self.counts["unscored"] = count - len(scored)
-        return torch.tensor([scored.get(row, float("nan")) for row in range(count)], dtype=torch.float64)
+    def start(self) -> None:
+        """Start the process and import the function there, unless that is done.
 
-    def _attempt(self, rows: Sequence[int]) -> Sequence[float] | None:
-        started = time.monotonic()
+        Raises:
+            WorkerStartError: if the function cannot be imported there.
+        """
+        self._running_process()
+
+    def call(self, **arguments: Sequence[Any]) -> list[float | None]:
+        """What the function returns for keyword arguments.
+
+        Raises:
+            ValueError: if an argument cannot be sent to another process, or it returns no numbers.
+            FunctionRaisedError: if it raises.
+            WorkerTimeoutError: if it takes longer than `timeout_seconds`.
+            WorkerDiedError: if its process ends.
+        """
+        count = len(arguments["completions"])
+        with self._one_call:
+            process = self._running_process()
+            try:
+                kind, *details = process.exchange(arguments, self.timeout_seconds)
+            except (PicklingError, TypeError, AttributeError) as error:
+                raise UserError(f"metadata holds what cannot be sent to the worker process: {error}") from error
+            except (WorkerTimeoutError, WorkerDiedError) as error:
+                raise type(error)(f"reward function {self.name!r} on {count} completions: {error}") from error
+        if kind == "raised":
+            error_type, message, trace = details
+            raise FunctionRaisedError(self.name, error_type, count, message) from _TracebackOfWorker(trace)
+        if kind == "invalid":
+            raise UserError(
+                f"reward {self.name!r} must return one number per completion (None or NaN = unscorable): {details[0]}"
+            )
+        return details[0]
+
+    def close(self) -> None:
+        """End the process; a later call starts another one. Also from another thread, during a call."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.close()
+
+    def _running_process(self) -> "_WorkerProcess":
+        if self._process is not None and self._process.is_alive():
+            return self._process
+        self.close()
+        process = self._process = _WorkerProcess()
         try:
-            values = self._runner.call(**{name: [column[i] for i in rows] for name, column in self._columns.items()})
-            source = f"reward {self._runner.name!r}"
-            return as_scores(values, expected=len(rows), source=source).tolist()
-        except WorkerStartError:
-            raise
-        except WorkerTimeoutError as error:
-            kind, self.problem = "timeouts", str(error)
-        except WorkerDiedError as error:
-            kind, self.problem = "crashes", str(error)
-        except (FunctionRaisedError, ValueError) as error:
-            if self._raises:
+            kind, *details = process.exchange({"sys_path": sys.path, "function": self.path}, _START_SECONDS)
+        except (WorkerTimeoutError, WorkerDiedError) as error:
+            raise WorkerStartError(f"function: importing {self.path} in the worker process failed: {error}") from error
+        if kind != "ready":
+            process.close()
+            error_type, message, trace = details
+            raise WorkerStartError(
+                f"function: {self.path} cannot be imported in the worker process: {error_type}: {message}"
+            ) from _TracebackOfWorker(trace)
+        return process
+
+
+class _TracebackOfWorker(Exception):
+    """The cause of an error that was raised in the other process, as text."""
+
+    def __str__(self) -> str:
+        return f"in the worker process\n{self.args[0]}"
+
+
+class _WorkerProcess(ChildProcess):
+    """The process that runs `user_function.py`, and the socket to it."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        self._channel = Connection(ours.detach())
+        self._closed = threading.Event()
+        with theirs:
+            super().__init__(
+                # -P: the script's folder holds an `http.py`, which is not the standard library's
+                [sys.executable, "-P", user_function.__file__, str(theirs.fileno())],
+                grace_seconds=0.0,
+                stdout=2,
+                pass_fds=[theirs.fileno()],
+            )
+
+    def is_alive(self) -> bool:
+        return not self._closed.is_set() and self.exit_code() is None
+
+    def exchange(self, message: Any, seconds: float) -> Any:
+        """The answer to `message`. Whatever is raised, the process has been ended: no later call gets this answer.
+
+        Raises:
+            WorkerTimeoutError: without an answer in time.
+            WorkerDiedError: if the process ends.
+        """
+        late = threading.Event()
+
+        def expire() -> None:
+            late.set()
+            self.close()  # which also wakes the wait below
+
+        timer = threading.Timer(seconds, expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            self._channel.send(message)
+            return self._channel.recv()
+        except BaseException as error:
+            self.close()
+            if not isinstance(error, EOFError | OSError):
                 raise
-            kind, self.problem = "errors", str(error)
+            if late.is_set():
+                raise WorkerTimeoutError(f"it took longer than {seconds:g} s") from error
+            raise WorkerDiedError(f"its process ended ({self._ending()})") from error
         finally:
-            self.seconds += time.monotonic() - started
-        self.counts[kind] += 1
-        return None
+            timer.cancel()
 
+    def close(self) -> None:
+        self._closed.set()
+        with (
+            contextlib.suppress(OSError),  # it is closed at the other end
+            socket.socket(fileno=os.dup(self._channel.fileno())) as ours,
+        ):
+            ours.shutdown(socket.SHUT_RDWR)
+        super().close()
 
-def _check_settings(timeout_seconds: float | None, deadline_seconds: float | None, on_error: str) -> None:
-    for name, seconds in (("timeout_seconds", timeout_seconds), ("deadline_seconds", deadline_seconds)):
-        if seconds is not None:
-            check_seconds(name, seconds)
-    if deadline_seconds is not None and timeout_seconds is None:
-        raise UserError("deadline_seconds has no effect without timeout_seconds: set that too.")
-    if on_error not in ("raise", "unscored"):
-        raise UserError(f"on_error must be raise or unscored, got {on_error!r}.")
+    def _ending(self) -> str:
+        code = self.exit_code()
+        if code is None or code <= 128:
+            return f"exit code {code}"
+        hint = ", perhaps for want of memory" if code == 128 + signal.SIGKILL else ""
+        return f"{signal.Signals(code - 128).name}{hint}"

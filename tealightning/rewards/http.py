@@ -1,23 +1,40 @@
-"""Reward computed by an HTTP server."""
+"""Reward computed by an HTTP server: batches, retries, the deadline, and scores that are kept in any case."""
 
+import hashlib
 import itertools
 import json
+import math
+import random
 import threading
+import time
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import httpx
 import torch
 from torch import Tensor
 
 from tealightning.checks import check_integer, check_not_negative
 from tealightning.errors import UserError
 from tealightning.registry import register
-from tealightning.rewards.base import Reward, check_seconds
-from tealightning.rewards.http_call import OutageClock, RetryPolicy, ScoringCall
-from tealightning.rewards.http_client import RewardClient
+from tealightning.rewards.base import Reward, bisect_failures, check_seconds
+from tealightning.rewards.http_client import (
+    BadAnswerError,
+    FailedAnswerError,
+    RequestTimeoutError,
+    RewardClient,
+    UnavailableError,
+    scores_by_id,
+)
 from tealightning.types import Prompt, RewardScores
+
+_RETRIES_OF_HALVES = 1
+_SHARE_OF_DEADLINE_IN_OUTAGE = 0.05
+_LOOK_SECONDS = 1.0
+_LONG_SECONDS = 10.0
 
 
 @register
@@ -73,18 +90,16 @@ class HTTPReward(Reward):
         check_not_negative("max_backoff_seconds", max_backoff_seconds)
         check_seconds("timeout_seconds", timeout_seconds)
         check_seconds("deadline_seconds", deadline_seconds)
+        self.batch_size = batch_size
+        self.concurrency = concurrency
+        self.deadline_seconds = deadline_seconds
+        self.retries = retries
+        self.backoff_seconds = backoff_seconds
+        self.max_backoff_seconds = max_backoff_seconds
         self.metadata_keys = metadata_keys
-        self._client = RewardClient(url, token_env=token_env, timeout_seconds=timeout_seconds, ca_file=ca_file)
-        self._policy = RetryPolicy(
-            batch_size=batch_size,
-            concurrency=concurrency,
-            deadline_seconds=deadline_seconds,
-            retries=retries,
-            backoff_seconds=backoff_seconds,
-            max_backoff_seconds=max_backoff_seconds,
-        )
-        self._outage = OutageClock(deadline_seconds)
-        self._slots = threading.BoundedSemaphore(concurrency)
+        self.client = RewardClient(url, token_env=token_env, timeout_seconds=timeout_seconds, ca_file=ca_file)
+        self.outage = OutageClock(deadline_seconds)
+        self.slots = threading.BoundedSemaphore(concurrency)
         self._series, self._numbers = uuid.uuid4().hex, itertools.count()
         self._call: ScoringCall | None = None
 
@@ -106,9 +121,7 @@ class HTTPReward(Reward):
         keys = [f"{self._series}-{next(self._numbers)}" for _ in completions]
         rows = zip(keys, prompts, completions, metadata, strict=True)
         items = {key: self._encoded(key, prompt, completion, row) for key, prompt, completion, row in rows}
-        call = self._call = ScoringCall(
-            self._client, items, policy=self._policy, outage=self._outage, slots=self._slots
-        )
+        call = self._call = ScoringCall(self, items)
         scores = call.run()
         if call.counts["unscored"]:
             self._report(call)
@@ -121,7 +134,7 @@ class HTTPReward(Reward):
             self._call.stop()
 
     def __repr__(self) -> str:
-        return f"HTTPReward({self._client.where!r})"
+        return f"HTTPReward({self.client.where!r})"
 
     def _encoded(self, key: str, prompt: Prompt, completion: str, row: dict[str, Any]) -> str:
         if self.metadata_keys is not None:
@@ -135,7 +148,7 @@ class HTTPReward(Reward):
                 f"it needs in metadata_keys; there are {', '.join(map(repr, row)) or 'none'}."
             ) from error
 
-    def _report(self, call: ScoringCall) -> None:
+    def _report(self, call: "ScoringCall") -> None:
         if self.problem is None:
             warnings.warn(
                 f"Reward {self.name!r} has no score for {call.counts['unscored']} completions: {call.problem}. Later "
@@ -143,3 +156,185 @@ class HTTPReward(Reward):
                 stacklevel=3,
             )
         self.problem = call.problem
+
+
+class OutageClock:
+    """Since when a server has given no scores, over all calls: a server that is gone is waited for once, not in every
+    call."""
+
+    def __init__(self, most_seconds: float) -> None:
+        self._most_seconds = most_seconds
+        self._since: float | None = None
+        self._reported = False
+
+    def start(self) -> None:
+        if self._since is None:
+            self._since = time.monotonic()
+
+    def stop(self) -> None:
+        self._since, self._reported = None, False
+
+    def report(self, problem: str | None) -> None:
+        """Warn, once an outage, when it is a long one."""
+        if self._since is not None and not self._reported and time.monotonic() - self._since > _LONG_SECONDS:
+            self._reported = True
+            warnings.warn(
+                f"No scores for {_LONG_SECONDS:g} s: {problem}. Asking again, for up to {self._most_seconds:g} s.",
+                stacklevel=2,
+            )
+
+    def deadline(self, started: float) -> float:
+        """Until when a call that began at `started` goes on."""
+        usual, since = started + self._most_seconds, self._since
+        if since is None:
+            return usual
+        return min(usual, max(since + self._most_seconds, started + _SHARE_OF_DEADLINE_IN_OUTAGE * self._most_seconds))
+
+
+class ScoringCall:
+    """Scores items by id, in threads. They are daemons: a request that does not end keeps no process alive.
+
+    Args:
+        reward: Says how to go on after failures; its outage clock and slots, of which a request takes one, are shared
+            by all calls.
+        items: JSON of each item by its id.
+
+    Attributes:
+        counts: Number of retries, of failures of each kind, and of completions without a score.
+        problem: Why completions were given up; None = none were.
+    """
+
+    def __init__(self, reward: HTTPReward, items: Mapping[str, str]) -> None:
+        self._reward = reward
+        self._items = items
+        self._rng = random.Random()  # of its own: the global stream belongs to the training
+        self._changed = threading.Condition()
+        self._scores: dict[str, float] = {}
+        self._error: BaseException | None = None
+        self._over = threading.Event()
+        keys, size = list(items), reward.batch_size
+        self._batches = deque(keys[start : start + size] for start in range(0, len(keys), size))
+        self._threads_left = min(reward.concurrency, len(self._batches))
+        self._started = time.monotonic()
+        self.counts = dict.fromkeys(("retries", "timeouts", "errors", "unscored"), 0)
+        self.problem: str | None = None
+        self._last_error: str | None = None
+
+    def run(self) -> dict[str, float]:
+        """Score by id, without those that could not be had before the deadline.
+
+        Raises:
+            RewardServerError: if the server refuses.
+        """
+        for _ in range(self._threads_left):
+            threading.Thread(target=self._work, name="reward requests", daemon=True).start()
+        try:
+            with self._changed:
+                while self._threads_left and self._error is None and self._goes_on():
+                    self._changed.wait(min(_LOOK_SECONDS, max(0.0, self._seconds_left())))
+                    self._reward.outage.report(self._last_error)
+        finally:
+            self._over.set()
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+            self.counts["unscored"] = len(self._items) - len(self._scores)
+            self.problem = self.problem or self._last_error
+            return dict(self._scores)
+
+    def stop(self) -> None:
+        """Have `run` return what there is; from another thread."""
+        self._over.set()
+        with self._changed:
+            self._changed.notify_all()
+
+    def _goes_on(self) -> bool:
+        return not self._over.is_set() and self._seconds_left() > 0
+
+    def _seconds_left(self) -> float:
+        return self._reward.outage.deadline(self._started) - time.monotonic()
+
+    # ---------------------------------------------------------------- in the threads
+
+    def _work(self) -> None:
+        error: BaseException | None = None
+        try:
+            with self._reward.client.connection() as connection:
+                while self._goes_on() and (batch := self._next_batch()):
+                    self._score(connection, batch)
+        except BaseException as raised:  # raised again where the call waits
+            error = raised
+        with self._changed:
+            self._threads_left -= 1
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def _next_batch(self) -> list[str]:
+        """Empty = there is none."""
+        with self._changed:
+            return self._batches.popleft() if self._batches else []
+
+    def _score(self, connection: httpx.HTTPTransport, batch: Sequence[str]) -> None:
+        """Ask for a batch until it is scored; a batch that the server fails at is asked for in halves."""
+        retries = iter([self._reward.retries])
+
+        def attempt(keys: Sequence[str]) -> Sequence[float] | None:
+            return self._ask_until_scored(connection, keys, next(retries, _RETRIES_OF_HALVES))
+
+        bisect_failures(batch, attempt, self._goes_on)
+
+    def _ask_until_scored(
+        self, connection: httpx.HTTPTransport, keys: Sequence[str], retries: int
+    ) -> Sequence[float] | None:
+        """Scores of `keys`, NaN where there is none; None = the server failed at them more than `retries` times."""
+        waits = failures = 0
+        while (missing := [key for key in keys if key not in self._scores]) and self._goes_on():
+            retry_after = 0.0
+            try:
+                self._ask(connection, missing)
+                if all(key in self._scores for key in keys):
+                    break
+                raise BadAnswerError("the server left completions out")
+            except UnavailableError as error:  # it may come back: only the deadline ends this
+                retry_after = error.retry_after
+                self._record("errors", error)
+            except FailedAnswerError as error:
+                failures += 1
+                self._record("timeouts" if isinstance(error, RequestTimeoutError) else "errors", error)
+            delay = retry_after + self._backoff(waits)
+            if failures > retries or delay >= self._seconds_left() or self._over.wait(delay):
+                self.problem = self._last_error
+                return None
+            waits += 1
+            self._count("retries")
+        return [self._scores.get(key, math.nan) for key in keys]
+
+    def _backoff(self, waits: int) -> float:
+        """Full jitter: uniform below a limit that doubles with each wait, so that many clients spread out."""
+        longest = self._reward.backoff_seconds * 2.0 ** min(waits, 60)
+        return self._rng.uniform(0.0, min(self._reward.max_backoff_seconds, longest))
+
+    def _ask(self, connection: httpx.HTTPTransport, keys: Sequence[str]) -> None:
+        """One request; keeps what it scored."""
+        if not self._reward.slots.acquire(timeout=max(0.0, self._seconds_left())):
+            raise UnavailableError("earlier requests still wait for their answers")
+        try:
+            body = f'{{"items": [{", ".join(self._items[key] for key in keys)}]}}'.encode()
+            digest = hashlib.blake2b("\n".join(keys).encode(), digest_size=16).hexdigest()
+            content = self._reward.client.post(connection, body, {"Idempotency-Key": digest})
+        finally:
+            self._reward.slots.release()
+        scores = scores_by_id(content, frozenset(keys))
+        if scores:
+            self._reward.outage.stop()
+        with self._changed:
+            self._scores |= scores
+
+    def _record(self, kind: str, error: Exception) -> None:
+        self._reward.outage.start()
+        self._count(kind)
+        self._last_error = str(error)
+
+    def _count(self, kind: str) -> None:
+        with self._changed:
+            self.counts[kind] += 1

@@ -23,11 +23,11 @@ class RolloutCollector:
     """Runs engine and reward over a batch of prompts.
 
     Args:
-        engine: Started.
-        reward: Set up.
+        engine: Engine that has been started.
+        reward: Reward that has been set up.
         sampling: How completions are sampled.
-        pad_token_id: Fills the tensors beyond the lengths; any id will do, masks come from the lengths.
-        vocab_size: Token ids must be below it; None = not checked.
+        pad_token_id: Token id beyond the lengths; any id will do, masks come from the lengths.
+        vocab_size: Upper bound of the token ids, exclusive; None = not checked.
         score_as_finished: Score each prompt's completions in a thread while others are still being generated, prompt by
             prompt, instead of all at the end.
     """
@@ -55,9 +55,9 @@ class RolloutCollector:
 
         Args:
             batch: P prompts.
-            num_samples: m, completions per prompt.
+            num_samples: Number m of completions per prompt.
             seeds: P seeds, far apart (see `prompt_seed`).
-            weights_version: Optimizer steps that the engine's weights have seen.
+            weights_version: Number of optimizer steps that the engine's weights have seen.
 
         Returns:
             The rollouts and `{"generate": seconds, "reward": seconds}`.
@@ -83,8 +83,8 @@ class RolloutCollector:
     def _generate_and_score(
         self, batch: PromptBatch, num_samples: int, seeds: list[int]
     ) -> tuple[list[list[Completion]], RewardScores, dict[str, float]]:
-        """P groups of m completions, their scores [B] and the seconds taken; the reward's are those that were left when
-        everything was generated."""
+        """P groups of m completions, their scores [B] and the seconds taken; the reward's are those after the last
+        completion was generated."""
         started = time.perf_counter()
         groups: dict[int, list[Completion]] = {}
         pending: dict[int, Future[RewardScores]] = {}
@@ -145,7 +145,9 @@ class RolloutCollector:
 
 
 def rollout_metrics(rollouts: RolloutBatch) -> dict[str, float]:
-    """Scalars to log. Unscorable rewards are left out; a mean over nothing is NaN, except for the fractions.
+    """Scalars of a batch of rollouts to log.
+
+    Unscorable rewards are left out; a mean over nothing is NaN, except for the fractions.
 
     `reward_std` is the mean of the within-prompt standard deviations over prompts with two scored rollouts or more, and
     `zero_variance_groups` the fraction of prompts whose scored rewards are all equal: nothing to learn from.
@@ -168,7 +170,7 @@ def rollout_metrics(rollouts: RolloutBatch) -> dict[str, float]:
         "reward_ties": tied(rewards.cpu(), rollouts.completions).sum() / valid.sum().clamp(min=1).cpu(),
     }
     for name, values in rollouts.reward_components.items():
-        metrics[f"reward_{name}_mean"] = values[torch.isfinite(values)].double().mean()
+        metrics[f"reward_{name}_mean"] = values[~values.isnan()].double().mean()
     metrics |= {f"reward_{name}": torch.tensor(count) for name, count in rollouts.reward_counts.items()}
     return {name: float(value) for name, value in metrics.items()}
 

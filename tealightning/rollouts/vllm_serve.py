@@ -45,9 +45,10 @@ _LAUNCHER_VARIABLES = (
 
 
 def check_serve_args(args: Sequence[str]) -> None:
-    """
+    """Refuse arguments of `vllm serve` that the engine sets itself.
+
     Raises:
-        ValueError: if one of `args` is set by the engine.
+        ValueError: with their names.
     """
     taken = sorted({flag for arg in args if (flag := arg.partition("=")[0].replace("_", "-")) in _OWN_FLAGS})
     if taken:
@@ -85,7 +86,8 @@ def serve_environment(context: EngineContext, *, api_key: str | None, serve_env:
 
 
 def wait_until_ready(server: LocalServer, client: VLLMClient, timeout_seconds: float) -> None:
-    """
+    """Wait until the server answers.
+
     Raises:
         ServerError: if it ends or takes too long, with the end of its output.
     """
@@ -102,7 +104,7 @@ def wait_until_ready(server: LocalServer, client: VLLMClient, timeout_seconds: f
 
 
 def explain(server: LocalServer) -> str:
-    """Whether it still runs, and the end of its output."""
+    """Describe the state of a server for an error message: whether it still runs, and the end of its output."""
     code = server.exit_code(wait_seconds=2.0)  # one that was just killed is missed a moment later
     state = "It still runs." if code is None else f"It ended with exit code {code}."
     return f"{state} The end of its log ({server.log_file}):\n{server.log_tail()}"
@@ -126,9 +128,10 @@ _PROMPT = [1, 2, 3, 4]  # ids that every model has; 0 is often the padding, whos
 
 
 def check_length(client: VLLMClient, context: EngineContext) -> None:
-    """
+    """Check that the server takes sequences of `max_model_len` tokens.
+
     Raises:
-        ServerError: if the server serves fewer tokens than `max_model_len`.
+        ServerError: if it serves fewer.
     """
     length = client.max_model_len()
     if length < context.max_model_len:
@@ -139,9 +142,10 @@ def check_length(client: VLLMClient, context: EngineContext) -> None:
 
 
 def check_log_probs_mode(client: VLLMClient) -> None:
-    """
+    """Check that the server's log-probs are those of the distribution that it samples from.
+
     Raises:
-        ServerError: if the server's log-probs are not those after temperature and top-k.
+        ServerError: if they are not those after temperature and top-k.
     """
     warm, cold = (_log_probs_of_two(client, temperature) for temperature in (2.0, 1.0))
     normalised = all(abs(math.fsum(map(math.exp, values)) - 1) < 1e-2 for values in (warm, cold))
@@ -165,7 +169,7 @@ def _log_probs_of_two(client: VLLMClient, temperature: float) -> list[float]:
 
 
 def check_policy(engine: RolloutEngine, context: EngineContext) -> None:
-    """That the server runs this model. Coarse, because rounding is no error here: training measures at every step.
+    """Check, coarsely, that the server runs this model: rounding is no error, and training measures at every step.
 
     Raises:
         ServerError: if its log-probs are 0.5 nats a token off the policy's.
@@ -189,9 +193,10 @@ def check_policy(engine: RolloutEngine, context: EngineContext) -> None:
 
 
 def check_versions(client: VLLMClient, choices: Sequence[dict[str, Any]], expected: str) -> None:
-    """
+    """Check that completions were sampled with the weights labelled `expected`, the last that were pushed.
+
     Raises:
-        ServerError: if a completion was sampled with other weights than the last that were pushed.
+        ServerError: if one was not.
     """
     for choice in choices:
         versions = {span["version"] for span in choice["weight_versions"] or []}

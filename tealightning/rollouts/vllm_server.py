@@ -38,7 +38,7 @@ _SAMPLES_PER_REQUEST = 16
 
 @register
 class VLLMServerEngine(RolloutEngine):
-    """Generates over HTTP with `vllm serve`, which it starts or which runs already, and gives it the trainer's weights.
+    """Generates over HTTP with a `vllm serve` process, started here or running already, and syncs its weights.
 
     Sample i of prompt p is a function of `seeds[p] + i` and the weights (up to rounding), as with `VLLMEngine`.
 
@@ -47,18 +47,18 @@ class VLLMServerEngine(RolloutEngine):
     trainer gave its weights, is an error and not a silent change of policy.
 
     Args:
-        url: Of a running server, for example `http://127.0.0.1:8000`; None = start one on this machine. The routes
-            that take weights are not protected by the API key: keep the server on a private network.
-        weight_transfer: "file" = through a safetensors file; "nccl" = GPU to GPU.
+        url: Address of a running server, for example `http://127.0.0.1:8000`; None = start one on this machine. The
+            routes that take weights are not protected by the API key: keep the server on a private network.
+        weight_transfer: How weights get there: "file" = through a safetensors file; "nccl" = GPU to GPU.
         weights_dir: For "file": an existing folder under the same path for trainer and server; None = `/dev/shm`.
         api_key_env: Name of the environment variable that holds the server's API key.
-        dtype: Of the pushed weights and of a server started here: "auto" = the policy's, or "bfloat16", ...
-        max_concurrent_requests: Requests at a time and rank, of up to 16 samples each.
+        dtype: Data type of the pushed weights and of a server started here: "auto" = the policy's, or "bfloat16", ...
+        max_concurrent_requests: Most requests at a time and rank, of up to 16 samples each.
         request_timeout_seconds: Longest wait for one answer: of a generation, of a weight update.
         start_timeout_seconds: Longest wait for a server started here.
         serve_args: Further arguments of `vllm serve` started here.
-        serve_env: Further environment variables of it; on a GPU machine CUDA_VISIBLE_DEVICES, the server's GPUs.
-        log_file: Where its output goes; None = a temporary file, whose end is shown when something fails.
+        serve_env: Further environment variables of that server; on a GPU machine CUDA_VISIBLE_DEVICES, its GPUs.
+        log_file: File for its output; None = a temporary file, whose end is shown when something fails.
     """
 
     is_concurrent = True
@@ -144,7 +144,8 @@ class VLLMServerEngine(RolloutEngine):
         sampling: SamplingConfig,
         seeds: Sequence[int],
     ) -> list[list[Completion]]:
-        """
+        """Sample on the server.
+
         Raises:
             ServerError: if the server fails, or sampled with other weights than it was given.
         """

@@ -1,4 +1,4 @@
-"""Encode prompts and answers as token ids: plain text as it is, chats through the chat template, once."""
+"""Encode prompts and answers as token ids, with the tokenizer's chat template or as plain text."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -116,9 +116,10 @@ def _as_chat(prompt: Prompt, system_prompt: str | None = None) -> list[Message]:
 
 
 def check_template(chat_template: ChatTemplate) -> None:
-    """
+    """Refuse a `ChatTemplate` that is neither true, false, auto nor the path of a file.
+
     Raises:
-        ValueError: unless `chat_template` is true, false, auto or the path of a file.
+        ValueError: with the path that was looked at.
     """
     if isinstance(chat_template, str) and chat_template != "auto" and not Path(chat_template).expanduser().is_file():
         raise UserError(

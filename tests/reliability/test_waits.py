@@ -22,7 +22,7 @@ OWNERS = {"subprocess", "requests", "session", "dist", "process"}
 WATCHED = {
     "callbacks/rollout.py: self._ahead.wait()": "in RunPhase.GENERATING",
     "rewards/user_function.py: pool.submit(asyncio.run, coroutine).result()": "in RunPhase.SCORING, or in a worker",
-    "rewards/function_worker.py: self._channel.recv()": "a timer kills the worker, which closes the pipe",
+    "rewards/function.py: self._channel.recv()": "a timer kills the worker, which closes the pipe",
     "rewards/user_function.py: channel.recv()": "a worker waits for its parent, whose end closes the pipe",
     "reporting/provenance.py: "
     "subprocess.run(['git', '-C', str(folder), 'describe', '--always', '--dirty', '--abbrev=9', '--exclude=*'], "

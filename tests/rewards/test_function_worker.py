@@ -13,7 +13,7 @@ from reward_functions import score_of
 
 from tealightning.rewards import FunctionReward, WeightedReward
 from tealightning.rewards.base import bisect_failures
-from tealightning.rewards.function_worker import FunctionRaisedError, WorkerStartError
+from tealightning.rewards.function import FunctionRaisedError, WorkerStartError
 
 FUNCTION = f"{reward_functions.__file__}:misbehaving"
 
@@ -154,7 +154,7 @@ def test_metadata_that_cannot_be_sent_is_an_error(worker):
         ({"timeout_seconds": math.nan}, "timeout_seconds must be above 0"),
         ({"timeout_seconds": 1.0, "deadline_seconds": -1.0}, "deadline_seconds must be above 0"),
         ({"timeout_seconds": None, "deadline_seconds": 1.0}, "deadline_seconds has no effect"),
-        ({"on_error": "ignore"}, "on_error must be raise or unscored, got 'ignore'"),
+        ({"on_error": "ignore"}, "on_error must be one of raise, unscored, got 'ignore'"),
     ],
 )
 def test_setting_out_of_range_is_refused(worker, settings, message):

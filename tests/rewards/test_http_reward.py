@@ -158,7 +158,7 @@ def test_token_is_sent_and_turns_up_nowhere_else(token, caplog, capfd):
                     told += traceback.format_exception(error)
                     told += [repr(vars(one)) for one in (error, error.__context__, error.__cause__) if one is not None]
             told += [str(one.message) for one in caught] + [str(reward.problem), repr(reward), repr(vars(reward))]
-            told += [repr(vars(part)) for part in (reward._client, reward._call)]
+            told += [repr(vars(part)) for part in (reward.client, reward._call)]
     assert {headers["Authorization"] for _, _, headers in seen} == {f"Bearer {TOKEN}"}
     assert any("***" in text for text in told)
     out, err = capfd.readouterr()
