@@ -17,7 +17,7 @@ _CHANGES_NO_RESULT = ("ckpt_path", "checkpoint", "health", "deadlines")
 """Sections that decide what is kept of a run and when it is given up, not what comes out of one that is finished."""
 
 Resolve = Callable[[Sequence[str]], dict[str, Any]]
-"""Arguments of `tealightning fit` -> the configuration that they amount to; raises ValueError where there is none."""
+"""Arguments of `tealightning fit` -> the configuration that they amount to; raises UserError where there is none."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -118,7 +118,7 @@ def make_plan(spec: AblationSpec, resolve: Resolve, notify: Callable[[Variant], 
         notify(variant)
         try:
             config = run_config(spec, resolve(arguments(spec, variant)))
-        except (ValueError, TypeError) as error:
+        except UserError as error:
             raise UserError(f"variant {variant.name}: {error}") from error
         for seed in spec.seeds:
             seeded = with_seed(config, seed)

@@ -127,7 +127,7 @@ def check_gold(spec: Any, resolve: "Resolve") -> None:
     engine = "--rollout.engine=transformers_engine"
     try:
         resolve([*configs, engine, f"--rollout.reward={gold if isinstance(gold, str) else json.dumps(gold)}"])
-    except ValueError as error:
+    except UserError as error:
         raise UserError(str(error).replace("rollout.reward", "evaluation.gold")) from error
 
 
@@ -157,8 +157,10 @@ def resolve_on_disk(args: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: also if one of them is not.
     """
+    from tealightning.cli.preflight import check_inputs
+
     cli = _built(args)
-    cli.check_inputs()
+    check_inputs(cli)
     return config_of(cli)
 
 
@@ -171,11 +173,12 @@ def config_of(cli: "TrainingCLI") -> dict[str, Any]:
 
 def _built(args: Sequence[str]) -> "TrainingCLI":
     from tealightning.cli.console import without_announcements
+    from tealightning.cli.preflight import check_together
     from tealightning.cli.training import build_training
 
     with contextlib.redirect_stderr(io.StringIO()), without_announcements():
         cli = build_training("fit", args)
-    cli.check_together()
+    check_together(cli)
     return cli
 
 

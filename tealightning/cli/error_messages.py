@@ -60,8 +60,9 @@ def naming_settings(config: Any, args: Sequence[str], key: str = "") -> Iterator
 
 def _is_defect(error: BaseException) -> bool:
     """Whether this package failed: what it raises on purpose is a `UserError`."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return not isinstance(error, (UserError, OSError)) and Path(frames[-1].filename).is_relative_to(_PACKAGE)
+    frames = list(traceback.walk_tb(error.__traceback__))
+    raised_in = Path(frames[-1][0].f_code.co_filename) if frames else Path()
+    return not isinstance(error, (UserError, OSError)) and raised_in.is_relative_to(_PACKAGE)
 
 
 def _constructor_error(error: BaseException, config: Any) -> tuple[BaseException, str]:

@@ -6,22 +6,24 @@ What one class can tell about its own arguments its constructor has refused alre
 import inspect
 import math
 import pkgutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 from jsonargparse import Namespace
 
 from tealightning.callbacks import EvaluationRecord, RolloutCallback
-from tealightning.cli.error_messages import naming_settings
 from tealightning.data import PromptDataModule
 from tealightning.data.sources import check_source
 from tealightning.errors import UserError
 from tealightning.pretrained import check_weights, policy_config, positions_of
 from tealightning.training.module import PostTrainingModule
 from tealightning.types import Split
+
+if TYPE_CHECKING:
+    from tealightning.cli.training import TrainingCLI
 
 PHASES: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 """What a command reads of the data; the first of them it must have."""
@@ -61,51 +63,48 @@ def _is_class(path: str) -> bool:
         return False
 
 
-def check_together(command: str, trainer: pl.Trainer, model: Any, data: Any, config: Any, args: Sequence[str]) -> None:
+def check_together(cli: "TrainingCLI") -> None:
     """Settings of different sections against each other. It reads no file.
-
-    Args:
-        command: fit, validate or test.
-        config: The resolved configuration, for messages.
-        args: The command line, for messages.
 
     Raises:
         UserError: naming the settings that do not go together.
     """
+    command, trainer, model, data = str(cli.subcommand), cli.trainer, cli.model, cli.datamodule
     rollout = rollout_of(trainer)
     if command == "fit":
-        with naming_settings(config, args, "rollout.group_size"):
+        with cli.naming("rollout.group_size"):
             model.estimator.check_group_size(rollout.group_size)
-        with naming_settings(config, args, "rollout"):
+        with cli.naming("rollout"):
             rollout.check(command, model)
-        _check_training(trainer, model, config, args)
-    _check_trainer(config.trainer)
+        _check_training(cli)
+    _check_trainer(cli.resolved.trainer)
     _check_lengths(rollout)
     _check_samples(trainer, max(model.ns))
     if isinstance(data, PromptDataModule) and data.sources[PHASES[command][0]] is None:
         raise UserError(f"data.{PHASES[command][0]} is not set: give it a file or a data set of the hub.")
 
 
-def check_inputs(command: str, trainer: pl.Trainer, model: Any, data: Any, config: Any, args: Sequence[str]) -> None:
+def check_inputs(cli: "TrainingCLI") -> None:
     """That what the run reads is there and of the right kind: prompts, policy, reference, reward, checkpoint.
 
     Raises:
         UserError: naming the setting, and the file or folder.
     """
+    command, trainer, model, data = str(cli.subcommand), cli.trainer, cli.model, cli.datamodule
     rollout = rollout_of(trainer)
     if isinstance(data, PromptDataModule):
         for phase in PHASES[command]:
-            with naming_settings(config, args, f"data.{phase}"):
+            with cli.naming(f"data.{phase}"):
                 if (source := data.sources[phase]) is not None:
                     check_source(source)
-    _check_checkpoint(config.get("ckpt_path"))
+    _check_checkpoint(cli.resolved.get("ckpt_path"))
     if isinstance(model, PostTrainingModule):
-        _check_policy(command, model, config, args)
+        _check_policy(cli, model)
         _check_positions(rollout, positions_of(model.policy_config))
-    with naming_settings(config, args, "rollout.engine"):
+    with cli.naming("rollout.engine"):
         rollout.engine.check()
     for key, reward in _rewards(trainer):
-        with naming_settings(config, args, key):
+        with cli.naming(key):
             reward.check()
 
 
@@ -150,40 +149,41 @@ def _check_samples(trainer: pl.Trainer, samples: int) -> None:
                 )
 
 
-def _check_training(trainer: pl.Trainer, model: Any, config: Any, args: Sequence[str]) -> None:
-    if config.trainer.gradient_clip_val:
+def _check_training(cli: "TrainingCLI") -> None:
+    settings, model = cli.resolved.trainer, cli.model
+    if settings.gradient_clip_val:
         raise UserError(
             "trainer.gradient_clip_val: automatic gradient clipping is not supported for manual optimization. Set "
             "model.gradient_clip_norm instead."
         )
-    if config.trainer.accumulate_grad_batches != 1:
+    if settings.accumulate_grad_batches != 1:
         raise UserError(
             "trainer.accumulate_grad_batches: gradient accumulation is not supported in manual optimization. "
             "data.batch_size sets the prompts of a step, and model.micro_batch_tokens what is computed at a time."
         )
     # As asked for, whatever Lightning makes of it on this device: clipping would take scaled gradients for real ones.
-    if str(config.trainer.precision) in ("16", "16-mixed"):
+    if str(settings.precision) in ("16", "16-mixed"):
         raise UserError("trainer.precision=16-mixed is not supported: use bf16-mixed, bf16-true or 32-true.")
     if not isinstance(model, PostTrainingModule):
         return
-    with naming_settings(config, args, "model.optimizer"):
+    with cli.naming("model.optimizer"):
         optimizer: Any = model.optimizer([torch.nn.Parameter(torch.zeros(2, 2))])
         for name, value in optimizer.defaults.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{name} must be a finite number, got {value}.")
     if model.lr_scheduler is not None:
-        with naming_settings(config, args, "model.lr_scheduler"):
+        with cli.naming("model.lr_scheduler"):
             model.lr_scheduler(optimizer)
 
 
-def _check_policy(command: str, model: PostTrainingModule, config: Any, args: Sequence[str]) -> None:
+def _check_policy(cli: "TrainingCLI", model: PostTrainingModule) -> None:
     settings = {"trust_remote_code": model.load_kwargs["trust_remote_code"]}
-    with naming_settings(config, args, "model.policy"):
+    with cli.naming("model.policy"):
         check_weights(model.policy_path)
         _ = model.policy_config
         _ = model.tokenizer
-    if command == "fit" and model.loss.kl_coef > 0 and model.reference_path != model.policy_path:
-        with naming_settings(config, args, "model.reference"):
+    if cli.subcommand == "fit" and model.loss.kl_coef > 0 and model.reference_path != model.policy_path:
+        with cli.naming("model.reference"):
             policy_config(model.reference_path, argument="reference", **settings)
             check_weights(model.reference_path, argument="reference")
 

@@ -1,6 +1,7 @@
 """Commands `fit`, `validate` and `test`: LightningCLI with a `rollout` section and short error messages."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,9 @@ class TrainingCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse what cannot work before anything is loaded, the cheap checks first."""
-        self.check_together()
+        check_together(self)
         self._find_last()
-        self.check_inputs()
+        check_inputs(self)
 
     before_validate = before_test = before_fit
 
@@ -143,17 +144,13 @@ class TrainingCLI(LightningCLI):
         check_classes(self.resolved)
 
     def instantiate_classes(self) -> None:
-        """Build everything; what a constructor refuses is told with the whole key of the setting."""
-        with naming_settings(self.resolved, self.args):
+        """Build everything; an error of a constructor names the whole key of the setting."""
+        with self.naming():
             super().instantiate_classes()
 
-    def check_together(self) -> None:
-        """Check settings of different sections against each other; reads no file."""
-        check_together(str(self.subcommand), self.trainer, self.model, self.datamodule, self.resolved, self.args)
-
-    def check_inputs(self) -> None:
-        """Check that what the run reads is there; loads no weights."""
-        check_inputs(str(self.subcommand), self.trainer, self.model, self.datamodule, self.resolved, self.args)
+    def naming(self, key: str = "") -> AbstractContextManager[None]:
+        """Let errors name the setting `key`; empty = that of the class whose constructor raises."""
+        return naming_settings(self.resolved, self.args, key)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would load the whole checkpoint to look for hyperparameters, and there are none in it."""

@@ -13,6 +13,7 @@ from tealightning.ablation.plan import (
     with_seed,
 )
 from tealightning.ablation.spec import parse_spec
+from tealightning.errors import UserError
 
 CONFIG = {
     "seed_everything": 0,
@@ -184,7 +185,7 @@ def test_folder_is_that_of_the_first_logger_and_others_are_kept(tmp_path):
 
 def test_a_variant_that_cannot_run_is_named():
     def refuse(args):
-        raise ValueError("no such estimator")
+        raise UserError("no such estimator")
 
     with pytest.raises(ValueError, match="variant grpo: no such estimator"):
         make_plan(spec_of(), refuse)
