@@ -1,4 +1,4 @@
-"""Checks of constructor arguments: each raises a ValueError that names the argument."""
+"""Checks of constructor arguments: each raises a UserError that names the argument."""
 
 import math
 from collections.abc import Sequence

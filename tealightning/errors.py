@@ -24,3 +24,7 @@ class MissingFileError(UserError, FileNotFoundError):
 
 class MissingPackageError(UserError, ImportError):
     """An optional package that a setting needs; the message says how to install it."""
+
+
+class WrongClassError(UserError, TypeError):
+    """A class that derives from another base class than is needed."""

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from tealightning.errors import UserError
+from tealightning.errors import UserError, WrongClassError
 
 T = TypeVar("T", bound=type)
 
@@ -96,11 +96,11 @@ def register(cls: T) -> T:
     """Class decorator: add an estimator, reward or engine to the registry of its base class.
 
     Raises:
-        TypeError: if the class derives from none of the extension points.
+        WrongClassError: if the class derives from none of the extension points.
     """
     registry = getattr(cls, "registry", None)
     if not isinstance(registry, Registry):
-        raise TypeError(
+        raise WrongClassError(
             f"@register takes a subclass of AdvantageEstimator, Reward or RolloutEngine, and {cls.__name__} is none."
         )
     return registry.add(cls)

@@ -332,6 +332,13 @@ def test_an_error_of_the_users_own_class_names_its_setting(fit_args, tmp_path, m
     assert "(--debug shows the traceback)" in told
 
 
+def test_a_registered_class_without_a_base_class_is_an_error_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    file = tmp_path / "without_base.py"
+    file.write_text("from tealightning import register\n\n\n@register\nclass Mine:\n    pass\n")
+    assert "@register takes a subclass of AdvantageEstimator, Reward" in refused("estimators", "--import", file)
+
+
 def test_a_config_that_does_not_parse_is_an_error_with_its_key_and_file(tmp_path):
     file = overlay(tmp_path, "rollout: {group_size: many}")
     with pytest.raises(UserError) as raised:
