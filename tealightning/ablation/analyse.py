@@ -37,7 +37,7 @@ def analyse(plan: Plan, outcomes: Mapping[Path, Outcome], provenance: dict[str, 
         provenance: What the results come from.
 
     Raises:
-        ValueError: if no variant has a finished run.
+        UserError: if no variant has a finished run.
     """
     spec = plan.spec
     estimator = Estimator(confidence=spec.confidence, samples=spec.bootstrap_samples)

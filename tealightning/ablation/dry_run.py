@@ -61,7 +61,7 @@ def measure_pilot(plan: Plan, target: Target) -> dict[str, float]:
     for real in a temporary folder.
 
     Raises:
-        ValueError: if the pilot failed, with its reason.
+        UserError: if the pilot failed, with its reason.
     """
     spec = plan.spec
     name = next(variant.name for variant in plan.variants if variant.base == spec.reference)

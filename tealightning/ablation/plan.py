@@ -14,7 +14,7 @@ from tealightning.ablation.spec import AblationSpec, filled, placeholders
 from tealightning.errors import UserError
 
 _CHANGES_NO_RESULT = ("ckpt_path", "checkpoint", "health", "deadlines")
-"""Sections that decide what is kept of a run and when it is given up, not what comes out of one that is finished."""
+"""Sections that decide what is saved of a run and when it is given up, not the result of one that finishes."""
 
 Resolve = Callable[[Sequence[str]], dict[str, Any]]
 """Arguments of `tealightning fit` -> the configuration that they amount to; raises UserError where there is none."""
@@ -70,7 +70,7 @@ def expand(spec: AblationSpec) -> list[Variant]:
     """The variants at every point of the grid that they use.
 
     Raises:
-        ValueError: if the reference is no variant, or uses an axis that another variant does not.
+        UserError: if the reference is no variant, or uses an axis that another variant does not.
     """
     if spec.reference not in spec.variants:
         raise UserError(f"reference must be one of the variants {', '.join(spec.variants)}, got {spec.reference!r}.")
@@ -108,7 +108,7 @@ def make_plan(spec: AblationSpec, resolve: Resolve, notify: Callable[[Variant], 
         notify: Called before each variant.
 
     Raises:
-        ValueError: for a variant that cannot be run, with its name.
+        UserError: for a variant that cannot be run, with its name.
     """
     variants = expand(spec)
     jobs: dict[tuple[str, int], Job] = {}
@@ -120,6 +120,9 @@ def make_plan(spec: AblationSpec, resolve: Resolve, notify: Callable[[Variant], 
             config = run_config(spec, resolve(arguments(spec, variant)))
         except UserError as error:
             raise UserError(f"variant {variant.name}: {error}") from error
+        except Exception as error:
+            error.add_note(f"(in variant {variant.name})")
+            raise
         for seed in spec.seeds:
             seeded = with_seed(config, seed)
             jobs[variant.name, seed] = _job(spec, "fit", variant.name, seed, seeded, fingerprints)
@@ -165,7 +168,7 @@ def run_config(spec: AblationSpec, config: dict[str, Any]) -> dict[str, Any]:
     """`config` with the ablation's evaluation and budget; loggers and seeds come later.
 
     Raises:
-        ValueError: if rollouts_per_step does not divide, or the group is too small.
+        UserError: if rollouts_per_step does not divide, or the group is too small.
     """
     config = copy.deepcopy(config)
     evaluation = spec.evaluation
@@ -196,9 +199,9 @@ def run_config(spec: AblationSpec, config: dict[str, Any]) -> dict[str, Any]:
     }
     if evaluation.every is None:
         trainer |= {"val_check_interval": 1.0, "check_val_every_n_epoch": 10**9}
-    kept = [c for c in trainer.get("callbacks") or [] if not c["class_path"].endswith((".BestOfNReport", ".Budget"))]
+    imposed = (".BestOfNReport", ".Budget")
     trainer["callbacks"] = [
-        *kept,
+        *(own for own in trainer.get("callbacks") or [] if not own["class_path"].endswith(imposed)),
         {"class_path": "tealightning.Budget", "init_args": limits},
         {
             "class_path": "tealightning.EvaluationRecord",
@@ -220,9 +223,9 @@ def with_seed(config: dict[str, Any], seed: int) -> dict[str, Any]:
 def start_config(config: dict[str, Any]) -> dict[str, Any]:
     """The evaluation of the policy that training with `config` starts from: nothing in it depends on training."""
     config = copy.deepcopy(config)
-    kept = ("policy", "reference", "dtype", "trust_remote_code", "ns", "micro_batch_tokens", "micro_batch_size")
+    needed = ("policy", "reference", "dtype", "trust_remote_code", "ns", "micro_batch_tokens", "micro_batch_size")
     init_args = config["model"]["init_args"]
-    config["model"]["init_args"] = {key: init_args[key] for key in kept if key in init_args} | {
+    config["model"]["init_args"] = {key: init_args[key] for key in needed if key in init_args} | {
         "estimator": {"class_path": "tealightning.estimators.MeanReward"}
     }
     config["model"]["init_args"]["reference"] = None
@@ -234,16 +237,16 @@ def start_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_folder(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`config` with the run's own folder as that of its first logger; loggers elsewhere (wandb) are kept behind it."""
+    """`config` with the run's own folder as that of its first logger; loggers elsewhere (wandb) come behind it."""
     config = copy.deepcopy(config)
     there = config["trainer"].get("logger")
     others = [logger for logger in (there if isinstance(there, list) else [there]) if isinstance(logger, dict)]
-    kept = [logger for logger in others if not logger["class_path"].endswith(("CSVLogger", "TensorBoardLogger"))]
+    remote = [logger for logger in others if not logger["class_path"].endswith(("CSVLogger", "TensorBoardLogger"))]
     own = {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
         "init_args": {"save_dir": str(folder), "name": "", "version": ""},
     }
-    config["trainer"]["logger"] = [own, *kept]
+    config["trainer"]["logger"] = [own, *remote]
     return config
 
 

@@ -116,7 +116,7 @@ def run_jobs(
         Outcome of each job, by its folder.
 
     Raises:
-        KeyboardInterrupt: after the processes were ended; what had finished is kept.
+        KeyboardInterrupt: after the processes were ended; runs that had finished count.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
@@ -158,7 +158,7 @@ def _start(context: Any, job: Job, target: Target, slot: int, attempt: int, envi
 
 
 def _watch(running: Sequence[_Running], display: Display) -> list[_Running]:
-    """Pass on what the processes tell; those that have ended."""
+    """Pass on the messages of the processes; returns those that have ended."""
     wait([r.process.sentinel for r in running] + [r.connection for r in running if not r.connection.closed], 1.0)
     for one in running:
         try:
@@ -208,7 +208,7 @@ def _child(job: Job, target: Target, connection: Connection, environment: dict[s
     try:
         _log_to(job.folder)
         target(job, send)
-    except BaseException as error:  # whatever it was, the parent is told, and goes on with the others
+    except BaseException as error:  # whatever it was, the parent hears of it, and goes on with the others
         send({"error": describe(error)})
         with contextlib.suppress(OSError):
             traceback.print_exc()

@@ -231,8 +231,7 @@ def load_spec(path: Path | str) -> AblationSpec:
     """The ablation in a YAML file.
 
     Raises:
-        ValueError: naming the file, the setting, what was expected and what came.
-        FileNotFoundError: if there is no such file.
+        UserError: naming the file, the setting, what was expected and what came.
     """
     path = Path(path)
     if not path.is_file():
@@ -243,7 +242,7 @@ def load_spec(path: Path | str) -> AblationSpec:
         raise UserError(f"{path} is not UTF-8 text: {error}.") from error
     try:
         return parse_spec(settings)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 

@@ -33,7 +33,7 @@ from tealightning.version import __version__
 Build = Callable[[Sequence[str]], Any]
 """Arguments of `tealightning fit` -> an object with `trainer`, `model` and `datamodule`, nothing run yet."""
 Send = Callable[[dict[str, Any]], None]
-"""Tells the parent how far the run is."""
+"""Sends the parent how far the run is."""
 
 RECORD = "run.json"
 LOCK_WAIT_SECONDS = 15.0
@@ -58,7 +58,7 @@ def execute(job: Job, build: Build, send: Send) -> dict[str, Any]:
             record |= {"status": "finished", "error": None} | _run(job, build, send, started)
         except BaseException as error:
             record |= {"status": "failed", "error": describe(error), "wall_seconds": time.monotonic() - started}
-            with contextlib.suppress(OSError):  # a full disk: the parent is told the error itself
+            with contextlib.suppress(OSError):  # a full disk: the runner sends the error itself
                 (job.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
                 write_json(job.folder / RECORD, record)
             raise
@@ -191,18 +191,18 @@ def _identity(job: Job) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"tealightning": __version__, "python": platform.python_version()}
+    versions = {"tealightning": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions
 
 
 def _checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the highest optimizer step of a run that was cut off, of those that are whole."""
     parents = {file.parent for file in folder.rglob("*.ckpt")}
-    found = [path for parent in parents if (path := newest_good(parent, warnings.warn)) is not None]
-    return max(found, key=step_of, default=None)
+    whole = [path for parent in parents if (path := newest_good(parent, warnings.warn)) is not None]
+    return max(whole, key=step_of, default=None)
 
 
 def _clear(folder: Path) -> None:

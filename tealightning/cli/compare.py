@@ -69,8 +69,8 @@ def restricted(spec: "AblationSpec", options: argparse.Namespace) -> "AblationSp
     if options.variants is not None:
         if unknown := [name for name in options.variants if name not in spec.variants]:
             raise UserError(f"--variants: the spec has no {unknown[0]!r}; it has {', '.join(spec.variants)}.")
-        kept = {*options.variants, spec.reference}
-        changes["variants"] = {name: settings for name, settings in spec.variants.items() if name in kept}
+        wanted = {*options.variants, spec.reference}
+        changes["variants"] = {name: settings for name, settings in spec.variants.items() if name in wanted}
         used = placeholders([spec.settings, *changes["variants"].values()])
         changes["grid"] = {axis: values for axis, values in spec.grid.items() if axis in used}
     if options.seeds is not None:
@@ -86,7 +86,7 @@ def compare(args: Sequence[str]) -> None:
     """`tealightning compare ARGS`.
 
     Raises:
-        ValueError: for a spec or an option that is wrong, before anything runs.
+        UserError: for a spec or an option that is wrong, before anything runs.
         SystemExit: with status 1 if a run failed, after everything else was done.
     """
     options = parser().parse_args(list(args))
@@ -118,7 +118,7 @@ def check_gold(spec: Any, resolve: "Resolve") -> None:
     """Build the reward that is only measured once, as a run would.
 
     Raises:
-        ValueError: if it cannot be built, or what it reads is not there.
+        UserError: if it cannot be built, or what it reads is not there.
     """
     gold = spec.evaluation.gold
     if gold is None:
@@ -146,7 +146,7 @@ def resolve(args: Sequence[str]) -> dict[str, Any]:
     """The configuration that `tealightning fit ARGS` amounts to, with everything built once to see that it can be.
 
     Raises:
-        ValueError: if it cannot be parsed or built, or its settings do not go together.
+        UserError: if it cannot be parsed or built, or its settings do not go together.
     """
     return config_of(_built(args))
 
@@ -155,7 +155,7 @@ def resolve_on_disk(args: Sequence[str]) -> dict[str, Any]:
     """`resolve`, and a look at whether policy, prompts and reward are there.
 
     Raises:
-        ValueError: also if one of them is not.
+        UserError: also if one of them is not.
     """
     from tealightning.cli.preflight import check_inputs
 
@@ -197,7 +197,7 @@ def _option(key: str, value: Any) -> list[str]:
 
 
 def run_missing(plan: "Plan", missing: Sequence["Job"], options: argparse.Namespace) -> dict[Path, Any]:
-    """Run the jobs and say what is going on."""
+    """Run the jobs with a display of their progress."""
     from tealightning.ablation.progress import Display
     from tealightning.ablation.runner import environments_of, modules_to_preload, run_jobs
 
@@ -209,7 +209,7 @@ def run_missing(plan: "Plan", missing: Sequence["Job"], options: argparse.Namesp
         flush=True,
     )
     # Set before the process is started that runs are forked from: thread counts are read when torch is imported.
-    # Processes of runs leave without tidying up, and Python's resource tracker would say so behind the results.
+    # Processes of runs leave without tidying up, and Python's resource tracker would warn of it behind the results.
     quiet = {"PYTHONWARNINGS": "ignore:resource_tracker"}
     with _environment({"OMP_NUM_THREADS": environments[0].get("OMP_NUM_THREADS", ""), **quiet}):
         try:

@@ -187,5 +187,14 @@ def test_a_variant_that_cannot_run_is_named():
     def refuse(args):
         raise UserError("no such estimator")
 
-    with pytest.raises(ValueError, match="variant grpo: no such estimator"):
+    with pytest.raises(UserError, match="variant grpo: no such estimator"):
         make_plan(spec_of(), refuse)
+
+
+def test_a_defect_is_no_message_about_a_variant():
+    def fail(args):
+        return {}["missing"]
+
+    with pytest.raises(KeyError) as raised:
+        make_plan(spec_of(), fail)
+    assert raised.value.__notes__ == ["(in variant grpo)"]
