@@ -26,7 +26,7 @@ def diagnose(args: Sequence[str]) -> None:
     """Run one of the instruments.
 
     Raises:
-        ValueError: for an unknown one.
+        UserError: for an unknown one.
     """
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -41,7 +41,7 @@ def at_least(low: int, why: str = "", **values: int) -> None:
     """Check options against their smallest value.
 
     Raises:
-        ValueError: naming the option, with `why`.
+        UserError: naming the option, with `why`.
     """
     for name, value in values.items():
         option = f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
@@ -82,7 +82,7 @@ def diagnose_gradients(args: Sequence[str]) -> None:
     """Measure gradient fidelity in analytic worlds; with a configuration, on a policy.
 
     Raises:
-        ValueError: for an unknown estimator, world or sweep (with the nearest valid names), or a value out of range.
+        UserError: for an unknown estimator, world or sweep (with the nearest valid names), or a value out of range.
     """
     if any(arg in ("-c", "--config") or arg.startswith(("--config=", "-c=")) for arg in args):
         from tealightning.cli.diagnose_policy import diagnose_policy_gradients
@@ -129,7 +129,7 @@ def sweeps_of(names: Sequence[str]) -> tuple[str, ...]:
     """Resolve names of sweeps: `all` is every one, `none` is none.
 
     Raises:
-        ValueError: for an unknown one.
+        UserError: for an unknown one.
     """
     for name in names:
         if name not in SWEEP_CHOICES:
@@ -192,7 +192,7 @@ def diagnose_tail(args: Sequence[str]) -> None:
     """Check the tail of a reward, print the verdict and write the report.
 
     Raises:
-        ValueError: for options that do not go together, or files that do not hold rewards (with file and line).
+        UserError: for options that do not go together, or files that do not hold rewards (with file and line).
     """
     options, overrides = tail_parser().parse_known_args(list(args))
     if overrides and not options.config:

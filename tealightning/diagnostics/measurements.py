@@ -62,7 +62,7 @@ class EstimatorSpec:
         """Build the estimator.
 
         Raises:
-            ValueError: for a parameter that it does not have, or a value out of range.
+            UserError: for a parameter that it does not have, or a value out of range.
         """
         return ESTIMATORS.build(self.name, **self.all_arguments(m=m, target_n=target_n, alpha=alpha))
 
@@ -71,7 +71,7 @@ def parse_estimator(text: str) -> EstimatorSpec:
     """Parse `name` or `name:parameter=value,...`; values as in YAML.
 
     Raises:
-        ValueError: for an unknown name (with the nearest valid ones) or an argument that is no `parameter=value`.
+        UserError: for an unknown name (with the nearest valid ones) or an argument that is no `parameter=value`.
     """
     name, _, rest = text.partition(":")
     arguments = []
@@ -198,7 +198,7 @@ def measure(
     """A row for every measurement and estimator, in that order; measurements of one world and m share their groups.
 
     Raises:
-        ValueError: for a world or an estimator's argument that does not exist or is out of range.
+        UserError: for a world or an estimator's argument that does not exist or is out of range.
     """
     batches = [list(batch) for _, batch in groupby(measurements, key=lambda each: (each.sweep, each.world, each.m))]
     first = batches[0][0]

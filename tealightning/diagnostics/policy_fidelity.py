@@ -205,7 +205,7 @@ class PolicyFidelity:
         seed: Seed of the splits, the simulated steps and the bootstrap; the same ones for every estimator.
 
     Raises:
-        ValueError: for fewer than two prompts or too few rollouts.
+        UserError: for fewer than two prompts or too few rollouts.
     """
 
     def __init__(

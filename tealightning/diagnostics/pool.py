@@ -37,7 +37,7 @@ def pool_of(batches: Sequence[PromptBatch]) -> RolloutPool:
     """Join batches whose rollouts are attached, all with the same number a prompt.
 
     Raises:
-        ValueError: if there is no batch, a batch has no rollouts, or their numbers a prompt differ.
+        UserError: if there is no batch, a batch has no rollouts, or their numbers a prompt differ.
     """
     rollouts = [batch.rollouts.to("cpu") for batch in batches if batch.rollouts is not None]
     sizes = {each.group_size for each in rollouts}
@@ -68,7 +68,7 @@ def read_run(folder: Path, which: Literal["before", "after"]) -> RolloutPool:
     """Read the validation rewards of a run before or after training.
 
     Raises:
-        ValueError: if the run has not written them.
+        UserError: if the run has not written them.
     """
     file = folder / f"rewards_{which}.jsonl"
     if not file.is_file():
@@ -89,7 +89,7 @@ def read_rewards(path: Path) -> RolloutPool:
     Samples of one prompt are pooled wherever they stand.
 
     Raises:
-        ValueError: naming file and line, if it does not exist, or holds something else, or nothing.
+        UserError: naming file and line, if it does not exist, or holds something else, or nothing.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
@@ -179,7 +179,7 @@ def half_size(rewards: Tensor, *, smallest: int) -> int:
         smallest: Smallest h: the larger of N and m.
 
     Raises:
-        ValueError: if h is smaller.
+        UserError: if h is smaller.
     """
     size = int(torch.isfinite(rewards).sum(dim=1).min()) // 2
     if size < smallest:

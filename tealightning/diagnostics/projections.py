@@ -32,7 +32,7 @@ class LinearProjection:
         seed: Seed of U and V.
 
     Raises:
-        ValueError: if there is no trainable `nn.Linear`.
+        UserError: if there is no trainable `nn.Linear`.
     """
 
     def __init__(self, policy: nn.Module, *, size: int = 8, seed: int = 0) -> None:
@@ -94,7 +94,7 @@ def score_vectors(
         [B, D] on the CPU, float32 (float64 for a float64 policy).
 
     Raises:
-        ValueError: if a layer's input does not keep rollouts apart: [rows, ..., in] is expected.
+        UserError: if a layer's input does not keep rollouts apart: [rows, ..., in] is expected.
     """
     dtype = torch.promote_types(next(iter(projection.layers.values())).weight.dtype, torch.float32)
     scores = torch.zeros(len(rollouts.completion_ids), projection.num_features, dtype=dtype)

@@ -131,7 +131,7 @@ def gpd_world(name: str, shape: float) -> SmoothWorld:
     """The reward is generalised Pareto with this tail index: bounded below 0, exponential at 0, heavy above.
 
     Raises:
-        ValueError: for a shape of 0.5 or more (no variance) or below -2.
+        UserError: for a shape of 0.5 or more (no variance) or below -2.
     """
     if not -2 <= shape < 0.5:
         raise UserError(f"{name}: the shape must be in [-2, 0.5) (from 0.5 on a reward has no variance), got {shape}.")
@@ -267,7 +267,7 @@ def build_world(name: str) -> World:
     arm B (0.5 without it).
 
     Raises:
-        ValueError: for an unknown name, with the nearest valid ones; for a shape or a probability out of range.
+        UserError: for an unknown name, with the nearest valid ones; for a shape or a probability out of range.
     """
     if name in LATENT_WORLDS:
         return LATENT_WORLDS[name]()

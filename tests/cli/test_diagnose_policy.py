@@ -49,8 +49,8 @@ def test_study_has_every_estimator_that_suits_the_rewards(measured):
 def test_study_writes_what_it_says(measured):
     result, folder = measured
     page = (folder / "policy_fidelity.md").read_text()
-    for told, name in (("Page", "md"), ("Figures", "csv"), ("Plot", "png")):
-        assert f"{told}: {folder / f'policy_fidelity.{name}'}" in result.out
+    for label, name in (("Page", "md"), ("Figures", "csv"), ("Plot", "png")):
+        assert f"{label}: {folder / f'policy_fidelity.{name}'}" in result.out
         assert (folder / f"policy_fidelity.{name}").stat().st_size > 0
     table = [line for line in result.out.splitlines() if line.startswith("|")]
     assert len(table) > 5 and "\n".join(table) in page
@@ -77,7 +77,7 @@ def test_estimators_by_name_come_with_a_refusal_or_figures(playground, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         (["--pool", "255"], "--pool must be at least 256"),
         (["-m", "1"], "-m must be at least 2, got 1"),
@@ -87,10 +87,10 @@ def test_estimators_by_name_come_with_a_refusal_or_figures(playground, tmp_path)
         (["--rollout.grup_size=3"], "Unknown setting 'rollout.grup_size'"),
     ],
 )
-def test_errors_come_before_anything_is_sampled(args, told):
+def test_errors_come_before_anything_is_sampled(args, message):
     result = measure("-c", PROSE, *args)
     assert result.status == 2
-    assert told in result.err
+    assert message in result.err
 
 
 def test_a_config_is_needed():

@@ -53,7 +53,7 @@ def test_a_policy_is_sampled_from_its_config(playground, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         ((), "one of the arguments --rewards --run -c/--config is required"),
         (("--rewards", "x", "--run", "y"), "not allowed with argument"),
@@ -67,10 +67,10 @@ def test_a_policy_is_sampled_from_its_config(playground, tmp_path):
         (("-c", "nowhere.yaml"), "nowhere.yaml"),
     ],
 )
-def test_what_does_not_go_together_is_one_message(args, told):
+def test_what_does_not_go_together_is_one_message(args, message):
     result = run("diagnose", "tail", *args)
     assert result.status == 2
-    assert told in result.err and "Traceback" not in result.err
+    assert message in result.err and "Traceback" not in result.err
 
 
 def test_bad_rewards_are_one_message_with_file_and_line(tmp_path):

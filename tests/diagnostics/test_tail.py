@@ -1,3 +1,5 @@
+"""Verdicts on rewards of known tails, and the report of `diagnose tail`."""
+
 import csv
 import json
 import re
@@ -89,7 +91,7 @@ def test_verdict_on_few_values(kind, expected):
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected", "told"),
+    ("kind", "expected", "message"),
     [
         ("verifier", "discrete", r"^(49|5\d)% of the upper 0\.5 of a prompt's rewards have one and the same value"),
         ("verifier_with_noise", "two_pointed", r"^Two clusters explain 100% of the variance of the upper 0\.5 "),
@@ -98,10 +100,10 @@ def test_verdict_on_few_values(kind, expected):
     ],
 )
 @pytest.mark.parametrize("samples", [64, 128, 512])
-def test_nearly_discrete_rewards_are_told_to_be_far_from_a_gaussian_tail(kind, expected, told, samples):
+def test_nearly_discrete_rewards_are_told_to_be_far_from_a_gaussian_tail(kind, expected, message, samples):
     verdict = judge_tail(check_tail(draw(kind, 0, samples=samples, location_and_scale=False)))
     assert verdict.name == expected
-    assert re.search(told, verdict.reason), verdict.reason
+    assert re.search(message, verdict.reason), verdict.reason
     assert "far from a Gaussian tail" in verdict.reason
     assert verdict.settings == {"tail": "empirical"}
 
@@ -238,6 +240,6 @@ def test_prompts_with_too_few_samples_are_left_out_and_counted():
     rewards = draw("gaussian", 0, prompts=12, samples=40)
     rewards[2, 10:] = NAN
     diagnosis = diagnose_pool(pool_of(rewards))
-    told = "11 of 12 prompts with 40 samples each. Tested: the upper 0.5 of each prompt's rewards, 20 samples; an "
-    assert told in verdict_text(diagnosis)
+    message = "11 of 12 prompts with 40 samples each. Tested: the upper 0.5 of each prompt's rewards, 20 samples; an "
+    assert message in verdict_text(diagnosis)
     assert [row["id"] for row in prompt_rows(diagnosis)] == [f"p{i}" for i in range(12) if i != 2]
