@@ -29,8 +29,8 @@ class PromptLoader:
     Args:
         prompts: The split.
         batch_size: Prompts per rank and step.
-        seed: Of the order.
-        rank: Of this process.
+        seed: Seed of the shuffle.
+        rank: Rank of this process.
         world_size: W.
 
     Raises:
@@ -122,7 +122,7 @@ class EvaluationLoader:
     Args:
         prompts: The split.
         batch_size: Most prompts per rank and batch.
-        rank: Of this process.
+        rank: Rank of this process.
         world_size: W.
 
     Raises:

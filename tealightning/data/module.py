@@ -52,7 +52,7 @@ class PromptDataModule(pl.LightningDataModule):
         batch_size: Training prompts per rank and step.
         val_batch_size: Validation and test prompts per rank and batch; None = `batch_size`.
         max_prompt_tokens: Longer prompts are dropped, with a warning that counts them; None = keep all.
-        seed: Of the training order.
+        seed: Seed of the shuffle.
     """
 
     def __init__(

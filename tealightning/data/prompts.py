@@ -115,7 +115,7 @@ def build_prompt_set(
     """Check and encode `rows`.
 
     Args:
-        source: What the rows were read from, for messages.
+        source: Origin of the rows, for messages.
         id_column: None = `id` if there is such a column, else the row's number, from 0.
         max_prompt_tokens: Drop longer prompts, with a warning that counts them.
 
@@ -130,12 +130,12 @@ def build_prompt_set(
     id_column = id_column or ("id" if "id" in columns else None)
     encoder = _Encoder(rows, source, formatter, system_prompt, max_prompt_tokens)
     ids = _read(rows, encoder, source=source, prompt_column=prompt_column, id_column=id_column)
-    kept = np.frombuffer(encoder.kept, dtype=np.int64)
-    encoder.check_kept(len(rows))
+    row_numbers = np.frombuffer(encoder.row_numbers, dtype=np.int64)
+    encoder.report_dropped(len(rows))
     return PromptSet(
         rows=rows,
-        row_numbers=kept,
-        ids=ids if len(kept) == len(rows) else StringArray(ids.array.take(kept)),
+        row_numbers=row_numbers,
+        ids=ids if len(row_numbers) == len(rows) else StringArray(ids.array.take(row_numbers)),
         tokens=np.frombuffer(encoder.tokens, dtype=np.int32),
         ends=np.frombuffer(encoder.ends, dtype=np.int64),
         prompt_column=prompt_column,
@@ -230,7 +230,7 @@ class _Encoder:
         self.formatter = formatter
         self.system_prompt = system_prompt
         self.limit = limit
-        self.kept = array("q")  # rows
+        self.row_numbers = array("q")  # of the prompts that are short enough
         self.tokens = array("i")
         self.ends = array("q")
         self.shortest: float = math.inf
@@ -254,19 +254,19 @@ class _Encoder:
                 raise UserError(f"{self.source}: the prompt of {place_of(self.rows, number)} has no tokens.")
             self.shortest = min(self.shortest, len(token_ids))
             if self.limit is None or len(token_ids) <= self.limit:
-                self.kept.append(number)
+                self.row_numbers.append(number)
                 self.tokens.extend(token_ids)
                 self.ends.append(len(self.tokens))
         self._encoded += len(self._chunk)
         self._chunk.clear()
 
-    def check_kept(self, count: int) -> None:
-        """Say how many of `count` prompts were too long.
+    def report_dropped(self, count: int) -> None:
+        """Warn of the prompts among `count` that were too long.
 
         Raises:
             ValueError: if all were.
         """
-        dropped = count - len(self.kept)
+        dropped = count - len(self.row_numbers)
         if dropped == count:
             raise UserError(
                 f"{self.source}: all {dropped:,} prompts are longer than max_prompt_tokens={self.limit} (the shortest "

@@ -1,4 +1,4 @@
-"""What the estimators of the upper tail share: `target_n`, `alpha` and how large a group they need."""
+"""Base classes of the estimators of the upper tail: `target_n`, `alpha`, `tail`, and the smallest group."""
 
 import warnings
 from typing import ClassVar

@@ -26,7 +26,7 @@ class AdvantageEstimator(ABC):
 
     registry: ClassVar[Registry] = ESTIMATORS
     objective: ClassVar[str] = ""
-    """What it ascends, for tables: "E[max of N]"."""
+    """Objective that it ascends, for tables: "E[max of N]"."""
     lowest_reward: ClassVar[float] = -math.inf
     """Rewards below it are refused."""
     rewards_advice: ClassVar[str] = ""

@@ -29,7 +29,7 @@ class ChowBonRL(AdvantageEstimator):
     rewards, which weighs by the prompt's rate of failure, is not this estimator either; `PassAtN` is the nearest.
 
     Args:
-        baseline: What is subtracted from the maximum.
+        baseline: Baseline that is subtracted from the maximum.
     """
 
     objective = "E[max of m] - E[R]"

@@ -20,7 +20,7 @@ class MeanReward(AdvantageEstimator):
     - `baseline="none"`: `R_i` (REINFORCE, Williams 1992); unbiased, noisy. A constant group gets that constant.
 
     Args:
-        baseline: What is subtracted.
+        baseline: Baseline that is subtracted from the rewards.
     """
 
     objective = "E[R]"

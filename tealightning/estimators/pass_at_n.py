@@ -38,7 +38,7 @@ class PassAtN(AdvantageEstimator):
         prior_successes: First parameter of the Beta prior of p, > 0.
         prior_failures: Second, > 0.
         threshold: Rewards above it are successes.
-        baseline: What outcomes are compared with.
+        baseline: Baseline of the outcomes, `none` or `loo`.
     """
 
     objective = "P(success in N)"

@@ -28,8 +28,8 @@ class TEA(PlugInEstimator):
     Args:
         target_n: N, the best-of-N budget at deployment.
         alpha: Upper-tail level in (0, 1].
-        baseline: What is subtracted from the weights.
-        scale: What they are divided by.
+        baseline: Baseline that is subtracted from the weights.
+        scale: Scale that the weights are divided by.
         tail: Model of the tail: `gaussian`, `gpd` or `empirical` (`tealightning.functional.tail_models`).
     """
 

@@ -48,9 +48,9 @@ class PromptSamples(Metric):
         """
         if rewards.ndim != 2:
             raise ValueError(f"rewards must have shape [P, M], got {tuple(rewards.shape)}.")
-        for name, given, shape in (("valid", valid, rewards.shape), ("keys", keys, rewards.shape[:1])):
-            if given is not None and given.shape != shape:
-                raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(given.shape)}.")
+        for name, tensor, shape in (("valid", valid, rewards.shape), ("keys", keys, rewards.shape[:1])):
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}.")
         scored = torch.isfinite(rewards) if valid is None else torch.isfinite(rewards) & valid.bool()
         self._append(scored, rewards.detach(), keys)
 

@@ -106,9 +106,9 @@ def train_policy(
     """Next-token training on texts, joined by end-of-text tokens in a new random order every epoch.
 
     Args:
-        texts: What is learned.
-        tokenizer: Of the texts.
-        architecture: Of the policy.
+        texts: Training texts.
+        tokenizer: Tokenizer of the texts.
+        architecture: Architecture of the policy.
         steps: Optimizer steps.
         batch_size: Rows a step.
         sequence_length: Length of a row, in tokens.
@@ -165,9 +165,9 @@ def sample_completions(
         tokenizer: Its tokenizer.
         prompts: [B].
         max_new_tokens: Longest completion, in tokens; it ends before its end-of-text token.
-        temperature: Of the softmax.
+        temperature: Temperature of the softmax.
         batch_size: Prompts that are sampled for at once.
-        description: Of a progress bar; None = no bar.
+        description: Text of the progress bar; None = no bar.
 
     Returns:
         [B] texts.
@@ -199,7 +199,7 @@ class Descent:
     steps a held-out loss for which AdamW needs several times as many.
 
     Args:
-        model: What is trained.
+        model: Model to train.
         steps: Length of the schedule: linear warm-up over the first 5%, cosine decay to a tenth of the peak.
         adamw_lr: Peak learning rate of embeddings, heads and norms.
         muon_lr: Peak learning rate of the layers' matrices, on AdamW's scale.

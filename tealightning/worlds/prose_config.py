@@ -35,7 +35,7 @@ class ProseConfig:
         completion_tokens: Longest continuation that the reward model is trained on, in tokens.
         reward_paragraphs: Paragraphs behind those pairs. The policy has not seen them: on its own training text it is
             less surprised than by its samples, and a reward model would learn that instead.
-        heldout_paragraphs: Paragraphs kept for the figures of the manifest.
+        heldout_paragraphs: Paragraphs held out for the figures of the manifest.
         heldout_pairs: Pairs cut from them that the reward model is judged on.
         train_prompts: Prompts in `prompts/train.jsonl`.
         val_prompts: Prompts in `prompts/val.jsonl`.
@@ -131,7 +131,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         curve_prompts=4,
     ),
 }
-"""What each preset changes. "default" is for use; "tiny" builds in seconds, for tests."""
+"""Presets, as differences from the defaults. "default" is for use; "tiny" builds in seconds, for tests."""
 
 
 def resolve_config(size: str | ProseConfig) -> ProseConfig:

@@ -178,8 +178,10 @@ def style_of(completion: str) -> str | None:
 
 
 def mixture_best_of_n(config: StylesConfig, daring_share: float, n: int) -> float:
-    """`E[max of n]` of a policy that is daring with a given probability: the integral of `x d F(x)^n`,
-    `F = (1-p) F_classic + p F_daring`."""
+    """Best-of-n of a policy that is daring with probability p: the integral of `x d F(x)^n` with
+
+        F = (1-p) F_classic + p F_daring
+    """
     widest = 12 * config.daring_sd
     x = np.linspace(min(config.daring_mean, config.classic_mean) - widest, config.classic_mean + widest, 20_001)
     below = (1 - daring_share) * ndtr((x - config.classic_mean) / config.classic_sd) + daring_share * ndtr(
@@ -323,7 +325,7 @@ def _measure(
 
 
 def reward_metadata(config: StylesConfig) -> dict[str, Any]:
-    """What `dish_reward` reads beside prompt and completion, as it is written next to each prompt."""
+    """Columns that `dish_reward` reads, as they are written next to each prompt."""
     return {
         "styles": {
             CLASSIC: [config.classic_mean, config.classic_sd],
