@@ -178,9 +178,11 @@ def style_of(completion: str) -> str | None:
 
 
 def mixture_best_of_n(config: StylesConfig, daring_share: float, n: int) -> float:
-    """Best-of-n of a policy that is daring with probability p: the integral of `x d F(x)^n` with
+    """Best-of-n of a policy that is daring with probability p.
 
-        F = (1-p) F_classic + p F_daring
+        integral of x d F(x)^n,     F = (1-p) F_classic + p F_daring
+
+    It is what the manifest's figures are compared with.
     """
     widest = 12 * config.daring_sd
     x = np.linspace(min(config.daring_mean, config.classic_mean) - widest, config.classic_mean + widest, 20_001)
