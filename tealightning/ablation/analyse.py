@@ -18,6 +18,7 @@ from tealightning.ablation.evaluations import (
     read_evaluations,
 )
 from tealightning.ablation.plan import Plan
+from tealightning.ablation.results_view import BUDGETS
 from tealightning.ablation.runner import Outcome
 from tealightning.ablation.spec import spec_dict
 from tealightning.errors import UserError
@@ -25,7 +26,6 @@ from tealightning.functional.best_of_n import holm, improvement, win_rate
 
 SCHEMA_VERSION = 1
 DIAGNOSTICS = ("kl", "kl_per_token", "distinct_1", "distinct_2", "self_similarity")
-BUDGETS = ("optimizer_steps", "rollouts", "generated_tokens", "trained_tokens", "wall_seconds")
 
 
 def analyse(plan: Plan, outcomes: Mapping[Path, Outcome], provenance: dict[str, str]) -> dict[str, Any]:

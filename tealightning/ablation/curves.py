@@ -18,7 +18,7 @@ from tealightning.ablation.evaluations import (
     read_training,
 )
 
-TRAINING_METRICS = {
+LOGGED_METRICS = {  # of a run -> their names in results.json
     "rollout/reward_mean": "reward_mean",
     "rollout/reward_std": "reward_std",
     "rollout/completion_length_mean": "completion_length",
@@ -60,7 +60,7 @@ def training_curves(folders: Sequence[Path], estimator: Estimator) -> dict[str, 
     if not steps:
         return {}
     result: dict[str, Any] = {"step": list(range(1, steps + 1))}
-    for column, name in (TRAINING_METRICS | _components(runs[0])).items():
+    for column, name in (LOGGED_METRICS | _components(runs[0])).items():
         if all(column in run and np.isfinite(run[column][:steps]).all() for run in runs):
             interval = estimator.interval(torch.tensor(np.stack([run[column][:steps] for run in runs]))[:, None, :])
             result[name] = {key: json_numbers(getattr(interval, key)) for key in ("mean", "low", "high")}

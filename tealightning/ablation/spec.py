@@ -68,7 +68,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
 @dataclass(kw_only=True, slots=True)
-class Evaluation:
+class EvaluationSpec:
     """How every policy is evaluated; the same prompts and sampling seeds for all variants.
 
     Args:
@@ -171,7 +171,7 @@ class AblationSpec:
     grid: dict[str, list[Any]] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
     playgrounds: list[dict[str, Any]] = field(default_factory=list)
-    evaluation: Evaluation = field(default_factory=Evaluation)
+    evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     retries: int = 0
     confidence: float = 0.95
     bootstrap_samples: int = 4000
@@ -254,7 +254,7 @@ def parse_spec(settings: Any) -> AblationSpec:
     """
     spec = _checked(settings, AblationSpec, "an ablation")
     if "evaluation" in spec:
-        spec["evaluation"] = Evaluation(**_checked(spec["evaluation"], Evaluation, "evaluation", "evaluation."))
+        spec["evaluation"] = EvaluationSpec(**_checked(spec["evaluation"], EvaluationSpec, "evaluation", "evaluation."))
     return AblationSpec(**spec)
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tealightning.ablation.analyse import BUDGETS, analyse
+from tealightning.ablation.analyse import analyse
 from tealightning.ablation.plan import make_plan
+from tealightning.ablation.results_view import BUDGETS
 from tealightning.ablation.runner import Outcome
 from tealightning.ablation.spec import parse_spec
 from tealightning.callbacks.evaluation_record import save_arrays
