@@ -103,12 +103,12 @@ def test_functional_imports_only_numerical_libraries_and_itself():
     assert not wrong, "\n".join(wrong)
 
 
-def test_module_knows_nothing_of_rollouts_rewards_or_callbacks():
+def test_training_knows_nothing_of_rollouts_rewards_or_callbacks():
     forbidden = ("tealightning.rollouts", "tealightning.rewards", "tealightning.callbacks")
     wrong = [
         describe(file, name, line)
         for file, name, line in IMPORTS
-        if unit_of(file) == "module" and name.startswith(forbidden)
+        if unit_of(file) == "training" and name.startswith(forbidden)
     ]
     assert not wrong, "\n".join(wrong)
 

@@ -105,8 +105,7 @@ class EvaluationRecord(Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._rows = []
 
-    def on_test_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._rows = []
+    on_test_start = on_validation_start
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: PromptBatch, batch_idx: int, *args: Any

@@ -122,9 +122,7 @@ class RolloutCallback(Callback):
         self._unscorable.begin_evaluation()
         self._start(trainer, pl_module)
 
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._unscorable.begin_evaluation()
-        self._start(trainer, pl_module)
+    on_test_start = on_validation_start
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.close()

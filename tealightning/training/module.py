@@ -14,7 +14,7 @@ Shapes: P prompts, m rollouts each, B = P * m rollouts, T tokens of the longest 
                         clip the gradient, optimizer.step()                  on no rank if one is not finite
     after the step      log train/..., rollout/log_prob_...                  docs/metrics.md
 
-The module knows nothing of engines or rewards' makers: `batch.rollouts` is there when `training_step` is called.
+The module knows no engine and no reward: `batch.rollouts` is there when `training_step` is called.
 """
 
 import warnings

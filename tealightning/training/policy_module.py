@@ -18,12 +18,12 @@ from tealightning.types import PromptBatch, RolloutBatch
 
 
 class PolicyModule(pl.LightningModule):
-    """What `PostTrainingModule` does beside training: the policy's life from loading to export, and its evaluation.
+    """Loads, evaluates, checkpoints and exports a policy: the base class of `PostTrainingModule`, which trains it.
 
     Args:
         policy: Folder or hub id of the policy.
         reference: Folder or hub id of the reference; None = the policy as it was loaded.
-        with_reference: Training needs the reference.
+        with_reference: Whether training needs the reference.
         lora: Adapter to train; None = all weights.
         load_kwargs: `dtype` and `trust_remote_code` of `pretrained.load_policy`.
         gradient_checkpointing: Recompute activations in the backward pass.
