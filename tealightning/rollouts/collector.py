@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +14,6 @@ from tealightning.reliability.progress import RunPhase, beat, during
 from tealightning.rewards.base import Reward, summed_counts
 from tealightning.rollouts.base import RolloutEngine
 from tealightning.types import Completion, PromptBatch, RewardScores, RolloutBatch, SamplingConfig
-
-T = TypeVar("T")
 
 
 class RolloutCollector:
@@ -67,9 +64,10 @@ class RolloutCollector:
         """
         grouped, scores, seconds = self._generate_and_score(batch, num_samples, seeds)
         completions = [completion for group in grouped for completion in group]
+        prompts = [token_ids for token_ids in batch.token_ids for _ in range(num_samples)]
         shape = (len(batch), num_samples)
         rollouts = RolloutBatch(
-            **_prompt_tensors(_repeat(batch.token_ids, num_samples), self.pad_token_id),
+            **_prompt_tensors(prompts, self.pad_token_id),
             **_completion_tensors(completions, self.pad_token_id),
             rewards=scores.total.reshape(shape),
             reward_components={name: values.reshape(shape) for name, values in scores.components.items()},
@@ -187,10 +185,6 @@ def _joined(parts: Sequence[RewardScores]) -> RewardScores:
         components={name: torch.cat([part.components[name] for part in parts]) for name in names},
         counts={name: summed_counts(part.counts.get(name, {}) for part in parts) for name in parts[0].counts},
     )
-
-
-def _repeat(values: Sequence[T], times: int) -> list[T]:
-    return [value for value in values for _ in range(times)]
 
 
 def _prompt_tensors(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent import futures
+from concurrent.futures import Future
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -16,19 +18,18 @@ class OneStepAhead:
 
     def __init__(self) -> None:
         self._ids: list[str] = []
-        self._task: _Task | None = None
+        self._task: Future[Collected] | None = None
         self._taken: dict[str, Any] | None = None
 
     def submit(self, ids: Sequence[str], collect: Callable[[], Collected]) -> None:
         """Start to collect the rollouts of the prompts `ids`."""
         assert self._task is None, "what was collected is taken before more is"
-        self._ids, self._task = list(ids), _Task(collect)
-        self._task.start()
+        self._ids, self._task = list(ids), _started(collect)
 
     def wait(self) -> None:
-        """Until the engine is idle."""
+        """Wait until the engine is idle."""
         if self._task is not None:
-            self._task.join()
+            futures.wait([self._task])
 
     def take(self, ids: Sequence[str]) -> Collected | None:
         """What was collected for the prompts `ids`; None if nothing was, or for others (then it is dropped).
@@ -39,7 +40,7 @@ class OneStepAhead:
         task, self._task, self._taken = self._task, None, None
         if task is None:
             return None
-        task.join()
+        futures.wait([task])
         if self._ids != list(ids):
             return None
         collected = task.result()
@@ -54,8 +55,9 @@ class OneStepAhead:
         if self._task is None:
             return None
         if wait:
-            self._task.join()
-        return None if self._task.is_alive() or self._task.failed else collected_state(self._ids, self._task.result())
+            self.wait()
+        is_there = self._task.done() and self._task.exception() is None
+        return collected_state(self._ids, self._task.result()) if is_there else None
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Have what was collected before a checkpoint ready to be taken."""
@@ -76,29 +78,16 @@ def collected_of(state: dict[str, Any]) -> tuple[list[str], Collected]:
     return list(state["ids"]), (RolloutBatch(**values), dict(state["seconds"]))
 
 
-class _Task(threading.Thread):
-    """A daemon, unlike the threads of an executor: a request that never ends must not keep the process alive."""
+def _started(collect: Callable[[], Collected]) -> Future[Collected]:
+    """Run `collect` in a daemon thread, which an executor's is not: a request that never ends must not keep the process
+    alive."""
+    future: Future[Collected] = Future()
 
-    def __init__(self, collect: Callable[[], Collected]) -> None:
-        super().__init__(name="rollouts one step ahead", daemon=True)
-        self._collect = collect
-        self._collected: Collected | None = None
-        self._error: BaseException | None = None
-
-    def run(self) -> None:
+    def run() -> None:
         try:
-            self._collected = self._collect()
+            future.set_result(collect())
         except BaseException as error:  # raised where the result is taken
-            self._error = error
+            future.set_exception(error)
 
-    @property
-    def failed(self) -> bool:
-        """Whether it has ended with an error."""
-        return self._error is not None
-
-    def result(self) -> Collected:
-        """Of a thread that has ended."""
-        if self._error is not None:
-            raise self._error
-        assert self._collected is not None
-        return self._collected
+    threading.Thread(target=run, name="rollouts one step ahead", daemon=True).start()
+    return future

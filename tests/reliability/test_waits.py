@@ -27,9 +27,8 @@ WATCHED = {
     "reporting/provenance.py: "
     "subprocess.run(['git', '-C', str(folder), 'describe', '--always', '--dirty', '--abbrev=9', '--exclude=*'], "
     "capture_output=True, text=True, check=False)": "reads the package's own checkout, and is no part of a run",
-    "rollouts/prefetch.py: self._task.join()": "in RunPhase.GENERATING",
+    "rollouts/prefetch.py: self.wait()": "in RunPhase.GENERATING, or while a checkpoint is saved",
     "rollouts/prefetch.py: self._task.result()": "of a thread that has ended",
-    "rollouts/prefetch.py: task.join()": "in RunPhase.GENERATING",
     "rollouts/prefetch.py: task.result()": "of a thread that has ended",
     "rollouts/collector.py: pending[p].result()": "in RunPhase.SCORING",
     "rollouts/vllm_client.py: future.result()": "of a future that is done",
