@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from tealightning.callbacks.rollout_checks import UnscorableGuard, check_prompts, model_length, padding_id
 from tealightning.errors import UserError
-from tealightning.reliability.progress import RunPhase, during
+from tealightning.reliability.progress import Activity, during
 from tealightning.rewards.base import Reward
 from tealightning.rollouts import EngineContext, RolloutCollector, RolloutEngine, policy_weights, prompt_seed
 from tealightning.rollouts.collector import rollout_metrics
@@ -156,7 +156,7 @@ class RolloutCallback(Callback):
         self._synced_step = None  # a stage may have loaded other weights
         if self._policy is pl_module.policy:
             return
-        with during(RunPhase.STARTING):
+        with during(Activity.STARTING):
             self._start_engine(trainer, pl_module)
         self._collector = RolloutCollector(
             engine=self.engine,
@@ -195,7 +195,7 @@ class RolloutCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: PromptBatch, batch_idx: int
     ) -> None:
         started = time.perf_counter()
-        with during(RunPhase.GENERATING):  # what is left of it
+        with during(Activity.GENERATING):  # what is left of it
             collected = self._ahead.take(batch.ids)
         waited = time.perf_counter() - started
         synced = self._sync(trainer, pl_module)
@@ -204,7 +204,7 @@ class RolloutCallback(Callback):
         metrics |= {"sync_seconds": synced, "step": self.rollout_step}
         if self.steps_ahead:
             metrics |= {"wait_seconds": waited, "staleness": trainer.global_step - rollouts.weights_version}
-        with during(RunPhase.OTHER):  # ranks meet in it
+        with during(Activity.OTHER):  # ranks meet in it
             unscorable, total, all_metrics = _over_ranks(trainer, pl_module, rollouts, metrics)
         self._unscorable.check(unscorable, total, "train", self.reward.problem)
         batch.rollouts = rollouts.to(pl_module.device)
@@ -240,7 +240,7 @@ class RolloutCallback(Callback):
     def _evaluate(self, trainer: pl.Trainer, pl_module: Any, batch: PromptBatch, split: Split) -> None:
         self._sync(trainer, pl_module)
         rollouts, _ = self._collect(trainer, batch, split, max(pl_module.ns), 0)
-        with during(RunPhase.OTHER):  # ranks meet in it
+        with during(Activity.OTHER):  # ranks meet in it
             unscorable, total, _ = _over_ranks(trainer, pl_module, rollouts, {})
         self._unscorable.check(unscorable, total, split, self.reward.problem)
         batch.rollouts = rollouts.to(pl_module.device)
@@ -277,12 +277,12 @@ class RolloutCallback(Callback):
 
     def _sync(self, trainer: pl.Trainer, pl_module: Any) -> float:
         """Give the engine the trainer's weights if they changed; seconds taken."""
-        with during(RunPhase.GENERATING):
+        with during(Activity.GENERATING):
             self._ahead.wait()  # a completion is of one policy from its first token to its last
         if self.engine.shares_weights or self._synced_step == trainer.global_step:
             return 0.0
         started = time.perf_counter()
-        with during(RunPhase.SYNCING):
+        with during(Activity.SYNCING):
             self.engine.sync_weights(policy_weights(pl_module.policy))
         self._synced_step = trainer.global_step
         return time.perf_counter() - started

@@ -10,7 +10,7 @@ import tealightning
 from tealightning.cli.console import quiet_startup
 from tealightning.errors import UserError
 from tealightning.registry import did_you_mean
-from tealightning.reliability.progress import own_process
+from tealightning.reliability.progress import owns_process
 
 USAGE = """\
 usage: tealightning COMMAND [options]
@@ -50,14 +50,13 @@ _NOT_ON_PURPOSE = (
 )
 
 
+@owns_process
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line.
 
     An error that the user can mend (see `_is_for_the_user`) is printed as one message, and the exit status is 2 or the
     error's `exit_code`. Every other exception is raised, with a note that says what to do about it.
     """
-    if argv is None:
-        own_process()
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]

@@ -24,7 +24,7 @@ from tealightning.reliability.checkpoint_files import (
 )
 from tealightning.reliability.files import run_folder
 from tealightning.reliability.locks import locked
-from tealightning.reliability.progress import RunPhase, during
+from tealightning.reliability.progress import Activity, during
 from tealightning.reliability.step_snapshot import (
     RANKS,
     CannotSaveError,
@@ -113,7 +113,7 @@ class ResumableCheckpoint(Checkpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         is_agreed = isinstance(exception, StopRequestedError) and trainer.global_rank > 0  # rank 0 tells and saves
         if trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run and not is_agreed:  # type: ignore[attr-defined]
-            with during(RunPhase.SAVING):
+            with during(Activity.SAVING):
                 message = self._rescue(trainer, pl_module)
             print(f"tealightning: {message}", file=sys.stderr, flush=True)
 
@@ -210,7 +210,7 @@ class ResumableCheckpoint(Checkpoint):
             shutil.rmtree(target, ignore_errors=True)  # of a run that was killed
         refused = False
         try:
-            with during(RunPhase.SAVING):
+            with during(Activity.SAVING):
                 self._written = replace(self._snapshot, ranks=over_ranks(rank_state(trainer)))
                 trainer.save_checkpoint(target, weights_only=False)
         except OSError as error:

@@ -1,6 +1,5 @@
 """Lock a folder, or a run's folder, for one process."""
 
-import contextlib
 import errno
 import fcntl
 import json
@@ -23,7 +22,7 @@ LOCK_FILE = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
-@contextlib.contextmanager
+@contextmanager
 def locked(folder: Path, message: str, *, wait_seconds: float = 0.0, name: str = LOCK_FILE) -> Iterator[None]:
     """Hold a folder, made if it is missing, alone while the context lasts and this process lives.
 
@@ -31,13 +30,13 @@ def locked(folder: Path, message: str, *, wait_seconds: float = 0.0, name: str =
     On a file system without locks (some network mounts) there is a warning instead.
 
     Args:
-        folder: The folder; the lock is a file in it, which says who holds it.
-        message: Of the error.
+        folder: Folder to hold; the lock is a file in it, which says who holds it.
+        message: Text of the error.
         wait_seconds: How long another process is waited for, one that is just ending for instance.
-        name: Of the file.
+        name: Name of the file.
 
     Raises:
-        ValueError: with `message` and who it is, if another process holds it.
+        UserError: with `message` and who it is, if another process holds it.
         OSError: if the folder cannot be made or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,11 +47,18 @@ def locked(folder: Path, message: str, *, wait_seconds: float = 0.0, name: str =
             if time.monotonic() >= deadline:
                 raise UserError(f"{message}{_holder(file)}") from None
             time.sleep(0.2)
-        _sign(file)
+        # The first write to the folder, so that a full disk is noticed here.
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        file.seek(0)
+        file.truncate()
+        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "started": started}, file)
+        file.flush()
+        os.fsync(file.fileno())
         yield
 
 
 def _try(file: IO[str], folder: Path) -> bool:
+    """Whether this process has the lock now."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -68,16 +74,6 @@ def _try(file: IO[str], folder: Path) -> bool:
     return True
 
 
-def _sign(file: IO[str]) -> None:
-    """Say who holds the lock; the first write to the folder, so that a full disk is noticed here."""
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    file.seek(0)
-    file.truncate()
-    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "started": started}, file)
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def _holder(file: IO[str]) -> str:
     """` It is process 123 on host, since ...`; empty where the file does not say."""
     try:
@@ -85,10 +81,10 @@ def _holder(file: IO[str]) -> str:
         pid, host, started = holder["pid"], holder["host"], holder["started"]
     except (ValueError, KeyError, TypeError):
         return ""
-    told = f" It is process {pid} on {host}, since {started}."
+    text = f" It is process {pid} on {host}, since {started}."
     if host == socket.gethostname() and not Path("/proc", str(pid)).exists() and Path("/proc/self").exists():
-        told += " That process has ended, and one that it started still holds the folder."
-    return told
+        text += " That process has ended, and one that it started still holds the folder."
+    return text
 
 
 CHOOSING_SECONDS = 60.0
@@ -108,45 +104,45 @@ def claimed_run_folder(trainer: pl.Trainer, *, is_resumed: bool) -> Iterator[Non
         is_resumed: Whether the run goes on from a checkpoint and may write where the other run wrote.
 
     Raises:
-        ValueError: if the folder is another run's, one that lives or one that has ended, or cannot be written.
+        UserError: if the folder is another run's, one that lives or one that has ended, or cannot be written.
     """
-    keeps = trainer.loggers or trainer.checkpoint_callbacks
-    if not trainer.is_global_zero or trainer.fast_dev_run or not keeps:  # type: ignore[attr-defined] # as in folders.py
+    keeps_something = trainer.loggers or trainer.checkpoint_callbacks
+    if not trainer.is_global_zero or trainer.fast_dev_run or not keeps_something:  # type: ignore[attr-defined]
         yield
         return
     with ExitStack() as held:
-        with _writable(), _choosing(trainer):
-            folder = run_folder(trainer)
-            in_use = f"{folder} is in use by a run. Wait until it ends, or let trainer.logger write elsewhere."
-            held.enter_context(locked(folder, in_use))
+        try:
+            with _choosing(trainer):
+                folder = run_folder(trainer)
+                in_use = f"{folder} is in use by a run. Wait until it ends, or let trainer.logger write elsewhere."
+                held.enter_context(locked(folder, in_use))
+        except OSError as error:
+            raise UserError(
+                f"The run's folder cannot be written: {error}. Let trainer.logger.save_dir (without a logger: "
+                "trainer.default_root_dir) name a folder on a disk with space that you may write to."
+            ) from error
         if trainer.loggers and not is_resumed:
             refuse_other_runs(folder / "config.yaml")
         yield
 
 
 def refuse_other_runs(config: Path) -> None:
-    """
-    Raises:
-        ValueError: if there is a run's config already.
-    """
+    """Raise a UserError if there is a run's config already."""
     if config.exists():
         raise UserError(f"{config} is another run's. Let trainer.logger write elsewhere, or delete that folder.")
 
 
 def refuse_live_run(folder: Path, own: Path) -> None:
-    """A run that still lives is not to be gone on with.
+    """Raise a UserError if another process writes into a run's folder: a live run is not to be gone on with.
 
     Args:
-        folder: The run's.
-        own: The folder that this process holds already.
-
-    Raises:
-        ValueError: if another process writes into `folder`.
+        folder: Folder of the run.
+        own: Folder that this process holds already.
     """
     if folder.resolve() == own.resolve() or not (folder / LOCK_FILE).exists():
         return
-    told = f"{folder} is of a run that still goes on. Wait until it ends, or name a checkpoint to branch off from it."
-    with locked(folder, f"--ckpt_path last: {told}"):
+    advice = f"{folder} is of a run that still goes on. Wait until it ends, or name a checkpoint to branch off from it."
+    with locked(folder, f"--ckpt_path last: {advice}"):
         pass
 
 
@@ -161,14 +157,3 @@ def _choosing(trainer: pl.Trainer) -> AbstractContextManager[None]:
         wait_seconds=CHOOSING_SECONDS,
         name=".versions.lock",
     )
-
-
-@contextmanager
-def _writable() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"The run's folder cannot be written: {error}. Let trainer.logger.save_dir (without a logger: "
-            "trainer.default_root_dir) name a folder on a disk with space that you may write to."
-        ) from error

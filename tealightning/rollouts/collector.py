@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tealightning.errors import UserError
 from tealightning.functional.tail_checks import tied
-from tealightning.reliability.progress import RunPhase, beat, during
+from tealightning.reliability.progress import Activity, beat, during
 from tealightning.rewards.base import Reward, summed_counts
 from tealightning.rollouts.base import RolloutEngine
 from tealightning.types import Completion, PromptBatch, RewardScores, RolloutBatch, SamplingConfig
@@ -88,7 +88,7 @@ class RolloutCollector:
         pending: dict[int, Future[RewardScores]] = {}
         thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
         try:
-            with during(RunPhase.GENERATING):
+            with during(Activity.GENERATING):
                 for p, group in self.engine.generate_each(
                     batch.token_ids, num_samples=num_samples, sampling=self.sampling, seeds=seeds
                 ):
@@ -100,7 +100,7 @@ class RolloutCollector:
             generated = time.perf_counter()
             grouped = [groups[p] for p in sorted(groups)]
             self._check(grouped, num_prompts=len(batch), num_samples=num_samples)
-            with during(RunPhase.SCORING):
+            with during(Activity.SCORING):
                 parts = [pending[p].result() for p in sorted(pending)]
                 parts = parts or [self._score(batch, range(len(batch)), grouped)]
         finally:  # without waiting: after an error, what is being scored is of no use
@@ -115,7 +115,7 @@ class RolloutCollector:
         times = [len(group) for group in groups]
         texts = [completion.text for group in groups for completion in group]
         repeated = [p for p, count in zip(prompts, times, strict=True) for _ in range(count)]
-        with during(RunPhase.SCORING):
+        with during(Activity.SCORING):
             return self.reward([batch.prompts[p] for p in repeated], texts, [batch.metadata[p] for p in repeated])
 
     def _check(self, grouped: Sequence[Sequence[Completion]], *, num_prompts: int, num_samples: int) -> None:

@@ -1,9 +1,12 @@
 """Push weights to a vLLM server: through a file that both sides see, or NCCL between GPUs."""
 
+import contextlib
+import fcntl
 import os
 import shutil
 import socket
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tealightning.errors import UserError
-from tealightning.reliability import temp_dirs
 from tealightning.reliability.processes import free_port
 from tealightning.rollouts.vllm import nccl_sender
 from tealightning.rollouts.vllm_client import VLLMClient, is_local
 
 Weights = list[tuple[str, Tensor]]
+
+_MEMORY = "/dev/shm"
+_PREFIX = "tealightning-weights-"
 
 
 class FilePush:
@@ -29,15 +34,17 @@ class FilePush:
     """
 
     def __init__(self, parent: str | None) -> None:
-        memory = "/dev/shm"
-        parent = parent or (memory if os.access(memory, os.W_OK) else tempfile.gettempdir())
+        is_local = parent is None
+        parent = parent or (_MEMORY if os.access(_MEMORY, os.W_OK) else tempfile.gettempdir())
         if not os.path.isdir(parent):
             raise UserError(f"rollout.engine.weights_dir must be an existing folder, got {parent}.")
-        self._temporary = tempfile.TemporaryDirectory(
-            prefix=f"tealightning-weights-{os.getpid()}-", dir=os.path.abspath(parent)
-        )
+        if is_local:
+            remove_abandoned(Path(parent))
+        self._temporary = tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-", dir=os.path.abspath(parent))
         self.folder = Path(self._temporary.name)
-        temp_dirs.add(self.folder)
+        self._lock: int | None = os.open(self.folder, os.O_RDONLY)  # the kernel gives it back however this process ends
+        with contextlib.suppress(OSError):  # a network file system
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def push(self, client: VLLMClient, weights: Weights) -> None:
         needed, free = sum(tensor.nbytes for _, tensor in weights), shutil.disk_usage(self.folder).free
@@ -57,7 +64,22 @@ class FilePush:
 
     def close(self) -> None:
         self._temporary.cleanup()
-        temp_dirs.discard(self.folder)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Remove folders of weights that killed processes have left: those that nobody has locked for a minute."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, or in use
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - folder.stat().st_mtime > 60.0:  # else it is just being made
+                    shutil.rmtree(folder)
+            finally:
+                os.close(handle)
 
 
 class NCCLPush:

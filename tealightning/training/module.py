@@ -243,7 +243,6 @@ class PostTrainingModule(PolicyModule):
                 scores = score_completions(self.policy, step.rollouts, _some(chosen), with_entropy=is_first)
                 loss, part = micro_batch_loss(self.loss, step, _some(chosen), scores)
                 self.manual_backward(loss if len(chosen) > 0 else loss * 0)
-            beat()
             if len(chosen) > 0:
                 merge_sums(sums, part)
                 log_probs[chosen, : scores.mask.shape[1]] = scores.log_probs.detach()

@@ -1,20 +1,20 @@
-"""Deadlines without a fault, and what a watch makes of one; whole runs with faults are in tests/faults."""
+"""Deadlines without a fault, and what the watchdog makes of one; whole runs with faults are in tests/faults."""
 
+import ctypes
 import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch.trainer.states import RunningStage, TrainerStatus
 from playground_fits import fit
 
 from tealightning.callbacks import Deadlines
-from tealightning.reliability import temp_dirs
-from tealightning.reliability.guard import Guard
-from tealightning.reliability.progress import RunPhase, current, during
-from tealightning.reliability.rank_failures import OtherRanks
-from tealightning.reliability.rank_heartbeat import Heard
-from tealightning.reliability.watchdog import RunEnded, Surroundings, Watch
+from tealightning.reliability.progress import Activity, current, during, set_default
+from tealightning.reliability.rank_heartbeat import RankHeartbeat
+from tealightning.reliability.watchdog import RunEnded, Watchdog
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("nan")])
@@ -23,14 +23,14 @@ def test_deadlines_refuse_limits_that_are_none(value):
         Deadlines(sync_seconds=value)
 
 
-def test_deadlines_map_every_phase_to_a_limit():
+def test_deadlines_map_every_activity_to_a_limit():
     deadlines = Deadlines(sync_seconds=7, other_seconds=None)
-    assert set(deadlines.limits) == set(RunPhase)
-    assert deadlines.limits[RunPhase.SYNCING] == 7
-    assert deadlines.limits[RunPhase.OTHER] is None
+    assert set(deadlines.limits) == set(Activity)
+    assert deadlines.limits[Activity.SYNCING] == 7
+    assert deadlines.limits[Activity.OTHER] is None
 
 
-def test_a_healthy_run_leaves_no_thread_no_phase_and_no_handler(playground):
+def test_a_healthy_run_leaves_no_thread_no_activity_and_no_handler(playground):
     signal.signal(signal.SIGUSR2, signal.SIG_DFL)  # a run of an earlier test that failed may have left its own
     fit(playground, steps=1, callbacks=[Deadlines()])
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("tealightning ")]
@@ -38,80 +38,67 @@ def test_a_healthy_run_leaves_no_thread_no_phase_and_no_handler(playground):
     assert signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL
 
 
-def surroundings(**limits: float) -> Surroundings:
-    return Surroundings(
-        who="The run",
-        limits={phase: limits.get(phase.name) for phase in RunPhase},
-        step=lambda: "optimizer step 4",
-        rescue=lambda fault: None,
-        is_failing=lambda: False,
-        is_handled=lambda: False,
-    )
+def watchdog_of(ranks=None, **limits: float) -> Watchdog:
+    """A watchdog over a trainer at its fourth step."""
+    state = SimpleNamespace(status=TrainerStatus.RUNNING, stage=RunningStage.TRAINING)
+    trainer = SimpleNamespace(state=state, global_step=4, global_rank=0, checkpoint_callbacks=[])
+    return Watchdog(trainer, {activity: limits.get(activity.name) for activity in Activity}, ranks)
 
 
-def test_watch_raises_in_a_main_thread_that_sleeps():
-    watch = Watch(surroundings(SYNCING=1.0), None)
-    watch.start()
+def test_watchdog_raises_in_a_main_thread_that_sleeps():
+    watchdog = watchdog_of(SYNCING=1.0)
+    watchdog.start()
     try:
         with (
             pytest.raises(RunEnded, match=r"no progress for \d+ s while syncing weights .*=1; optimizer step 4"),
-            during(RunPhase.SYNCING),
+            during(Activity.SYNCING),
         ):
             time.sleep(60)
     finally:
-        watch.stop()
-
-
-class Told(OtherRanks):
-    """Ranks of which this is known."""
-
-    def __init__(self, *late: bool) -> None:
-        self._peers = type("Peers", (), {})()
-        self._peers.others = {rank: Heard(state={"is_late": is_late}, at=0.0) for rank, is_late in enumerate(late, 1)}
+        watchdog.stop()
 
 
 def test_a_rank_that_waits_is_not_stuck_while_another_works():
-    with during(RunPhase.TRAINING):
+    with during(Activity.TRAINING):
         (waiting,) = current().values()
-    with during(RunPhase.GENERATING):
+    with during(Activity.GENERATING):
         (generating,) = current().values()
-    watch = Watch(surroundings(), None)
+    watchdog = watchdog_of()
+    ranks = RankHeartbeat(0, 3, "test")  # not started
     try:
-        assert watch._is_stuck(waiting)
-        watch.ranks = Told(True, False)
-        assert not watch._is_stuck(waiting)
-        assert watch._is_stuck(generating)  # waits for no rank
-        watch.ranks = Told(True, True)
-        assert watch._is_stuck(waiting)
+        assert watchdog._is_stuck(waiting)
+        watchdog.ranks = ranks
+        ranks.others[1].message, ranks.others[2].message = {"is_late": True}, {"is_late": False}
+        assert not watchdog._is_stuck(waiting)
+        assert watchdog._is_stuck(generating)  # waits for no rank
+        ranks.others[2].message = {"is_late": True}
+        assert watchdog._is_stuck(waiting)
     finally:
-        watch.ranks = None
-        watch.stop()
+        watchdog.ranks = None
+        watchdog.stop()
 
 
-def test_guard_removes_what_a_killed_process_has_left(tmp_path):
-    folder = tmp_path / "weights"
-    folder.mkdir()
+def test_each_backward_pass_is_progress(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("tealightning.reliability.progress.time.monotonic", lambda: clock[0])
+    set_default(Activity.TRAINING)
+    clock[0] += 5
+    Deadlines().on_after_backward(None, None)
+    clock[0] += 1
+    assert current()[threading.get_ident()].seconds == 1.0
+    set_default(None)
+
+
+def test_process_that_is_stuck_with_pythons_lock_ends_with_its_stacks(tmp_path):
+    """No thread of it runs any more."""
+    stacks = tmp_path / "stderr"
     child = os.fork()
     if child == 0:
-        temp_dirs.add(folder)
-        guard = Guard()
-        guard.expect(None, "")
-        time.sleep(1)
-        os.kill(os.getpid(), signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    deadline = time.monotonic() + 60
-    while folder.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not folder.exists()
-
-
-def test_guard_that_is_stopped_removes_nothing(tmp_path):
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    temp_dirs.add(folder)
-    guard = Guard()
-    guard.expect(None, "")
-    guard.stop()
-    assert folder.exists()
-    temp_dirs.discard(folder)
-    assert str(folder) not in temp_dirs.folders()
+        os.dup2(os.open(stacks, os.O_WRONLY | os.O_CREAT), 2)
+        watchdog_of(SYNCING=0.5)
+        with during(Activity.SYNCING):
+            mutex, library = ctypes.create_string_buffer(64), ctypes.PyDLL(None)
+            for _ in range(2):
+                library.pthread_mutex_lock(mutex)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert "Timeout (0:00:10" in stacks.read_text() and "test_deadlines.py" in stacks.read_text()

@@ -4,27 +4,37 @@ import threading
 
 import pytest
 
-from tealightning.reliability.progress import RunPhase, beat, current, during, listen, phase_of, set_ground
+from tealightning.reliability.progress import (
+    Activity,
+    activity_of,
+    beat,
+    current,
+    during,
+    is_process_ending,
+    owns_process,
+    set_default,
+    set_listener,
+)
 
 ME = threading.get_ident
 
 
 @pytest.fixture(autouse=True)
 def nothing_under_way() -> None:
-    """A run of an earlier test that ended with an error leaves its last phase behind."""
-    set_ground(None)
+    """A run of an earlier test that ended with an error leaves its last activity behind."""
+    set_default(None)
 
 
-def test_the_innermost_phase_counts_and_the_one_around_it_starts_anew(monkeypatch):
+def test_the_innermost_activity_counts_and_the_one_around_it_starts_anew(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr("tealightning.reliability.progress.time.monotonic", lambda: clock[0])
-    with during(RunPhase.TRAINING):
+    with during(Activity.TRAINING):
         clock[0] += 5
-        assert (current()[ME()].phase, current()[ME()].seconds) == (RunPhase.TRAINING, 5.0)
-        with during(RunPhase.SCORING):
+        assert (current()[ME()].activity, current()[ME()].seconds) == (Activity.TRAINING, 5.0)
+        with during(Activity.SCORING):
             clock[0] += 2
-            assert (current()[ME()].phase, current()[ME()].seconds) == (RunPhase.SCORING, 2.0)
-        assert (current()[ME()].phase, current()[ME()].seconds) == (RunPhase.TRAINING, 0.0)
+            assert (current()[ME()].activity, current()[ME()].seconds) == (Activity.SCORING, 2.0)
+        assert (current()[ME()].activity, current()[ME()].seconds) == (Activity.TRAINING, 0.0)
         clock[0] += 3
         beat()
         clock[0] += 1
@@ -32,22 +42,22 @@ def test_the_innermost_phase_counts_and_the_one_around_it_starts_anew(monkeypatc
     assert ME() not in current()
 
 
-def test_the_ground_is_what_is_left_when_no_phase_is():
-    set_ground(RunPhase.OTHER)
-    with during(RunPhase.SYNCING):
-        set_ground(RunPhase.TRAINING)
-        assert current()[ME()].phase == RunPhase.SYNCING
-    assert current()[ME()].phase == RunPhase.TRAINING
-    set_ground(None)
+def test_the_default_is_what_is_left_outside_of_activities():
+    set_default(Activity.OTHER)
+    with during(Activity.SYNCING):
+        set_default(Activity.TRAINING)
+        assert current()[ME()].activity == Activity.SYNCING
+    assert current()[ME()].activity == Activity.TRAINING
+    set_default(None)
     assert ME() not in current()
 
 
-def test_an_error_says_in_which_phase_it_was_raised_once():
-    with pytest.raises(KeyError) as caught, during(RunPhase.TRAINING), during(RunPhase.SCORING):
+def test_an_error_says_during_which_activity_it_was_raised_once():
+    with pytest.raises(KeyError) as caught, during(Activity.TRAINING), during(Activity.SCORING):
         raise KeyError("k")
     assert caught.value.__notes__ == ["It happened while scoring."]
-    assert phase_of(caught.value) == RunPhase.SCORING
-    assert phase_of(KeyError("k")) is None
+    assert activity_of(caught.value) == Activity.SCORING
+    assert activity_of(KeyError("k")) is None
     assert ME() not in current()
 
 
@@ -55,26 +65,41 @@ def test_threads_are_kept_apart_and_leave_nothing():
     inside, go = threading.Event(), threading.Event()
 
     def work() -> None:
-        with during(RunPhase.GENERATING):
+        with during(Activity.GENERATING):
             inside.set()
             go.wait(30)
 
     thread = threading.Thread(target=work)
     thread.start()
     assert inside.wait(30)
-    with during(RunPhase.SYNCING):
-        assert {doing.phase for doing in current().values()} == {RunPhase.GENERATING, RunPhase.SYNCING}
+    with during(Activity.SYNCING):
+        assert {doing.activity for doing in current().values()} == {Activity.GENERATING, Activity.SYNCING}
     go.set()
     thread.join(30)
     assert not current()
 
 
-def test_listeners_are_told_by_the_thread_that_changes():
+def test_the_listener_is_called_by_the_thread_that_changes():
     told = []
-    stop = listen(lambda: told.append(threading.get_ident()))
-    with during(RunPhase.SAVING):
+    set_listener(lambda: told.append(threading.get_ident()))
+    with during(Activity.SAVING):
         pass
-    stop()
-    with during(RunPhase.SAVING):
+    set_listener(None)
+    with during(Activity.SAVING):
         pass
     assert told == [ME(), ME()]
+
+
+def test_a_process_ends_with_its_entry_point_and_not_with_a_call_of_it():
+    @owns_process
+    def main(argv=None):
+        if argv is None:
+            raise SystemExit(2)
+
+    main(["fit"])
+    assert not is_process_ending()
+    with pytest.raises(SystemExit):
+        main()
+    assert is_process_ending()
+    main(["fit"])  # another command in the same process, which goes on
+    assert not is_process_ending()
