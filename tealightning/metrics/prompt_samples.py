@@ -61,7 +61,7 @@ class PromptSamples(Metric):
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gather from all ranks; a rank without updates takes part with empty tensors of the right dtype."""
-        if not self.rewards:
+        if isinstance(self.rewards, list) and not self.rewards:  # a tensor: gathered already, for `compute`
             self._append(torch.empty(0, 0, dtype=torch.bool, device=self.device), torch.empty(0, 0, device=self.device))
         super().sync(*args, **kwargs)
 

@@ -118,7 +118,7 @@ class Deadlines(Callback):
             watchdog.handled()
             return
         raised_in = watchdog.closing(activity_of(exception))
-        if not isinstance(exception, ValueError) and activity_of(exception) is None:
+        if not isinstance(exception, UserError) and activity_of(exception) is None:
             exception.add_note(note_of(raised_in))
         if watchdog.ranks is None or isinstance(exception, RunEnded):
             return

@@ -9,10 +9,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tealightning.metrics import BestOfN
+from tealightning.metrics.prompt_samples import PromptSamples
 
 REWARDS = torch.randn(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 KEYS = torch.tensor([2**60 + 4, 3, 2**60 + 2, 1, 0])  # more digits than a float has
 NS = (1, 4, 8)
+
+
+class SampleCount(PromptSamples):
+    """A metric of a user, who pools in `compute`."""
+
+    def compute(self) -> torch.Tensor:
+        return self.pooled()[1].isfinite().sum()
 
 
 def evaluate(rank: int, port: int, folder: str) -> None:
@@ -33,6 +41,9 @@ def evaluate(rank: int, port: int, folder: str) -> None:
         per_prompt = metric.per_prompt()
         local = sum(int(counts.numel()) for counts in metric.counts)  # unsynced again
         results[case] = (metric.compute(), per_prompt, local)
+    count = SampleCount()
+    count.update(REWARDS[rank : rank + 1])
+    assert int(count.compute()) == 16  # of both ranks
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
