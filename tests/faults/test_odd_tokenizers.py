@@ -111,7 +111,7 @@ def test_a_token_without_embedding_is_refused_before_the_policy_loads(tmp_path, 
     with prompts.open("a") as file:
         file.write('{"prompt": "ab,"}\n')  # "," has id 30
     loaded = []
-    monkeypatch.setattr("tealightning.training.module.load_policy", lambda *args, **kwargs: loaded.append(args))
+    monkeypatch.setattr("tealightning.training.policy_module.load_policy", lambda *args, **kwargs: loaded.append(args))
     with pytest.raises(
         ValueError, match=r"prompt '8' \(line 9\) holds token 30 \(','\), and the policy has 30 embeddings"
     ):
@@ -146,7 +146,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_the_policy_loads(tmp_path,
         file.write(json.dumps({"prompt": "a" * 250}) + "\n")
     folder = save_policy(tmp_path / "policy")
     loaded = []
-    monkeypatch.setattr("tealightning.training.module.load_policy", lambda *args, **kwargs: loaded.append(args))
+    monkeypatch.setattr("tealightning.training.policy_module.load_policy", lambda *args, **kwargs: loaded.append(args))
     with pytest.raises(
         ValueError, match=r"data\.train: prompt '8' \(line 9\) has 250 tokens, more than the 246 .* of 256"
     ):

@@ -28,7 +28,7 @@ def refuse_loading(patch):
         pytest.fail("something was loaded before the run was refused")
 
     for loader in ("load_policy", "load_tokenizer"):
-        patch.setattr(f"tealightning.training.module.{loader}", load)
+        patch.setattr(f"tealightning.training.policy_module.{loader}", load)
 
 
 @pytest.fixture
