@@ -66,11 +66,14 @@ def test_killed_at_every_phase_it_is_the_unbroken_run(playground, tmp_path, unbr
 @pytest.mark.fault("SIGKILL in one process", how="kill -9 from outside at random (seeded) moments, --ckpt_path last")
 @pytest.mark.timeout(1500)
 def test_killed_at_random_moments_it_is_the_unbroken_run(playground, tmp_path, unbroken, injected):
-    run, moments = Run(playground, tmp_path), random.Random(0)
+    began = time.monotonic()
+    finished(Run(playground, tmp_path / "timed"))
+    seconds = time.monotonic() - began  # on this machine as it is now: later moments find a run that has ended
+    run, moments = Run(playground, tmp_path / "killed"), random.Random(0)
     kills = 0
     for _ in range(6):
         started = run.start("--ckpt_path", "last")
-        time.sleep(moments.uniform(0.2, 5.0))
+        time.sleep(moments.uniform(0.05, 0.5) * seconds)
         kills += started.kill().status == KILLED
     finished(run)
     assert_same(run, unbroken)
