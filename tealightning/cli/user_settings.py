@@ -1,8 +1,10 @@
 """Settings as the user wrote them: which file or option sets a key, registered names in place of class paths."""
 
+import contextlib
 import importlib
 import inspect
 import json
+import pkgutil
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import Trainer
 
-from tealightning.callbacks import Deadlines, HealthChecks, ResumableCheckpoint, RolloutCallback
+from tealightning import callbacks
 from tealightning.data import PromptDataModule
 from tealightning.errors import UserError
 from tealightning.estimators.base import ESTIMATORS
@@ -28,13 +30,13 @@ SECTIONS: dict[str, type] = {
     "model": PostTrainingModule,
     "model.loss": PolicyGradientLoss,
     "data": PromptDataModule,
-    "rollout": RolloutCallback,
+    "rollout": callbacks.RolloutCallback,
     "rollout.sampling": SamplingConfig,
-    "checkpoint": ResumableCheckpoint,
-    "health": HealthChecks,
-    "deadlines": Deadlines,
+    "checkpoint": callbacks.ResumableCheckpoint,
+    "health": callbacks.HealthChecks,
+    "deadlines": callbacks.Deadlines,
 }
-TOP_LEVEL = ("model", "data", "rollout", "checkpoint", "health", "deadlines", "trainer", "seed_everything", "ckpt_path")
+TOP_LEVEL = (*(key for key in SECTIONS if "." not in key), "seed_everything", "ckpt_path")
 
 _MODULES = {
     "optimizer": ["torch.optim"],
@@ -61,42 +63,41 @@ class Setting:
     file: str  # that sets it; empty for an option
 
 
-def user_settings(args: Sequence[str]) -> list[Setting]:
+def settings_of(args: Sequence[str]) -> list[Setting]:
     """Every setting of the configs and options in `args`, in their order; what cannot be read is left out."""
     settings: list[Setting] = []
     remaining = iter(args)
     for arg in remaining:
         option, equals, value = arg.partition("=")
         if option in ("-c", "--config"):
-            settings += _file_settings(value if equals else next(remaining, ""))
+            path = value if equals else next(remaining, "")
+            with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+                settings += flat_settings("", yaml.safe_load(Path(path).read_text(encoding="utf-8")), path)
         elif option.startswith("--"):
-            key = option.removeprefix("--").removesuffix("+").replace(".init_args.", ".").removesuffix(".class_path")
-            settings.append(Setting(key=key, value=value if equals else next(remaining, ""), file=""))
+            value = value if equals else next(remaining, "")
+            settings.append(Setting(key=_dotted_key(option), value=value, file=""))
     return settings
 
 
-def _file_settings(path: str) -> Iterator[Setting]:
-    try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return
-    yield from flat_settings("", document, path)
+def _dotted_key(option: str) -> str:
+    key = option.removeprefix("--").removesuffix("+").replace(".init_args.", ".")
+    return key.removesuffix(".class_path").removesuffix(".help")
+
+
+def inner_key(key: str, name: str) -> str:
+    """The key of the entry `name` in the mapping at `key`."""
+    return key if name in ("class_path", "init_args") else f"{key}.{name}".lstrip(".")
 
 
 def flat_settings(key: str, node: Any, file: str) -> Iterator[Setting]:
     """The settings in `node`, a value or a nested document at `key`, each under its whole key."""
-    if isinstance(node, list):
-        for item in node:
-            yield from flat_settings(key, item, file)
-    if not isinstance(node, dict):
-        yield Setting(key=key, value=node, file=file)
-        return
-    yield Setting(key=key, value=node.get("class_path", node), file=file)
-    for name, value in node.items():
-        if name == "init_args":
-            yield from flat_settings(key, value, file)
-        elif name != "class_path":
-            yield from flat_settings(f"{key}.{name}".lstrip("."), value, file)
+    for item in node if isinstance(node, list) else ():
+        yield from flat_settings(key, item, file)
+    entries = node if isinstance(node, dict) else {}
+    yield Setting(key=key, value=entries.get("class_path", node), file=file)
+    for name, value in entries.items():
+        if name != "class_path":
+            yield from flat_settings(inner_key(key, name), value, file)
 
 
 def with_estimator_defaults(args: Sequence[str]) -> list[str]:
@@ -108,7 +109,7 @@ def with_estimator_defaults(args: Sequence[str]) -> list[str]:
     key = "model.estimator"
     classes: list[type] = []
     earlier, own = set[str](), set[str]()  # keys set before the last class was chosen, and after
-    for setting in user_settings(args):
+    for setting in settings_of(args):
         cls = class_of(key, [setting])
         if cls is not None and cls not in classes[-1:]:
             classes.append(cls)
@@ -116,14 +117,11 @@ def with_estimator_defaults(args: Sequence[str]) -> list[str]:
         own.add(setting.key)
     if len(classes) < 2:
         return list(args)
-    defaults = {
-        f"{key}.{name}": parameter.default
-        for name, parameter in inspect.signature(classes[-1]).parameters.items()
-        if f"{key}.{name}" in earlier - own and name != "target_n" and parameter.default is not parameter.empty
-    }
-    return [*args] + [
-        f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in defaults.items()
-    ]
+    reset = earlier - own - {f"{key}.target_n"}
+    parameters = [p for p in inspect.signature(classes[-1]).parameters.values() if f"{key}.{p.name}" in reset]
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in defaults.items()}
+    return [*args, *(f"--{key}.{name}={text}" for name, text in texts.items())]
 
 
 def takes_class(key: str) -> bool:
@@ -133,8 +131,7 @@ def takes_class(key: str) -> bool:
 
 def class_names(key: str) -> list[str]:
     """Names of the classes that the setting `key` could be."""
-    registry = registry_of(key)
-    if registry is not None:
+    if (registry := registry_of(key)) is not None:
         return [cls.__name__ for cls in registry.classes()]
     if key in SECTIONS:
         return [SECTIONS[key].__name__]
@@ -152,19 +149,21 @@ def class_of(key: str, settings: Sequence[Setting]) -> type | None:
     module, _, name = paths[-1].rpartition(".")
     if not module and registry is not None:
         return next((cls for cls in registry.classes() if name in (cls.__name__, snake_case(cls.__name__))), None)
-    candidates = (_attribute(m, name) for m in ([module] if module else _modules_of(key)))
-    return next((cls for cls in candidates if inspect.isclass(cls)), None)
+    candidates = (imported_class(f"{m}.{name}") for m in ([module] if module else _modules_of(key)))
+    return next(filter(None, candidates), None)
+
+
+def imported_class(path: str) -> type | None:
+    """The class at a dotted path; None if there is none."""
+    try:
+        found = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError):
+        return None
+    return found if inspect.isclass(found) else None
 
 
 def _modules_of(key: str) -> list[str]:
     return _MODULES.get(key.rpartition(".")[2], [])
-
-
-def _attribute(module: str, name: str) -> Any:
-    try:
-        return getattr(importlib.import_module(module), name, None)
-    except ImportError:
-        return None
 
 
 def registry_of(key: str) -> Registry | None:
@@ -174,7 +173,7 @@ def registry_of(key: str) -> Registry | None:
 
 def _class_path(registry: Registry, name: str, key: str) -> str:
     """`tea` and `TEA` as `tealightning.estimators.tea.TEA`; a dotted path, a file or JSON as it is."""
-    if not re.fullmatch(r"[A-Za-z_]\w*", name):
+    if not name.isidentifier():
         return name
     try:
         cls = registry.get(name)
@@ -190,23 +189,17 @@ def canonical_args(args: Sequence[str]) -> list[str]:
     Raises:
         UserError: for an unknown name, with the nearest valid ones.
     """
-    result: list[str] = []
-    expected: Registry | None = None  # by the option before
-    for arg in args:
-        option, equals, value = arg.partition("=")
-        registry = registry_of(_dotted_key(option)) if option.startswith("--") else None
-        if registry is not None and equals:
-            arg = f"{option}={_class_path(registry, value, _dotted_key(option))}"
-        elif expected is not None and not arg.startswith("-"):
-            arg = _class_path(expected, arg, _dotted_key(result[-1]))
-        result.append(arg)
-        expected = None if equals else registry
-    return result
-
-
-def _dotted_key(option: str) -> str:
-    key = option.removeprefix("--").replace(".init_args.", ".")
-    return key.removesuffix(".class_path").removesuffix(".help")
+    words = list(args)
+    for i, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        key = _dotted_key(option)
+        if not word.startswith("--") or (registry := registry_of(key)) is None:
+            continue
+        if equals:
+            words[i] = f"{option}={_class_path(registry, value, key)}"
+        elif i + 1 < len(words) and not words[i + 1].startswith("-"):
+            words[i + 1] = _class_path(registry, words[i + 1], key)
+    return words
 
 
 def canonical_settings(settings: Any, key: str = "") -> Any:
@@ -222,11 +215,4 @@ def canonical_settings(settings: Any, key: str = "") -> Any:
         return _class_path(registry, settings, key)
     if not isinstance(settings, dict):
         return settings
-    result = {}
-    for name, value in settings.items():
-        if name == "class_path" and registry is not None and isinstance(value, str):
-            result[name] = _class_path(registry, value, key)
-        else:
-            inner = key if name == "init_args" else f"{key}.{name}".lstrip(".")
-            result[name] = canonical_settings(value, inner)
-    return result
+    return {name: canonical_settings(value, inner_key(key, name)) for name, value in settings.items()}
