@@ -80,7 +80,7 @@ def check_weights(path: str, *, argument: str = "policy") -> None:
         raise UserError(f"{argument} {path!r}: the folder has no weights (model.safetensors).")
 
 
-def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(path: str, *, trust_remote_code: bool = False, argument: str = "policy") -> Any:
     """The tokenizer saved with a model; its pad token falls back to eos (masks come from lengths, so that is safe).
 
     Raises:
@@ -88,11 +88,11 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    _check_exists(path)
+    _check_exists(path, argument)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"policy {path!r} has no tokenizer that transformers can load: {error}") from error
+        raise UserError(f"{argument} {path!r} has no tokenizer that transformers can load: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

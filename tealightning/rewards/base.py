@@ -1,7 +1,9 @@
-"""The contract of a reward."""
+"""The contract of a reward, and the weighted sum of several."""
 
-import threading
+import math
+import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tealightning.errors import UserError
-from tealightning.registry import Registry, snake_case
+from tealightning.registry import Registry, did_you_mean, register, snake_case
 from tealightning.types import Prompt, RewardScores
 
 REWARDS = Registry("reward")
@@ -54,8 +56,89 @@ class Reward(ABC):
         total = as_scores(values, expected=len(completions), source=f"reward {self.name!r}")
         return RewardScores(total=total, components={self.name: total})
 
+    def report_unscored(self, problem: str, unscored: int) -> None:
+        """Keep why completions were not scored as `problem`; the first time, warn of it."""
+        if self.problem is None:
+            warnings.warn(
+                f"Reward {self.name!r} has no score for {unscored} completions: {problem}. Later failures are counted, "
+                "without this warning.",
+                stacklevel=3,
+            )
+        self.problem = problem
+
     def close(self) -> None:  # noqa: B027 - optional hook
         """Release what `setup` took; safe to call twice."""
+
+
+@register
+class WeightedReward(Reward):
+    """`total = sum_k weights[k] * rewards[k]`, each component logged under its key, unweighted.
+
+    A component with weight 0 is computed and logged only. An unscorable component (NaN) with another weight makes
+    the total unscorable.
+
+    Args:
+        rewards: Component by name; the names are the keys in metrics and tables.
+        weights: One finite number for each of `rewards`; negative ones are penalties.
+
+    Raises:
+        ValueError: if the names do not match, a weight is not finite, or all are 0.
+    """
+
+    def __init__(self, rewards: dict[str, Reward], weights: dict[str, float]) -> None:
+        for key, weight in weights.items():
+            if key not in rewards:
+                raise UserError(f"weights has {key!r}, which is none of the rewards.{did_you_mean(key, rewards)}")
+            if not math.isfinite(weight):
+                raise UserError(f"weights[{key!r}] must be a finite number, got {weight}.")
+        if missing := [key for key in rewards if key not in weights]:
+            raise UserError(f"weights lacks {', '.join(missing)}: give every reward one (0 = log it only).")
+        if not any(weights.values()):
+            raise UserError(f"at least one weight must differ from 0, got weights={weights}.")
+        self.rewards = dict(rewards)
+        self.weights = dict(weights)
+
+    def check(self) -> None:
+        for key, reward in self.rewards.items():
+            try:
+                reward.check()
+            except ValueError as error:
+                raise UserError(f"rewards.{key}: {error}") from error
+
+    def setup(self, device: torch.device) -> None:
+        for reward in self.rewards.values():
+            reward.setup(device)
+
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Sequence[dict[str, Any]]
+    ) -> Tensor:
+        """[B] float64 weighted totals."""
+        return self(prompts, completions, metadata).total
+
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Sequence[dict[str, Any]]
+    ) -> RewardScores:
+        """The weighted total and every component unweighted."""
+        scores = {key: reward(prompts, completions, metadata) for key, reward in self.rewards.items()}
+        components = {key: one.total for key, one in scores.items()}
+        total = torch.zeros(len(completions), dtype=torch.float64)
+        for key, weight in self.weights.items():
+            if weight != 0:  # 0 * NaN would be NaN
+                total += weight * components[key]
+        counts = {key: summed_counts(one.counts.values()) for key, one in scores.items() if one.counts}
+        return RewardScores(total=total, components=components, counts=counts)
+
+    @property
+    def problem(self) -> str | None:  # type: ignore[override]
+        problems = [f"{key}: {reward.problem}" for key, reward in self.rewards.items() if reward.problem]
+        return "; ".join(problems) or None
+
+    def close(self) -> None:
+        for reward in self.rewards.values():
+            reward.close()
+
+    def __repr__(self) -> str:
+        return f"WeightedReward({', '.join(f'{w:g} * {key}' for key, w in self.weights.items())})"
 
 
 def bisect_failures(
@@ -63,7 +146,8 @@ def bisect_failures(
     attempt: Callable[[Sequence[Row]], Sequence[float] | None],
     go_on: Callable[[], bool] = lambda: True,
 ) -> dict[Row, float]:
-    """Scores of `rows`: all at once, and where that fails, of its halves, down to single rows.
+    """Scores of `rows`, without those that cannot be scored: all at once, and where that fails, of its halves, down to
+    single rows.
 
     A single bad row among n costs at most `2 * log2(n)` further attempts, and nothing fails more than `2n - 1` times.
 
@@ -71,9 +155,6 @@ def bisect_failures(
         rows: What to score; hashable and distinct.
         attempt: Returns one score for each of the rows it gets; None = it failed.
         go_on: Asked before every attempt but the first; False = stop here.
-
-    Returns:
-        Score by row, without the rows that could not be scored.
     """
     scores: dict[Row, float] = {}
     parts: list[Sequence[Row]] = [rows]
@@ -89,19 +170,12 @@ def bisect_failures(
     return scores
 
 
-def check_seconds(name: str, seconds: float) -> None:
-    """Refuse, with a UserError, `seconds` that are not above 0 or longer than a thread can wait."""
-    if not 0 < seconds < threading.TIMEOUT_MAX:
-        raise UserError(f"{name} must be above 0, got {seconds}.")
-
-
 def summed_counts(parts: Iterable[dict[str, int]]) -> dict[str, int]:
     """`parts` added up by their keys."""
-    total: dict[str, int] = {}
+    total: Counter[str] = Counter()
     for part in parts:
-        for key, count in part.items():
-            total[key] = total.get(key, 0) + count
-    return total
+        total.update(part)
+    return dict(total)
 
 
 def as_scores(values: Any, *, expected: int, source: str) -> Tensor:

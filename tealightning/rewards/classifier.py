@@ -7,8 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tealightning.checks import check_choice, check_integer
 from tealightning.errors import UserError
-from tealightning.pretrained import check_weights, refuse_pickled_weights
+from tealightning.pretrained import check_weights, load_tokenizer, refuse_pickled_weights
 from tealightning.registry import register
 from tealightning.rewards.base import Reward
 from tealightning.text.chat import ChatFormatter, ChatTemplate, check_template
@@ -50,15 +51,13 @@ class SequenceClassifierReward(Reward):
         chat_template: ChatTemplate = "auto",
         trust_remote_code: bool = False,
     ) -> None:
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise UserError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}.")
         check_template(chat_template)
         for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens), ("max_length", max_length)):
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}.")
+            if value is not None:
+                check_integer(name, value, 1)
         self.model_path = model
         self.tokenizer_path = tokenizer or model
-        self.dtype = dtype
+        self.dtype = check_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens
         self.max_length = max_length
@@ -76,11 +75,8 @@ class SequenceClassifierReward(Reward):
             ValueError: if one is not there, or the model is no reward model.
         """
         check_weights(self.model_path, argument="model")
-        try:
-            _reward_config(self.model_path, self.trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise UserError(f"model {self.model_path!r} cannot be used as a reward model: {error}") from error
-        ChatFormatter(_load_tokenizer(self.tokenizer_path, self.trust_remote_code), self.chat_template)
+        self._load_config()
+        self._load_formatter()
 
     def setup(self, device: torch.device) -> None:
         """Load model and tokenizer on `device`.
@@ -89,10 +85,11 @@ class SequenceClassifierReward(Reward):
             ValueError: if they cannot be loaded, the model has no trained head of one label, or there is no template.
         """
         if self._model is None:
-            tokenizer = _load_tokenizer(self.tokenizer_path, self.trust_remote_code)
-            self._formatter = ChatFormatter(tokenizer, self.chat_template)
-            self._model = _load_model(self.model_path, self.dtype, self.trust_remote_code)
-            limit = _longest_input(self._model, tokenizer)
+            self._formatter = self._load_formatter()
+            self._model = self._load_model()
+            positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+            known = [positions, self._formatter.tokenizer.model_max_length]
+            limit = min((n for n in known if n is not None and 0 < n < 10**9), default=None)
             if limit is not None and self.max_length is not None and self.max_length > limit:
                 raise UserError(
                     f"max_length={self.max_length}, but reward model {self.model_path!r} takes {limit} tokens."
@@ -115,7 +112,14 @@ class SequenceClassifierReward(Reward):
         sequences = self._formatter.encode_answers(prompts, completions)
         scores = torch.full((len(sequences),), float("nan"), dtype=torch.float64)
         scorable = [i for i, ids in enumerate(sequences) if 0 < len(ids) <= (self.max_length or len(ids))]
-        self._report_unscorable(len(sequences) - len(scorable))
+        if not self.too_long and len(scorable) < len(sequences):
+            warnings.warn(
+                f"{len(sequences) - len(scorable)} completions are longer than the {self.max_length} tokens that "
+                f"reward model {self.model_path!r} takes (prompt included): they are unscorable (NaN), and so will "
+                "later ones be, without this warning.",
+                stacklevel=2,
+            )
+        self.too_long += len(sequences) - len(scorable)
         vocabulary = self._model.get_input_embeddings().num_embeddings
         rows_limit = min(self.batch_size, vocabulary - 1)
         tokens_limit = self.batch_tokens or tokens_of_a_pass(self._model.device)
@@ -125,21 +129,57 @@ class SequenceClassifierReward(Reward):
 
     def close(self) -> None:
         """Drop the model."""
-        self._model = None
-        self._formatter = None
+        self._model = self._formatter = None
 
     def __repr__(self) -> str:
         return f"SequenceClassifierReward({self.model_path!r}, dtype={self.dtype!r}, max_length={self.max_length})"
 
-    def _report_unscorable(self, count: int) -> None:
-        if count and not self.too_long:
-            warnings.warn(
-                f"{count} completions are longer than the {self.max_length} tokens that reward model "
-                f"{self.model_path!r} takes (prompt included): they are unscorable (NaN), and so will later ones be, "
-                "without this warning.",
-                stacklevel=2,
+    def _load_config(self) -> Any:
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(self.model_path, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise self._unusable(str(error)) from error
+        if config.num_labels != 1:
+            raise self._unusable(
+                f"it has {config.num_labels} labels, and a reward model has 1 (num_labels in config.json)"
             )
-        self.too_long += count
+        return config
+
+    def _load_model(self) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        refuse_pickled_weights(self.model_path, "model")
+        config = self._load_config()
+        try:
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                self.model_path,
+                config=config,
+                dtype=getattr(torch, self.dtype),
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+                use_safetensors=True,
+            )
+        except (OSError, ValueError) as error:
+            refuse_pickled_weights(self.model_path, "model", error)
+            raise self._unusable(str(error)) from error
+        if info["missing_keys"]:
+            raise self._unusable(
+                f"it lacks {', '.join(sorted(info['missing_keys']))}, which would be random numbers. Is it a reward "
+                "model?"
+            )
+        model.config.use_cache = False  # one pass: keys and values would only take memory
+        return model.requires_grad_(False).eval()
+
+    def _load_formatter(self) -> ChatFormatter:
+        tokenizer = load_tokenizer(
+            self.tokenizer_path, trust_remote_code=self.trust_remote_code, argument="reward model"
+        )
+        return ChatFormatter(tokenizer, self.chat_template)
+
+    def _unusable(self, reason: str) -> UserError:
+        return UserError(f"model {self.model_path!r} cannot be used as a reward model: {reason}")
 
 
 @torch.no_grad()
@@ -166,54 +206,3 @@ def _micro_batches(rows: list[int], lengths: list[int], max_rows: int, max_token
         count = max(1, min(max_rows, max_tokens // lengths[rows[0]]))
         yield rows[:count]
         rows = rows[count:]
-
-
-def _reward_config(path: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    if config.num_labels != 1:
-        raise UserError(f"it has {config.num_labels} labels, and a reward model has 1 (num_labels in config.json)")
-    return config
-
-
-def _load_model(path: str, dtype: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForSequenceClassification
-
-    refuse_pickled_weights(path, "model")
-    try:
-        config = _reward_config(path, trust_remote_code)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            config=config,
-            dtype=getattr(torch, dtype),
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError) as error:
-        refuse_pickled_weights(path, "model", error)
-        raise UserError(f"model {path!r} cannot be used as a reward model: {error}") from error
-    if info["missing_keys"]:
-        raise UserError(
-            f"model {path!r} cannot be used as a reward model: it lacks {', '.join(sorted(info['missing_keys']))}, "
-            "which would be random numbers. Is it a reward model?"
-        )
-    model.config.use_cache = False  # one pass: keys and values would only take memory
-    return model.requires_grad_(False).eval()
-
-
-def _load_tokenizer(path: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer of a reward model can be loaded from {path!r}: {error}") from error
-
-
-def _longest_input(model: Any, tokenizer: Any) -> int | None:
-    """Tokens that the model takes: the smaller of its positions and its tokenizer's limit, None if neither is known."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    known = [n for n in (positions, tokenizer.model_max_length) if n is not None and 0 < n < 10**9]
-    return min(known, default=None)

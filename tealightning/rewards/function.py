@@ -1,13 +1,13 @@
 """Reward computed by a Python function of the user, in this process or, with a time limit, in one of its own."""
 
 import contextlib
+import math
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pickle import PicklingError
@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import torch
 
-from tealightning.checks import check_choice
+from tealightning.checks import check_choice, check_positive
 from tealightning.errors import UserError
 from tealightning.registry import register
 from tealightning.reliability.processes import ChildProcess
 from tealightning.rewards import user_function
-from tealightning.rewards.base import Reward, as_scores, bisect_failures, check_seconds
+from tealightning.rewards.base import Reward, as_scores, bisect_failures
 from tealightning.types import Prompt, RewardScores
 
 _TIMEOUTS_OF_A_DEADLINE = 10.0  # enough to find one completion in 500 that hangs
@@ -44,6 +44,9 @@ class WorkerTimeoutError(RuntimeError):
 
 class WorkerDiedError(RuntimeError):
     """The function's process ended while it was at work."""
+
+
+_KINDS: dict[type[Exception], str] = {WorkerTimeoutError: "timeouts", WorkerDiedError: "crashes"}
 
 
 @register
@@ -74,38 +77,48 @@ class FunctionReward(Reward):
         deadline_seconds: float | None = None,
         on_error: Literal["raise", "unscored"] = "raise",
     ) -> None:
-        for setting, seconds in (("timeout_seconds", timeout_seconds), ("deadline_seconds", deadline_seconds)):
-            if seconds is not None:
-                check_seconds(setting, seconds)
-        if deadline_seconds is not None and timeout_seconds is None:
-            raise UserError("deadline_seconds has no effect without timeout_seconds: set that too.")
-        check_choice("on_error", on_error, ("raise", "unscored"))
-        self.on_error = on_error
-        self._runner: _InProcess | FunctionWorker
+        if deadline_seconds is not None:
+            check_positive("deadline_seconds", deadline_seconds)
+            if timeout_seconds is None:
+                raise UserError("deadline_seconds has no effect without timeout_seconds: set that too.")
+        self.on_error = check_choice("on_error", on_error, ("raise", "unscored"))
+        self._path = ""  # of the function, if a process of its own is to call it
         if timeout_seconds is None:
-            self._runner = _InProcess(function)
+            self._function = user_function.import_function(function)
+            self._name = getattr(self._function, "__name__", type(self._function).__name__)
         else:
-            self._runner = FunctionWorker(user_function.function_path(function), timeout_seconds=timeout_seconds)
-        self._budget_seconds = deadline_seconds or _TIMEOUTS_OF_A_DEADLINE * (timeout_seconds or float("inf"))
-        self._is_tolerant = timeout_seconds is not None or on_error == "unscored"
+            self._timeout_seconds = check_positive("timeout_seconds", timeout_seconds)
+            self._path = user_function.function_path(function)
+            self._name = self._path.replace(":", ".").rpartition(".")[2]
+        self._budget_seconds = deadline_seconds or _TIMEOUTS_OF_A_DEADLINE * (timeout_seconds or math.inf)
+        self._process: _WorkerProcess | None = None
+        self._one_call = threading.Lock()
         self._closes = 0
 
     @property
     def name(self) -> str:
         """The name of the function."""
-        return self._runner.name
+        return self._name
 
     def setup(self, device: torch.device) -> None:
-        """Start the worker process, if there is one."""
-        self._runner.start()
+        """Start the worker process, if there is to be one."""
+        if self._path:
+            self._running_process()
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Any:
         """What the function returns.
 
         Raises:
-            RuntimeError: if the function raises; its own exception is the cause.
+            RuntimeError: if the function raises, its own exception being the cause, or its process fails.
+            ValueError: if the metadata cannot be sent to its process, or it returns no numbers there.
         """
-        return self._runner.call(prompts=prompts, completions=completions, metadata=metadata)
+        columns = {"prompts": prompts, "completions": completions, "metadata": metadata}
+        if self._path:
+            return self._score_in_process(columns, len(completions))
+        try:
+            return user_function.call_function(self._function, **columns)
+        except Exception as error:  # whatever the user's code raises gets the context that its traceback lacks
+            raise FunctionRaisedError(self.name, type(error).__name__, len(completions), str(error)) from error
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Sequence[dict[str, Any]]
@@ -117,26 +130,25 @@ class FunctionReward(Reward):
             ValueError: for another number of values, or something that is no number, with `on_error="raise"`.
             RuntimeError: if the function raises, with `on_error="raise"`; its own exception is the cause.
         """
-        if not self._is_tolerant:
+        if not self._path and self.on_error == "raise":
             return super().__call__(prompts, completions, metadata)
-        columns = {"prompts": prompts, "completions": completions, "metadata": metadata}
         counts = dict.fromkeys(("timeouts", "crashes", "errors", "unscored"), 0)
-        problem: str | None = None
+        problem = ""
 
         def attempt(rows: Sequence[int]) -> Sequence[float] | None:
             nonlocal problem
             try:
-                values = self._runner.call(**{name: [column[i] for i in rows] for name, column in columns.items()})
+                values = self.score(
+                    [prompts[i] for i in rows], [completions[i] for i in rows], [metadata[i] for i in rows]
+                )
                 return as_scores(values, expected=len(rows), source=f"reward {self.name!r}").tolist()
             except WorkerStartError:
                 raise
-            except (WorkerTimeoutError, WorkerDiedError) as error:
-                counts["timeouts" if isinstance(error, WorkerTimeoutError) else "crashes"] += 1
-                problem = str(error)
-            except (FunctionRaisedError, ValueError) as error:
-                if self.on_error == "raise":
+            except (WorkerTimeoutError, WorkerDiedError, FunctionRaisedError, ValueError) as error:
+                kind = _KINDS.get(type(error), "errors")
+                if kind == "errors" and self.on_error == "raise":
                     raise
-                counts["errors"] += 1
+                counts[kind] += 1
                 problem = str(error)
             return None
 
@@ -145,90 +157,40 @@ class FunctionReward(Reward):
             range(len(completions)), attempt, lambda: self._closes == closes and time.monotonic() < deadline
         )
         counts["unscored"] = len(completions) - len(scored)
-        if problem is not None:
-            self._report(problem, counts["unscored"])
-        total = torch.tensor([scored.get(row, float("nan")) for row in range(len(completions))], dtype=torch.float64)
+        if problem:
+            self.report_unscored(problem, counts["unscored"])
+        total = torch.tensor([scored.get(row, math.nan) for row in range(len(completions))], dtype=torch.float64)
         return RewardScores(total=total, components={self.name: total}, counts={self.name: counts})
 
-    def _report(self, problem: str, unscored: int) -> None:
-        if self.problem is None:
-            warnings.warn(
-                f"{problem}. {unscored} completions of the call have no score. Later failures are counted, without "
-                "this warning.",
-                stacklevel=3,
-            )
-        self.problem = problem
-
     def close(self) -> None:
-        """End the worker process, if there is one."""
+        """End the worker process, if there is one; a later call starts another. Also from another thread, in a call."""
         self._closes += 1
-        self._runner.close()
+        self._end_process()
 
+    # ---------------------------------------------------------------- the worker process
 
-class _InProcess:
-    """Calls a function in this process, as `FunctionWorker` does in another one."""
-
-    def __init__(self, function: str | Callable[..., Any]) -> None:
-        self.function = user_function.import_function(function) if isinstance(function, str) else function
-        if not callable(self.function):
-            raise UserError(f"function must be a path to a function or a callable, got {self.function!r}.")
-        self.name: str = getattr(self.function, "__name__", type(self.function).__name__)
-
-    def start(self) -> None:
-        pass
-
-    def call(self, **arguments: Sequence[Any]) -> Any:
+    def _running_process(self) -> "_WorkerProcess":
+        if self._process is not None and self._process.is_alive():
+            return self._process
+        self._end_process()
+        process = self._process = _WorkerProcess()
         try:
-            return user_function.call_function(self.function, **arguments)
-        except Exception as error:  # whatever the user's code raises gets the context that its traceback lacks
-            raise FunctionRaisedError(
-                self.name, type(error).__name__, len(arguments["completions"]), str(error)
-            ) from error
+            kind, *details = process.exchange({"sys_path": sys.path, "function": self._path}, _START_SECONDS)
+        except (WorkerTimeoutError, WorkerDiedError) as error:
+            raise WorkerStartError(f"function: importing {self._path} in the worker process failed: {error}") from error
+        if kind != "ready":
+            process.close()
+            error_type, message, trace = details
+            raise WorkerStartError(
+                f"function: {self._path} cannot be imported in the worker process: {error_type}: {message}"
+            ) from _TracebackOfWorker(trace)
+        return process
 
-    def close(self) -> None:
-        pass
-
-
-class FunctionWorker:
-    """Calls a function by its path in another process, which is started when needed.
-
-    The process inherits this one's environment variables, folder and import path. What the function prints goes to
-    stderr. A call that takes longer than `timeout_seconds` ends the process and all that it started.
-
-    Args:
-        path: See `import_function`.
-        timeout_seconds: Longest time for one call.
-    """
-
-    def __init__(self, path: str, *, timeout_seconds: float) -> None:
-        self.path = path
-        self.name = path.replace(":", ".").rpartition(".")[2]
-        self.timeout_seconds = timeout_seconds
-        self._process: _WorkerProcess | None = None
-        self._one_call = threading.Lock()
-
-    def start(self) -> None:
-        """Start the process and import the function there, unless that is done.
-
-        Raises:
-            WorkerStartError: if the function cannot be imported there.
-        """
-        self._running_process()
-
-    def call(self, **arguments: Sequence[Any]) -> list[float | None]:
-        """What the function returns for keyword arguments.
-
-        Raises:
-            ValueError: if an argument cannot be sent to another process, or it returns no numbers.
-            FunctionRaisedError: if it raises.
-            WorkerTimeoutError: if it takes longer than `timeout_seconds`.
-            WorkerDiedError: if its process ends.
-        """
-        count = len(arguments["completions"])
+    def _score_in_process(self, columns: dict[str, Sequence[Any]], count: int) -> list[float | None]:
         with self._one_call:
             process = self._running_process()
             try:
-                kind, *details = process.exchange(arguments, self.timeout_seconds)
+                kind, *details = process.exchange(columns, self._timeout_seconds)
             except (PicklingError, TypeError, AttributeError) as error:
                 raise UserError(f"metadata holds what cannot be sent to the worker process: {error}") from error
             except (WorkerTimeoutError, WorkerDiedError) as error:
@@ -242,28 +204,10 @@ class FunctionWorker:
             )
         return details[0]
 
-    def close(self) -> None:
-        """End the process; a later call starts another one. Also from another thread, during a call."""
+    def _end_process(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             process.close()
-
-    def _running_process(self) -> "_WorkerProcess":
-        if self._process is not None and self._process.is_alive():
-            return self._process
-        self.close()
-        process = self._process = _WorkerProcess()
-        try:
-            kind, *details = process.exchange({"sys_path": sys.path, "function": self.path}, _START_SECONDS)
-        except (WorkerTimeoutError, WorkerDiedError) as error:
-            raise WorkerStartError(f"function: importing {self.path} in the worker process failed: {error}") from error
-        if kind != "ready":
-            process.close()
-            error_type, message, trace = details
-            raise WorkerStartError(
-                f"function: {self.path} cannot be imported in the worker process: {error_type}: {message}"
-            ) from _TracebackOfWorker(trace)
-        return process
 
 
 class _TracebackOfWorker(Exception):
@@ -274,7 +218,8 @@ class _TracebackOfWorker(Exception):
 
 
 class _WorkerProcess(ChildProcess):
-    """The process that runs `user_function.py`, and the socket to it."""
+    """The process that runs `user_function.py`, and the socket to it. It inherits environment variables, folder and
+    import path; what the function prints goes to stderr."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
@@ -293,12 +238,7 @@ class _WorkerProcess(ChildProcess):
         return not self._closed.is_set() and self.exit_code() is None
 
     def exchange(self, message: Any, seconds: float) -> Any:
-        """The answer to `message`. Whatever is raised, the process has been ended: no later call gets this answer.
-
-        Raises:
-            WorkerTimeoutError: without an answer in time.
-            WorkerDiedError: if the process ends.
-        """
+        """The answer to `message`. Whatever is raised, the process has been ended: no later call gets this answer."""
         late = threading.Event()
 
         def expire() -> None:
@@ -331,8 +271,8 @@ class _WorkerProcess(ChildProcess):
         super().close()
 
     def _ending(self) -> str:
-        code = self.exit_code()
-        if code is None or code <= 128:
+        code = self.exit_code() or 0
+        if code <= 128:
             return f"exit code {code}"
         hint = ", perhaps for want of memory" if code == 128 + signal.SIGKILL else ""
         return f"{signal.Signals(code - 128).name}{hint}"

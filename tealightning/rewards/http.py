@@ -9,7 +9,6 @@ import threading
 import time
 import uuid
 import warnings
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,12 +16,11 @@ import httpx
 import torch
 from torch import Tensor
 
-from tealightning.checks import check_integer, check_not_negative
+from tealightning.checks import check_integer, check_not_negative, check_positive
 from tealightning.errors import UserError
 from tealightning.registry import register
-from tealightning.rewards.base import Reward, bisect_failures, check_seconds
+from tealightning.rewards.base import Reward, bisect_failures
 from tealightning.rewards.http_client import (
-    BadAnswerError,
     FailedAnswerError,
     RequestTimeoutError,
     RewardClient,
@@ -80,22 +78,13 @@ class HTTPReward(Reward):
         metadata_keys: list[str] | None = None,
         ca_file: str | None = None,
     ) -> None:
-        for name, value, minimum in (
-            ("batch_size", batch_size, 1),
-            ("concurrency", concurrency, 1),
-            ("retries", retries, 0),
-        ):
-            check_integer(name, value, minimum)
-        check_not_negative("backoff_seconds", backoff_seconds)
-        check_not_negative("max_backoff_seconds", max_backoff_seconds)
-        check_seconds("timeout_seconds", timeout_seconds)
-        check_seconds("deadline_seconds", deadline_seconds)
-        self.batch_size = batch_size
-        self.concurrency = concurrency
-        self.deadline_seconds = deadline_seconds
-        self.retries = retries
-        self.backoff_seconds = backoff_seconds
-        self.max_backoff_seconds = max_backoff_seconds
+        check_positive("timeout_seconds", timeout_seconds)
+        self.batch_size = check_integer("batch_size", batch_size, 1)
+        self.concurrency = check_integer("concurrency", concurrency, 1)
+        self.deadline_seconds = check_positive("deadline_seconds", deadline_seconds)
+        self.retries = check_integer("retries", retries, 0)
+        self.backoff_seconds = check_not_negative("backoff_seconds", backoff_seconds)
+        self.max_backoff_seconds = check_not_negative("max_backoff_seconds", max_backoff_seconds)
         self.metadata_keys = metadata_keys
         self.client = RewardClient(url, token_env=token_env, timeout_seconds=timeout_seconds, ca_file=ca_file)
         self.outage = OutageClock(deadline_seconds)
@@ -124,7 +113,7 @@ class HTTPReward(Reward):
         call = self._call = ScoringCall(self, items)
         scores = call.run()
         if call.counts["unscored"]:
-            self._report(call)
+            self.report_unscored(call.problem, call.counts["unscored"])
         total = torch.tensor([scores.get(key, float("nan")) for key in keys], dtype=torch.float64)
         return RewardScores(total=total, components={self.name: total}, counts={self.name: call.counts})
 
@@ -148,15 +137,6 @@ class HTTPReward(Reward):
                 f"it needs in metadata_keys; there are {', '.join(map(repr, row)) or 'none'}."
             ) from error
 
-    def _report(self, call: "ScoringCall") -> None:
-        if self.problem is None:
-            warnings.warn(
-                f"Reward {self.name!r} has no score for {call.counts['unscored']} completions: {call.problem}. Later "
-                "ones are counted, without this warning.",
-                stacklevel=3,
-            )
-        self.problem = call.problem
-
 
 class OutageClock:
     """Since when a server has given no scores, over all calls: a server that is gone is waited for once, not in every
@@ -174,7 +154,7 @@ class OutageClock:
     def stop(self) -> None:
         self._since, self._reported = None, False
 
-    def report(self, problem: str | None) -> None:
+    def report(self, problem: str) -> None:
         """Warn, once an outage, when it is a long one."""
         if self._since is not None and not self._reported and time.monotonic() - self._since > _LONG_SECONDS:
             self._reported = True
@@ -192,16 +172,12 @@ class OutageClock:
 
 
 class ScoringCall:
-    """Scores items by id, in threads. They are daemons: a request that does not end keeps no process alive.
+    """Scores items, given as JSON by their id, in threads. They are daemons: a request that does not end keeps no
+    process alive.
 
-    Args:
-        reward: Says how to go on after failures; its outage clock and slots, of which a request takes one, are shared
-            by all calls.
-        items: JSON of each item by its id.
-
-    Attributes:
-        counts: Number of retries, of failures of each kind, and of completions without a score.
-        problem: Why completions were given up; None = none were.
+    `reward` says how to go on after failures; its outage clock and slots, of which a request takes one, are shared by
+    all calls. `counts` are of retries, of failures of each kind, and of completions without a score; `problem` is why
+    these were given up.
     """
 
     def __init__(self, reward: HTTPReward, items: Mapping[str, str]) -> None:
@@ -213,12 +189,13 @@ class ScoringCall:
         self._error: BaseException | None = None
         self._over = threading.Event()
         keys, size = list(items), reward.batch_size
-        self._batches = deque(keys[start : start + size] for start in range(0, len(keys), size))
-        self._threads_left = min(reward.concurrency, len(self._batches))
+        batches = [keys[start : start + size] for start in range(0, len(keys), size)]
+        self._batches = iter(batches)  # one for all threads
+        self._threads_left = min(reward.concurrency, len(batches))
         self._started = time.monotonic()
         self.counts = dict.fromkeys(("retries", "timeouts", "errors", "unscored"), 0)
-        self.problem: str | None = None
-        self._last_error: str | None = None
+        self.problem = ""
+        self._last_error = ""
 
     def run(self) -> dict[str, float]:
         """Score by id, without those that could not be had before the deadline.
@@ -260,7 +237,7 @@ class ScoringCall:
         error: BaseException | None = None
         try:
             with self._reward.client.connection() as connection:
-                while self._goes_on() and (batch := self._next_batch()):
+                while self._goes_on() and (batch := next(self._batches, None)):
                     self._score(connection, batch)
         except BaseException as raised:  # raised again where the call waits
             error = raised
@@ -269,45 +246,30 @@ class ScoringCall:
             self._error = self._error or error
             self._changed.notify_all()
 
-    def _next_batch(self) -> list[str]:
-        """Empty = there is none."""
-        with self._changed:
-            return self._batches.popleft() if self._batches else []
-
     def _score(self, connection: httpx.HTTPTransport, batch: Sequence[str]) -> None:
         """Ask for a batch until it is scored; a batch that the server fails at is asked for in halves."""
-        retries = iter([self._reward.retries])
 
         def attempt(keys: Sequence[str]) -> Sequence[float] | None:
-            return self._ask_until_scored(connection, keys, next(retries, _RETRIES_OF_HALVES))
+            """Scores of `keys`, NaN where there is none; None = the server failed at them too often."""
+            failures_left = self._reward.retries if len(keys) == len(batch) else _RETRIES_OF_HALVES
+            for waits in itertools.count():
+                missing = [key for key in keys if key not in self._scores]
+                if not missing or not self._goes_on():
+                    break
+                try:
+                    self._ask(connection, missing)
+                    break
+                except (UnavailableError, FailedAnswerError) as error:
+                    self._record(error)
+                    failures_left -= isinstance(error, FailedAnswerError)  # only the deadline ends the others
+                    delay = getattr(error, "retry_after", 0.0) + self._backoff(waits)
+                if failures_left < 0 or delay >= self._seconds_left() or self._over.wait(delay):
+                    self.problem = self._last_error
+                    return None
+                self._count("retries")
+            return [self._scores.get(key, math.nan) for key in keys]
 
         bisect_failures(batch, attempt, self._goes_on)
-
-    def _ask_until_scored(
-        self, connection: httpx.HTTPTransport, keys: Sequence[str], retries: int
-    ) -> Sequence[float] | None:
-        """Scores of `keys`, NaN where there is none; None = the server failed at them more than `retries` times."""
-        waits = failures = 0
-        while (missing := [key for key in keys if key not in self._scores]) and self._goes_on():
-            retry_after = 0.0
-            try:
-                self._ask(connection, missing)
-                if all(key in self._scores for key in keys):
-                    break
-                raise BadAnswerError("the server left completions out")
-            except UnavailableError as error:  # it may come back: only the deadline ends this
-                retry_after = error.retry_after
-                self._record("errors", error)
-            except FailedAnswerError as error:
-                failures += 1
-                self._record("timeouts" if isinstance(error, RequestTimeoutError) else "errors", error)
-            delay = retry_after + self._backoff(waits)
-            if failures > retries or delay >= self._seconds_left() or self._over.wait(delay):
-                self.problem = self._last_error
-                return None
-            waits += 1
-            self._count("retries")
-        return [self._scores.get(key, math.nan) for key in keys]
 
     def _backoff(self, waits: int) -> float:
         """Full jitter: uniform below a limit that doubles with each wait, so that many clients spread out."""
@@ -324,15 +286,17 @@ class ScoringCall:
             content = self._reward.client.post(connection, body, {"Idempotency-Key": digest})
         finally:
             self._reward.slots.release()
-        scores = scores_by_id(content, frozenset(keys))
+        scores = scores_by_id(content, keys)
         if scores:
             self._reward.outage.stop()
         with self._changed:
             self._scores |= scores
+        if len(scores) < len(keys):
+            raise FailedAnswerError("the server left completions out")
 
-    def _record(self, kind: str, error: Exception) -> None:
+    def _record(self, error: Exception) -> None:
         self._reward.outage.start()
-        self._count(kind)
+        self._count("timeouts" if isinstance(error, RequestTimeoutError) else "errors")
         self._last_error = str(error)
 
     def _count(self, kind: str) -> None:

@@ -8,9 +8,7 @@ import ssl
 import time
 from collections.abc import Collection, Mapping
 from contextlib import closing
-from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
 
 import httpx
 
@@ -32,15 +30,11 @@ class UnavailableError(RuntimeError):
 
 
 class FailedAnswerError(RuntimeError):
-    """The server failed at this batch."""
+    """The server failed at this batch, or nothing of its answer can be used."""
 
 
 class RequestTimeoutError(FailedAnswerError):
     """No whole answer in time."""
-
-
-class BadAnswerError(FailedAnswerError):
-    """The answer is not what was asked for, and nothing of it is used."""
 
 
 class RewardServerError(RuntimeError):
@@ -50,24 +44,16 @@ class RewardServerError(RuntimeError):
 class RewardClient:
     """Posts JSON to one address. It talks to that address only: no proxies, no redirects, no cookies.
 
-    Args:
-        url: Address of the reward server.
-        token_env: Name of the environment variable with a bearer token, which is read for each request and kept
-            nowhere; None = none is sent.
-        timeout_seconds: Longest wait for a whole answer.
-        ca_file: Certificates to trust instead of the usual ones.
+    `token_env` names the environment variable with a bearer token, which is read for each request and kept nowhere.
 
     Raises:
         UserError: if `url` is none, holds a password or would send the token unencrypted to another machine, if the
             token is not there or cannot be sent, or the certificates cannot be read. The message holds no secret.
     """
 
-    def __init__(
-        self, url: str, *, timeout_seconds: float, token_env: str | None = None, ca_file: str | None = None
-    ) -> None:
-        self.url = checked_url(url, sends_token=token_env is not None)
-        self.where = str(self.url.copy_with(query=None, fragment=None))
-        """The address for messages: without the query, which may hold a secret."""
+    def __init__(self, url: str, *, timeout_seconds: float, token_env: str | None, ca_file: str | None) -> None:
+        self.url = _checked_url(url, sends_token=token_env is not None)
+        self.where = str(self.url.copy_with(query=None, fragment=None))  # for messages: a query may hold a secret
         self.token_env = token_env
         self.timeout_seconds = timeout_seconds
         if token_env is not None:
@@ -85,14 +71,12 @@ class RewardClient:
         return httpx.HTTPTransport(verify=self._certificates, trust_env=False)
 
     def post(self, connection: httpx.HTTPTransport, body: bytes, headers: Mapping[str, str]) -> bytes:
-        """The body of a successful answer.
+        """The body of a successful answer. Nothing that is raised holds the request, and with it the token.
 
         Raises:
             UnavailableError: without an answer, or for one that says "later".
             FailedAnswerError: for another answer that another try, or a smaller batch, may mend.
             RewardServerError: for one that says that a setting is wrong.
-
-        Nothing that is raised holds the request, and with it the token.
         """
         deadline = time.monotonic() + self.timeout_seconds
         timeouts = httpx.Timeout(self.timeout_seconds, connect=min(_CONNECT_SECONDS, self.timeout_seconds))
@@ -144,7 +128,7 @@ class RewardClient:
             said = said.replace(token, "***")  # should the server have repeated it
         message = f"{self.where} answered {status}: {said[:_QUOTED_CHARACTERS] or '(nothing)'}"
         if status in _UNAVAILABLE:
-            return UnavailableError(message, retry_after_seconds(answer.headers.get("Retry-After")))
+            return UnavailableError(message, _retry_after_seconds(answer.headers.get("Retry-After", "")))
         if status >= 500 or status in _FAILED or (200 <= status < 300):
             return FailedAnswerError(message)
         if 300 <= status < 400:
@@ -153,13 +137,7 @@ class RewardClient:
         return RewardServerError(message + hint)
 
 
-def checked_url(url: str, *, sends_token: bool) -> httpx.URL:
-    """`url`, if a reward server can be there.
-
-    Raises:
-        UserError: for something else than http(s)://host/path, for a password in it, and for a token that would
-            travel unencrypted to another machine. The message does not hold what may be secret.
-    """
+def _checked_url(url: str, *, sends_token: bool) -> httpx.URL:
     expected = "url must be http://host:port/path or https://host/path"
     try:
         parts = httpx.URL(url)
@@ -195,70 +173,34 @@ def _check_token(variable: str) -> None:
         )
 
 
-def retry_after_seconds(header: str | None, now: datetime | None = None) -> float:
-    """What a `Retry-After` header asks for, in seconds or as a date; 0 for none and for what is neither."""
-    if header is None:
-        return 0.0
+def _retry_after_seconds(header: str) -> float:
+    """What a `Retry-After` header asks for, in seconds or as a date; 0 for what is neither."""
     if header.strip().isdecimal():
         return min(float(header), 1e9)
     try:
-        until = parsedate_to_datetime(header)
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
     except ValueError:
         return 0.0
-    until = until if until.tzinfo is not None else until.replace(tzinfo=UTC)
-    return max(0.0, (until - (now or datetime.now(UTC))).total_seconds())
 
 
 def scores_by_id(body: bytes, asked: Collection[str]) -> dict[str, float]:
     """The scores in `{"scores": [{"id": ..., "score": ...}, ...]}`, whatever their order.
 
-    `null`, NaN and infinities are NaN: the server says that it cannot score this completion. A score that is no number
-    is left out, as if its id were missing.
-
-    Args:
-        body: Body of the answer.
-        asked: The ids that the answer may name.
+    `null` is NaN: the server says that it cannot score this completion. A score that is no number is left out, as if
+    its id were missing.
 
     Raises:
-        BadAnswerError: for something else than such JSON, an id that was not asked for, or one that comes twice: then
-            the server mixes requests up, and its other scores cannot be trusted either.
+        FailedAnswerError: for something else than such JSON, an id that was not asked for, or one that comes twice:
+            then the server mixes requests up, and its other scores cannot be trusted either.
     """
-    scores: dict[str, float] = {}
-    seen: set[str] = set()
-    for entry in _entries(body):
-        if not isinstance(entry, dict) or not isinstance(entry.get("id"), str) or "score" not in entry:
-            raise BadAnswerError('an entry of "scores" is not {"id": string, "score": number or null}')
-        key = entry["id"]
-        if key not in asked:
-            raise BadAnswerError("it scored an id that was not asked for")
-        if key in seen:
-            raise BadAnswerError("it scored an id twice")
-        seen.add(key)
-        score = _number(entry["score"])
-        if score is not None:
-            scores[key] = score
-    return scores
-
-
-def _entries(body: bytes) -> list[Any]:
     try:
-        answer = json.loads(body)
-    except (ValueError, RecursionError) as error:  # a ValueError is also text that is not UTF-8
-        raise BadAnswerError(f"it is no JSON ({type(error).__name__})") from error
-    entries = answer.get("scores") if isinstance(answer, dict) else None
-    if not isinstance(entries, list):
-        raise BadAnswerError('it has no list "scores"')
-    return entries
-
-
-def _number(value: Any) -> float | None:
-    """NaN for "cannot be scored"; None for what is no number."""
-    if value is None:
-        return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:  # an integer of more than 308 digits
-        return None
-    return number if math.isfinite(number) else math.nan
+        # Integers as floats: one of more than 308 digits is infinite then, and no error.
+        entries = [(entry["id"], entry["score"]) for entry in json.loads(body, parse_int=float)["scores"]]
+        keys = {key for key, _ in entries}
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise FailedAnswerError('it is not {"scores": [{"id": string, "score": number or null}, ...]}') from error
+    if not keys <= set(asked):
+        raise FailedAnswerError("it scored an id that was not asked for")
+    if len(keys) < len(entries):
+        raise FailedAnswerError("it scored an id twice")
+    return {key: math.nan if score is None else score for key, score in entries if isinstance(score, float | None)}

@@ -1,6 +1,6 @@
 """Import a user's function by its path and call it.
 
-Also the script of the process in which `FunctionWorker` has the function called, which is why this file uses the
+Also the script of the process in which `FunctionReward` has the function called, which is why this file uses the
 standard library alone, and the package only where a message needs it.
 """
 
@@ -13,7 +13,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,21 +23,25 @@ from typing import Any
 _TRACEBACK_CHARACTERS = 4000
 
 
-def import_function(path: str) -> Any:
-    """What `package.module:function`, `package.module.function` or `path/to/file.py:function` names.
+def import_function(function: Any) -> Any:
+    """The function at `package.module:function`, `package.module.function` or `path/to/file.py:function`, or
+    `function` itself if it is no path.
 
     Raises:
-        ValueError: if there is no such module, file or function.
+        ValueError: if there is no such module, file or function, or it cannot be called.
     """
-    module_name, function_name = _split(path)
-    is_file = module_name.endswith(".py")
-    module = _import_file(Path(module_name).expanduser()) if is_file else _import_module(module_name, function_name)
-    if not hasattr(module, function_name):
-        from tealightning.registry import did_you_mean
+    if isinstance(function, str):
+        source, name = _source_and_name(function)
+        module = _import_file(source) if isinstance(source, Path) else _import_module(source, name)
+        if not hasattr(module, name):
+            from tealightning.registry import did_you_mean
 
-        public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise _user_error(f"{module_name} has no function {function_name!r}.{did_you_mean(function_name, public)}")
-    return getattr(module, function_name)
+            public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+            raise _user_error(f"{source} has no function {name!r}.{did_you_mean(name, public)}")
+        function = getattr(module, name)
+    if not callable(function):
+        raise _user_error(f"function must be a path to a function or a callable, got {function!r}.")
+    return function
 
 
 def _import_module(module_name: str, function_name: str) -> ModuleType:
@@ -56,7 +60,6 @@ def _import_module(module_name: str, function_name: str) -> ModuleType:
 
 
 def _import_file(file: Path) -> ModuleType:
-    _existing(file)
     name = f"{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None, "a .py file always has a loader"
@@ -66,31 +69,18 @@ def _import_file(file: Path) -> ModuleType:
     return module
 
 
-def _split(path: str) -> tuple[str, str]:
-    separator = ":" if ":" in path else "."
-    module_name, _, function_name = path.rpartition(separator)
-    if not module_name or not function_name:
-        raise _user_error(
-            "function must be package.module:function, package.module.function or path/to/file.py:function, "
-            f"got {path!r}."
-        )
-    return module_name, function_name
-
-
 def function_path(function: Any) -> str:
-    """The path from which another process can import `function`, or `function` itself if it is a path.
+    """The path from which another process can import `function`, itself a path or a function.
 
     Raises:
         ValueError: if another process could not: a lambda, a function inside another one or of the main script, an
             object; or if the path's module or file does not exist. Nothing is imported to find out.
     """
     if isinstance(function, str):
-        module_name, _ = _split(function)
-        if module_name.endswith(".py"):
-            return f"{_existing(Path(module_name).expanduser())}:{function.rpartition(':')[2]}"
-        if not _can_be_imported(module_name):
-            raise _user_error(f"function: there is no module {module_name!r} to import in the worker process.")
-        return function
+        source, name = _source_and_name(function)
+        if isinstance(source, str) and not _can_be_imported(source):
+            raise _user_error(f"function: there is no module {source!r} to import in the worker process.")
+        return f"{source}:{name}"
     name, module_name = getattr(function, "__qualname__", ""), getattr(function, "__module__", None) or ""
     module = sys.modules.get(module_name)
     if module is None or module_name == "__main__" or getattr(module, name, None) is not function:
@@ -98,8 +88,19 @@ def function_path(function: Any) -> str:
             f"function: a worker process (timeout_seconds) cannot import {function!r}. Give the path of a function at "
             "the top level of a module or file other than the main script: path/to/file.py:function."
         )
-    source = module_name if _can_be_imported(module_name) else _existing(Path(str(module.__file__)))
-    return f"{source}:{name}"
+    return f"{module_name if _can_be_imported(module_name) else _existing(Path(str(module.__file__)))}:{name}"
+
+
+def _source_and_name(path: str) -> tuple[str | Path, str]:
+    """Name of the module, or its file, and name of the function in it."""
+    module_name, _, function_name = path.rpartition(":" if ":" in path else ".")
+    if not module_name or not function_name:
+        raise _user_error(
+            "function must be package.module:function, package.module.function or path/to/file.py:function, "
+            f"got {path!r}."
+        )
+    is_file = module_name.endswith(".py")
+    return _existing(Path(module_name).expanduser()) if is_file else module_name, function_name
 
 
 def _can_be_imported(module_name: str) -> bool:
@@ -116,19 +117,16 @@ def _existing(file: Path) -> Path:
 
 
 def call_function(function: Callable[..., Any], **arguments: Any) -> Any:
-    """What `function` returns, awaited if it is `async`."""
+    """What `function` returns, awaited if it is `async`, also where an event loop is already running (a notebook)."""
     values = function(**arguments)
-    return _run(values) if inspect.iscoroutine(values) else values
-
-
-def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """The coroutine's result, also where an event loop is already running (a notebook)."""
+    if not inspect.iscoroutine(values):
+        return values
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(coroutine)
+        return asyncio.run(values)
     with ThreadPoolExecutor(max_workers=1) as pool:
-        return pool.submit(asyncio.run, coroutine).result()
+        return pool.submit(asyncio.run, values).result()
 
 
 def _user_error(message: str) -> ValueError:
@@ -150,8 +148,6 @@ def serve(channel: Connection) -> None:
     sys.path[:] = setup["sys_path"]
     try:
         function = import_function(setup["function"])
-        if not callable(function):
-            raise _user_error(f"function must be a function, got {function!r}.")
     except Exception as error:  # whatever importing it raises is told to the trainer
         channel.send(_raised(error))
         return

@@ -21,7 +21,7 @@ OWNERS = {"subprocess", "requests", "session", "dist", "process"}
 
 WATCHED = {
     "callbacks/rollout.py: self._ahead.wait()": "in Activity.GENERATING",
-    "rewards/user_function.py: pool.submit(asyncio.run, coroutine).result()": "in Activity.SCORING, or in a worker",
+    "rewards/user_function.py: pool.submit(asyncio.run, values).result()": "in Activity.SCORING, or in a worker",
     "rewards/function.py: self._channel.recv()": "a timer kills the worker, which closes the pipe",
     "rewards/user_function.py: channel.recv()": "a worker waits for its parent, whose end closes the pipe",
     "reporting/provenance.py: "

@@ -88,7 +88,7 @@ def test_wrong_number_or_kind_of_values_is_the_same_error_as_in_process(worker):
 def test_errors_can_cost_their_completion_only(worker, settings):
     reward = worker(on_error="unscored", **settings)
     with pytest.warns(
-        UserWarning, match=r"raised KeyError on 1 completions: 'answer'. 1 completions of the call have no"
+        UserWarning, match=r"'misbehaving' has no score for 1 completions: .* raised KeyError on 1 completions"
     ):
         scores = call(reward, "a", "b", "<raise>", "c", "d")
     assert math.isnan(scores.total[2])
@@ -150,9 +150,9 @@ def test_metadata_that_cannot_be_sent_is_an_error(worker):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"timeout_seconds": 0.0}, "timeout_seconds must be above 0"),
-        ({"timeout_seconds": math.nan}, "timeout_seconds must be above 0"),
-        ({"timeout_seconds": 1.0, "deadline_seconds": -1.0}, "deadline_seconds must be above 0"),
+        ({"timeout_seconds": 0.0}, "timeout_seconds must be a finite number above 0"),
+        ({"timeout_seconds": math.nan}, "timeout_seconds must be a finite number above 0"),
+        ({"timeout_seconds": 1.0, "deadline_seconds": -1.0}, "deadline_seconds must be a finite number above 0"),
         ({"timeout_seconds": None, "deadline_seconds": 1.0}, "deadline_seconds has no effect"),
         ({"on_error": "ignore"}, "on_error must be one of raise, unscored, got 'ignore'"),
     ],
