@@ -10,7 +10,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from tealightning.reliability.checkpoint_files import newest_good, step_of
 from tealightning.reliability.files import write_whole
 from tealightning.reliability.locks import locked
 from tealightning.reliability.logger import set_aside
-from tealightning.reporting.provenance import commit
+from tealightning.reporting.provenance import commit, package_versions
 from tealightning.version import __version__
 
 Build = Callable[[Sequence[str]], Any]
@@ -183,19 +182,11 @@ def _identity(job: Job) -> dict[str, Any]:
         "seed": job.seed,
         "hash": job.hash,
         "commit": commit(),
-        "versions": _versions(),
+        "versions": {"tealightning": __version__} | package_versions(*_PACKAGES),
         "device": platform.processor() or platform.machine(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": f"tealightning fit -c {job.folder / 'settings.yaml'}",
     }
-
-
-def _versions() -> dict[str, str]:
-    versions = {"tealightning": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
 
 
 def _checkpoint(folder: Path) -> Path | None:

@@ -129,7 +129,7 @@ def _picture(plan: "Plan") -> bytes:
     """The first test mazes with the best of N paths of each policy."""
     from rich.progress import track
 
-    from tealightning.worlds.maze_picture import best_paths, maze_picture
+    from tealightning.worlds.maze import best_paths, maze_picture
 
     config = plan.jobs[TEA, plan.spec.seeds[0]].config
     with Path(config["data"]["init_args"]["test"]).open(encoding="utf-8") as lines:

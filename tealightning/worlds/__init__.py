@@ -11,7 +11,7 @@ from tealightning.worlds.maze import MazeConfig as MazeConfig
 from tealightning.worlds.maze import MazeReward as MazeReward
 from tealightning.worlds.maze_build import build_maze as build_maze
 from tealightning.worlds.prose import ProseConfig as ProseConfig
-from tealightning.worlds.prose import build_prose as build_prose
+from tealightning.worlds.prose_build import build_prose as build_prose
 from tealightning.worlds.styles import STYLE_WORLDS as STYLE_WORLDS
 from tealightning.worlds.styles import StylesConfig as StylesConfig
 from tealightning.worlds.styles import build_styles as build_styles

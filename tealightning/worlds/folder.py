@@ -2,24 +2,20 @@
 
 import hashlib
 import json
-import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import tokenizers
 import torch
-import transformers
 from torch import Tensor
 
 from tealightning.errors import UserError
 from tealightning.functional.best_of_n import best_of_n
 from tealightning.registry import did_you_mean
 from tealightning.reliability.files import whole_folder
+from tealightning.reporting.provenance import package_versions
 
 MANIFEST = "playground.json"
 PROMPT_SPLITS = ("train", "val", "test")
@@ -38,7 +34,7 @@ class Playground:
     val_prompts: Path
     test_prompts: Path
     manifest: dict[str, Any]  # playground.json
-    reused: bool = False  # True: it was there already
+    reused: bool  # True: it was there already
 
 
 WORLDS: dict[str, Callable[..., Playground]] = {}
@@ -47,43 +43,53 @@ WORLDS: dict[str, Callable[..., Playground]] = {}
 
 def build_folder(
     out: Path | str,
-    identity: dict[str, Any],
-    fill: Callable[[Path], dict[str, Any]],
+    recipe: dict[str, Any],
+    config: Any,
+    fill: Callable[..., dict[str, Any]],
     *,
-    num_threads: int,
+    seed: int,
     progress: bool,
     overwrite: bool,
 ) -> Playground:
-    """Build a world at `out`, or reuse the one that is there.
+    """Build a world at `out`, complete or not at all, or reuse the one of the same recipe, config and seed there.
 
-    The global random streams and the thread count are left as they were; the folder appears complete or not at all.
+    Torch's random stream and thread count are left as they were.
 
     Args:
-        out: Folder to create. A world of the same identity there is returned as it is.
-        identity: Format version, seed and configuration: what tells this world from others. Part of its manifest.
-        fill: Writes the folder at a path, and returns the rest of the manifest.
-        num_threads: Torch threads during `fill`.
-        progress: Print what happens.
-        overwrite: Replace what is at `out`, whatever it is.
+        recipe: What tells this kind of world from others, with its `format_version`. Part of the manifest.
+        config: Dataclass of everything else that decides the world, `num_threads` of torch included.
+        fill: `fill(folder, config, seed=seed, progress=progress)` writes the folder and returns the rest of the
+            manifest.
 
     Raises:
         ValueError: if `out` holds something else.
     """
-    out, identity = Path(out), json.loads(json.dumps(identity))  # as JSON reads it back: lists, no tuples
+    out = Path(out)
+    identity = json.loads(json.dumps(recipe | {"seed": seed, "config": asdict(config)}))  # no tuples, as it is read
     if not overwrite and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
-        manifest = _matching_manifest(out, identity)
+        remedy = "Choose another folder, or pass overwrite=True to replace it."
+        manifest = _read_manifest(out)
+        if manifest is None:
+            raise UserError(f"{out} exists and is no playground. {remedy}")
+        if different := [key for key in identity if manifest.get(key) != identity[key]]:
+            raise UserError(f"{out} holds a playground of another {' and '.join(different)}. {remedy}")
         if progress:
             print(f"Reusing the playground at {out} (same configuration and seed).")
         return _playground(out, manifest, reused=True)
-    with whole_folder(out) as new:
-        started = time.perf_counter()
-        with _deterministic_torch(num_threads):
-            manifest = identity | fill(new)
-        manifest |= {"versions": package_versions(), "build_seconds": time.perf_counter() - started}
-        (new / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    started, threads = time.perf_counter(), torch.get_num_threads()
+    torch.set_num_threads(config.num_threads)
+    try:
+        with whole_folder(out) as new, torch.random.fork_rng(devices=[]):
+            manifest = identity | fill(new, config, seed=seed, progress=progress)
+            # Beside configuration and seed, the bits of a world depend on these.
+            versions = package_versions("torch", "transformers", "tokenizers", "numpy")
+            manifest |= {"versions": versions, "build_seconds": time.perf_counter() - started}
+            (new / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    finally:
+        torch.set_num_threads(threads)
     if progress:
         print(f"Built a playground at {out} in {manifest['build_seconds']:.0f} s.")
-    return _playground(out, manifest)
+    return _playground(out, manifest, reused=False)
 
 
 def load_playground(path: Path | str) -> Playground:
@@ -100,12 +106,32 @@ def load_playground(path: Path | str) -> Playground:
     return _playground(Path(path), manifest, reused=True)
 
 
-def write_prompts(folder: Path, split: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Write `prompts/{split}.jsonl`: each row with an identifier made of the split and a counter."""
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and "format_version" in manifest else None
+
+
+def _playground(path: Path, manifest: dict[str, Any], *, reused: bool) -> Playground:
+    return Playground(
+        path=path,
+        policy=path / "policy",
+        reward_model=path / "reward_model" if "reward_model_parameters" in manifest else None,
+        **{f"{split}_prompts": path / "prompts" / f"{split}.jsonl" for split in PROMPT_SPLITS},
+        manifest=manifest,
+        reused=reused,
+    )
+
+
+def write_prompts(folder: Path, split: str, rows: Iterable[dict[str, Any]]) -> int:
+    """Write `prompts/{split}.jsonl`, each row with an identifier made of the split and a counter; how many."""
     path = folder / "prompts" / f"{split}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"id": f"{split}-{i:04d}"} | row) for i, row in enumerate(rows))
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    lines = [json.dumps({"id": f"{split}-{i:04d}"} | row) + "\n" for i, row in enumerate(rows)]
+    path.write_text("".join(lines), encoding="utf-8")
+    return len(lines)
 
 
 def stream_seed(seed: int, name: str) -> int:
@@ -124,61 +150,3 @@ def named_settings(kind: str, name: str, valid: Mapping[str, dict[str, Any]]) ->
     if name not in valid:
         raise UserError(f"Unknown {kind} {name!r}.{did_you_mean(str(name), valid)}")
     return valid[name]
-
-
-def package_versions() -> dict[str, str]:
-    """Versions that the bits of a world depend on, beside its configuration and seed."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "tokenizers": tokenizers.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def _read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest at `path`, or None if there is no such file or it is not a manifest."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) and "format_version" in manifest else None
-
-
-def _matching_manifest(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of the world at `out`, if it is the one of that identity."""
-    remedy = "Choose another folder, or pass overwrite=True to replace it."
-    manifest = _read_manifest(out)
-    if manifest is None:
-        raise UserError(f"{out} exists and is no playground. {remedy}")
-    different = [key for key in identity if manifest.get(key) != identity[key]]
-    if different:
-        raise UserError(f"{out} holds a playground of another {' and '.join(different)}. {remedy}")
-    return manifest
-
-
-def _playground(path: Path, manifest: dict[str, Any], *, reused: bool = False) -> Playground:
-    train, val, test = (path / "prompts" / f"{split}.jsonl" for split in PROMPT_SPLITS)
-    return Playground(
-        path=path,
-        policy=path / "policy",
-        reward_model=path / "reward_model" if "reward_model_parameters" in manifest else None,
-        train_prompts=train,
-        val_prompts=val,
-        test_prompts=test,
-        manifest=manifest,
-        reused=reused,
-    )
-
-
-@contextmanager
-def _deterministic_torch(num_threads: int) -> Iterator[None]:
-    """Fix torch's thread count; restore it and torch's random stream at the end."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        torch.set_num_threads(threads)

@@ -13,79 +13,56 @@ Stopping early is safe and pays a little, going all the way is risky and pays mu
 stop, one of the best of N to arrive.
 """
 
+import io
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tealightning.errors import UserError
 from tealightning.rewards.base import Reward
 from tealightning.types import Prompt
 from tealightning.worlds.folder import named_settings
+from tealightning.worlds.policy import check_sizes, sample_completions
 
 WALL, FREE, START, GOAL = "#", ".", "S", "G"
 MOVES: dict[str, tuple[int, int]] = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
 """Letter -> (rows, columns)."""
 
-UNREACHABLE = -1
 Cell = tuple[int, int]
 """Row and column."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class MazeConfig:
-    """Everything that decides a world of mazes, together with the seed. The defaults are the world "maze".
+    """Everything that decides a world of mazes, together with the seed. The defaults are the world "maze"."""
 
-    Args:
-        side: Rows and columns of the grid.
-        wall_density: Probability that a cell is a wall.
-        path_lengths: Fewest and most moves of the shortest path from start to goal.
-        greedy: Probability of a move of the walks that the policy learns from to be one towards the goal; otherwise it
-            is any legal move that does not turn back. The dial from "success is rare" to "success is frequent".
-        illegal: Probability of a move of the walks to go into a wall or off the grid, which ends the walk.
-        stop: Probability of a walk to end before each of its moves.
-        max_moves: Longest walk; completions get as many tokens.
-        hidden_size: Width of the policy, a multiple of `head_size`.
-        intermediate_size: Width of its feed-forward layers.
-        head_size: Width of one attention head; vLLM's CPU attention takes 32, 64, 80, 96, 112, 128, ...
-        layers: Depth of the policy.
-        steps: Optimizer steps of its training, on new walks each.
-        batch_size: Mazes a step.
-        walks: Walks through each of them.
-        lr: Peak AdamW learning rate of its embeddings, head and norms (linear warm-up, cosine decay).
-        muon_lr: Peak Muon learning rate of its layers' matrices.
-        train_prompts: Mazes in `prompts/train.jsonl`.
-        val_prompts: Mazes in `prompts/val.jsonl`.
-        test_prompts: Mazes in `prompts/test.jsonl`.
-        curve_prompts: Mazes of the validation prompts behind the figures of the manifest.
-        curve_samples: Samples of each of them.
-        num_threads: Torch threads of the build; fixed, because sums depend on it in the last bit.
-    """
-
-    side: int = 5
-    wall_density: float = 0.3
-    path_lengths: tuple[int, int] = (5, 9)
-    greedy: float = 0.3
-    illegal: float = 0.03
-    stop: float = 0.12
-    max_moves: int = 16
-    hidden_size: int = 128
+    side: int = 5  # rows and columns of the grid
+    wall_density: float = 0.3  # probability that a cell is a wall
+    path_lengths: tuple[int, int] = (5, 9)  # fewest and most moves of the shortest path from start to goal
+    greedy: float = 0.3  # share of the walks' moves that go towards the goal; others go any legal way but back
+    illegal: float = 0.03  # probability of a move to go into a wall or off the grid, which ends the walk
+    stop: float = 0.12  # probability of a walk to end before each of its moves
+    max_moves: int = 16  # longest walk; completions get as many tokens
+    hidden_size: int = 128  # width of the policy, a multiple of head_size
     intermediate_size: int = 256
-    head_size: int = 32
+    head_size: int = 32  # vLLM's CPU attention takes 32, 64, 80, 96, 112, 128, ...
     layers: int = 3
-    steps: int = 300
-    batch_size: int = 16
-    walks: int = 8
-    lr: float = 5e-3
+    steps: int = 300  # optimizer steps of the policy, on new walks each
+    batch_size: int = 16  # mazes a step
+    walks: int = 8  # through each of them
+    lr: float = 5e-3  # see `Descent`
     muon_lr: float = 1e-2
-    train_prompts: int = 4000
+    train_prompts: int = 4000  # mazes in prompts/train.jsonl
     val_prompts: int = 128
     test_prompts: int = 128
-    curve_prompts: int = 16
-    curve_samples: int = 128
-    num_threads: int = 1
+    curve_prompts: int = 16  # validation mazes behind the figures of the manifest
+    curve_samples: int = 128  # of each of them
+    num_threads: int = 1  # of torch; fixed, because sums depend on it in the last bit
 
     def __post_init__(self) -> None:
         shortest, longest = self.path_lengths
@@ -99,8 +76,7 @@ class MazeConfig:
         for name in ("wall_density", "greedy", "illegal", "stop"):
             if not 0 <= getattr(self, name) < 1 and not (name == "greedy" and self.greedy == 1):
                 raise UserError(f"{name} must be a probability in [0, 1), got {getattr(self, name)}.")
-        if self.hidden_size % self.head_size:
-            raise UserError(f"hidden_size must be a multiple of head_size={self.head_size}, got {self.hidden_size}.")
+        check_sizes(self)
 
     @property
     def prompt_tokens(self) -> int:
@@ -122,111 +98,16 @@ MAZE_WORLDS: dict[str, dict[str, Any]] = {
 MAZE_SIZES: dict[str, dict[str, Any]] = {
     "default": {},
     "tiny": dict(
-        side=4,
-        path_lengths=(2, 5),
-        max_moves=8,
-        hidden_size=32,
-        intermediate_size=64,
-        layers=2,
-        steps=100,
-        batch_size=32,
-        walks=2,
-        train_prompts=64,
-        val_prompts=8,
-        test_prompts=8,
-        curve_samples=32,
-        curve_prompts=8,
+        side=4, path_lengths=(2, 5), max_moves=8, hidden_size=32, intermediate_size=64, layers=2, steps=100,
+        batch_size=32, walks=2, train_prompts=64, val_prompts=8, test_prompts=8, curve_samples=32, curve_prompts=8,
     ),
-}
+}  # fmt: skip
 
 
 def maze_config(world: str = "maze", size: str = "default", **options: Any) -> MazeConfig:
-    """The configuration of a named world, some of its settings replaced by `options`.
-
-    Raises:
-        ValueError: for an unknown name, with the valid ones, and for settings out of range.
-    """
+    """The configuration of a named world, some of its settings replaced by `options`."""
     named = named_settings("world of mazes", world, MAZE_WORLDS) | named_settings("size of mazes", size, MAZE_SIZES)
     return MazeConfig(**named | options)
-
-
-@dataclass(kw_only=True, slots=True)
-class Mazes:
-    """Q mazes as arrays."""
-
-    distances: NDArray[np.int64]  # [Q, side, side]: moves to the goal, UNREACHABLE for walls and closed-off cells
-    walls: NDArray[np.bool_]  # [Q, side, side]
-    starts: NDArray[np.int64]  # [Q, 2]: row, column
-    goals: NDArray[np.int64]  # [Q, 2]
-
-    def __len__(self) -> int:
-        return len(self.walls)
-
-    def __getitem__(self, rows: Any) -> "Mazes":
-        return Mazes(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
-
-
-def path_lengths(mazes: Mazes) -> NDArray[np.int64]:
-    """Moves of the shortest path from start to goal [Q]; UNREACHABLE where there is none."""
-    return mazes.distances[np.arange(len(mazes)), mazes.starts[:, 0], mazes.starts[:, 1]]
-
-
-def goal_distances(walls: NDArray[np.bool_], goals: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Breadth-first search in all mazes at once.
-
-    Args:
-        walls: [Q, side, side].
-        goals: [Q, 2].
-
-    Returns:
-        [Q, side, side]: moves to the goal, UNREACHABLE for walls and closed-off cells.
-    """
-    distances = np.full(walls.shape, UNREACHABLE)
-    front = np.zeros_like(walls)
-    front[np.arange(len(walls)), goals[:, 0], goals[:, 1]] = True
-    step = 0
-    while front.any():
-        distances[front] = step
-        spread = np.zeros_like(front)
-        spread[:, 1:] |= front[:, :-1]
-        spread[:, :-1] |= front[:, 1:]
-        spread[:, :, 1:] |= front[:, :, :-1]
-        spread[:, :, :-1] |= front[:, :, 1:]
-        front = spread & ~walls & (distances == UNREACHABLE)
-        step += 1
-    return distances
-
-
-def grid_texts(mazes: Mazes) -> list[str]:
-    """Each maze as text: a line a row, `#` walls, `.` free cells, `S` start, `G` goal."""
-    texts = []
-    for walls, start, goal in zip(mazes.walls, mazes.starts, mazes.goals, strict=True):
-        cells = np.where(walls, WALL, FREE)
-        cells[tuple(start)], cells[tuple(goal)] = START, GOAL
-        texts.append("\n".join("".join(row) for row in cells))
-    return texts
-
-
-def read_grid(grid: str) -> Mazes:
-    """The maze of one text; the inverse of `grid_texts`.
-
-    Raises:
-        ValueError: unless it is a rectangle of the four characters with one start and one goal that it leads to.
-    """
-    lines = grid.split("\n")
-    is_rectangle = len({len(line) for line in lines}) == 1 and grid != ""
-    cells = np.array([list(line) for line in lines]) if is_rectangle else np.empty((0, 0), str)
-    found = {symbol: np.argwhere(cells == symbol) for symbol in (START, GOAL)}
-    if not (len(found[START]) == len(found[GOAL]) == 1 and np.isin(cells, [WALL, FREE, START, GOAL]).all()):
-        raise UserError(
-            f"A maze's grid must be lines of equal length made of {WALL!r}, {FREE!r}, one {START!r} and one {GOAL!r}, "
-            f"got {grid!r}."
-        )
-    walls = (cells == WALL)[None]
-    mazes = Mazes(distances=goal_distances(walls, found[GOAL]), walls=walls, starts=found[START], goals=found[GOAL])
-    if path_lengths(mazes)[0] < 1:
-        raise UserError(f"The maze's start does not lead to its goal: {grid!r}.")
-    return mazes
 
 
 @dataclass(kw_only=True, slots=True)
@@ -241,13 +122,27 @@ class MazeMap:
         """The maze of a text.
 
         Raises:
-            ValueError: if it is no maze.
+            ValueError: unless it is a rectangle of the four characters with one start and one goal that it leads to.
         """
-        maze = read_grid(grid)
-        distances = maze.distances[0]
-        cells = np.argwhere(distances != UNREACHABLE).tolist()
-        row, column = maze.starts[0].tolist()
-        return cls(start=(row, column), distances={(r, c): int(distances[r, c]) for r, c in cells})
+        lines = grid.split("\n")
+        cells = {(row, column): symbol for row, line in enumerate(lines) for column, symbol in enumerate(line)}
+        starts, goals = ([cell for cell, symbol in cells.items() if symbol == wanted] for wanted in (START, GOAL))
+        is_rectangle = len({len(line) for line in lines}) == 1
+        if not (is_rectangle and len(starts) == len(goals) == 1 and set(cells.values()) <= {WALL, FREE, START, GOAL}):
+            raise UserError(
+                f"A maze's grid must be lines of equal length made of {WALL!r}, {FREE!r}, one {START!r} and one "
+                f"{GOAL!r}, got {grid!r}."
+            )
+        distances, reached = {goals[0]: 0}, goals  # breadth-first search
+        for row, column in reached:
+            for down, right in MOVES.values():
+                cell = (row + down, column + right)
+                if cells.get(cell, WALL) != WALL and cell not in distances:
+                    distances[cell] = distances[row, column] + 1
+                    reached.append(cell)
+        if starts[0] not in distances:
+            raise UserError(f"The maze's start does not lead to its goal: {grid!r}.")
+        return cls(start=starts[0], distances=distances)
 
     def follow(self, path: str) -> tuple[list[Cell], bool]:
         """The cells that a path visits, start included, and whether all of its moves are legal; it ends at the first
@@ -297,22 +192,71 @@ class MazeReward(Reward):
         Raises:
             ValueError: for a prompt without a grid, or with one that is no maze.
         """
-        return [
-            self._map(data).score(completion.strip()) for completion, data in zip(completions, metadata, strict=True)
-        ]
-
-    def _map(self, metadata: dict[str, Any]) -> MazeMap:
-        grid = metadata.get("grid")
-        if not isinstance(grid, str):
-            raise UserError(f"MazeReward needs a column `grid` beside each prompt, got the columns {sorted(metadata)}.")
-        if grid not in self._maps:
-            self._maps[grid] = MazeMap.read(grid)
-        return self._maps[grid]
+        scores = []
+        for completion, columns in zip(completions, metadata, strict=True):
+            grid = columns.get("grid")
+            if not isinstance(grid, str):
+                raise UserError(
+                    f"MazeReward needs a column `grid` beside each prompt, got the columns {sorted(columns)}."
+                )
+            if grid not in self._maps:
+                self._maps[grid] = MazeMap.read(grid)
+            scores.append(self._maps[grid].score(completion.strip()))
+        return scores
 
 
 def reaches_goal(
     *, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Sequence[dict[str, Any]]
 ) -> list[float]:
     """[B]: 1 for a path that ends on the goal, else 0. To be measured beside the reward."""
-    scores = MazeReward().score(prompts, completions, metadata)
-    return [float(score >= 0.5) for score in scores]
+    return [float(score >= 0.5) for score in MazeReward().score(prompts, completions, metadata)]
+
+
+def best_paths(policy: Path, grids: Sequence[str], *, samples: int, max_moves: int) -> list[str]:
+    """Best of N sampled paths of the policy in a folder through each maze, at temperature 1."""
+    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    prompts = [f"{grid}:" for grid in grids for _ in range(samples)]
+    with isolate_rng():
+        torch.manual_seed(0)
+        paths = sample_completions(model, tokenizer, prompts, max_new_tokens=max_moves, batch_size=1024)
+    return [max(paths[i * samples : (i + 1) * samples], key=MazeMap.read(grid).score) for i, grid in enumerate(grids)]
+
+
+def maze_picture(grids: Sequence[str], columns: dict[str, list[str]]) -> bytes:
+    """Draw a row for each policy, a column for each maze: the grid, the path, its score; returns a PNG.
+
+    `columns`: name of a policy -> its best path through each of the grids.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.75 * len(grids) + 0.9, 2.0 * len(columns) + 0.2), layout="constrained")
+    axes = figure.subplots(len(columns), len(grids), squeeze=False)
+    for row, (name, paths) in zip(axes, columns.items(), strict=True):
+        for axis, grid, path in zip(row, grids, paths, strict=True):
+            _draw(axis, grid, path)
+        row[0].set_ylabel(name, fontsize=12)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150)
+    return image.getvalue()
+
+
+def _draw(axis: Any, grid: str, path: str) -> None:
+    from matplotlib.patches import Rectangle
+
+    lines, maze = grid.split("\n"), MazeMap.read(grid)
+    for row, line in enumerate(lines):
+        for column, symbol in enumerate(line):
+            ground = "#3b4252" if symbol == WALL else "#eceff4"
+            axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=ground, edgecolor="white"))
+            if symbol in (START, GOAL):
+                color = "#5e81ac" if symbol == START else "#a3be8c"
+                axis.add_patch(Rectangle((column - 0.42, row - 0.42), 0.84, 0.84, facecolor=color))
+                axis.text(column, row, symbol, ha="center", va="center", color="white", weight="bold", zorder=3)
+    (cells, is_legal), score = maze.follow(path), maze.score(path)
+    color = "#2e7d32" if score >= 0.5 else "#c62828"
+    axis.plot([c for _, c in cells], [r for r, _ in cells], color=color, linewidth=3, solid_capstyle="round", zorder=2)
+    axis.plot(cells[-1][1], cells[-1][0], marker="o" if is_legal else "x", color=color, markersize=7, zorder=4)
+    axis.set(xlim=(-0.5, len(lines[0]) - 0.5), ylim=(len(lines) - 0.5, -0.5), xticks=[], yticks=[], aspect="equal")
+    axis.set_title(f"{score:.2f}", fontsize=10, color=color)
+    axis.spines[:].set_visible(False)

@@ -3,7 +3,8 @@
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from rich.progress import track
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tealightning.errors import UserError
 
 EOS = "<|eos|>"
 PAD = "<|pad|>"
@@ -51,19 +54,14 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[l
     return tokenizer(list(texts), verbose=False)["input_ids"]
 
 
-class Sizes(Protocol):
-    """The part of a world's configuration that its models share."""
-
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def head_size(self) -> int: ...
+def check_sizes(config: Any) -> None:
+    """Refuse a world's configuration whose `hidden_size` is not made of whole heads."""
+    if config.hidden_size % config.head_size:
+        raise UserError(f"hidden_size must be a multiple of head_size={config.head_size}, got {config.hidden_size}.")
 
 
-def llama_config(tokenizer: PreTrainedTokenizerFast, sizes: Sizes, *, layers: int, max_positions: int) -> LlamaConfig:
-    """Architecture of a world's models; untied embeddings."""
+def llama_config(tokenizer: PreTrainedTokenizerFast, sizes: Any, *, layers: int, max_positions: int) -> LlamaConfig:
+    """Architecture of a world's models, whose configuration `sizes` is; untied embeddings."""
     heads = sizes.hidden_size // sizes.head_size
     return LlamaConfig(
         vocab_size=len(tokenizer),
@@ -105,23 +103,12 @@ def train_policy(
 ) -> LlamaForCausalLM:
     """Next-token training on texts, joined by end-of-text tokens in a new random order every epoch.
 
-    Args:
-        texts: Training texts.
-        tokenizer: Tokenizer of the texts.
-        architecture: Architecture of the policy.
-        steps: Optimizer steps.
-        batch_size: Rows a step.
-        sequence_length: Length of a row, in tokens.
-        lr: Peak AdamW learning rate, see `Descent`.
-        muon_lr: Peak Muon learning rate.
-        seed: Seed of initial weights and order.
-        progress: Show a progress bar.
+    A step takes `batch_size` rows of `sequence_length` tokens; for the learning rates see `Descent`.
     """
     torch.manual_seed(seed)
     model = new_policy(architecture)
     descent = Descent(model, steps=steps, adamw_lr=lr, muon_lr=muon_lr)
-    ids = tokenize(texts, tokenizer)
-    rows = _endless_rows(ids, tokenizer.eos_token_id, batch_size, sequence_length + 1, seed=seed)
+    rows = _endless_rows(tokenize(texts, tokenizer), tokenizer.eos_token_id, batch_size, sequence_length + 1, seed=seed)
     model.train()
     for _ in track(range(steps), description="Policy", disable=not progress):
         descent.step(next_token_loss(model, next(rows)))
@@ -135,7 +122,6 @@ def next_token_loss(model: LlamaForCausalLM, rows: Tensor) -> Tensor:
 
 
 def _endless_rows(texts: list[list[int]], eos: int, batch_size: int, length: int, *, seed: int) -> Iterator[Tensor]:
-    """Batches [batch_size, length] of int64."""
     rng = random.Random(seed)
     width = batch_size * length
     stream: list[int] = []
@@ -160,17 +146,7 @@ def sample_completions(
 ) -> list[str]:
     """Sample one completion per prompt from the plain softmax at `temperature`, with torch's global random stream.
 
-    Args:
-        model: The policy.
-        tokenizer: Its tokenizer.
-        prompts: [B].
-        max_new_tokens: Longest completion, in tokens; it ends before its end-of-text token.
-        temperature: Temperature of the softmax.
-        batch_size: Prompts that are sampled for at once.
-        description: Text of the progress bar; None = no bar.
-
-    Returns:
-        [B] texts.
+    A completion ends before its end-of-text token. `description` is the text of a progress bar; None = no bar.
     """
     sampling = GenerationConfig(
         do_sample=True,
@@ -199,7 +175,6 @@ class Descent:
     steps a held-out loss for which AdamW needs several times as many.
 
     Args:
-        model: Model to train.
         steps: Length of the schedule: linear warm-up over the first 5%, cosine decay to a tenth of the peak.
         adamw_lr: Peak learning rate of embeddings, heads and norms.
         muon_lr: Peak learning rate of the layers' matrices, on AdamW's scale.
@@ -223,12 +198,10 @@ class Descent:
         matrices = [p for name, p in named if p.dim() >= 2 and ".layers." not in name]  # embeddings and heads
         vectors = [p for _, p in named if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        muon_settings: dict[str, Any] = dict(lr=muon_lr, weight_decay=weight_decay)
+        muon: Any = Float32Muon if float32 else partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(groups, lr=adamw_lr, betas=(0.9, 0.95)),
-            Float32Muon(layers, **muon_settings)
-            if float32
-            else torch.optim.Muon(layers, adjust_lr_fn="match_rms_adamw", **muon_settings),
+            muon(layers, lr=muon_lr, weight_decay=weight_decay),
         ]
         warmup = max(1, steps // 20)
 
@@ -250,25 +223,15 @@ class Descent:
 
 
 class Float32Muon(torch.optim.Optimizer):
-    """`torch.optim.Muon` with its matrix products in float32: a CPU without bfloat16 products needs a twentieth of the
-    time.
+    """`torch.optim.Muon` in float32, with Nesterov momentum .95: a CPU without bfloat16 products needs a twentieth of
+    the time."""
 
-    Args:
-        params: Matrices.
-        lr: Learning rate, on AdamW's scale.
-        weight_decay: Decoupled weight decay.
-        momentum: Decay of the Nesterov momentum.
-    """
-
-    def __init__(
-        self, params: Iterable[nn.Parameter], *, lr: float, weight_decay: float, momentum: float = 0.95
-    ) -> None:
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+    def __init__(self, params: Iterable[nn.Parameter], *, lr: float, weight_decay: float) -> None:
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=0.95))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step; there is no closure."""
-        assert closure is None
         for group in self.param_groups:
             for parameter in group["params"]:
                 momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))

@@ -1,222 +1,265 @@
-"""Build the prose world: policy, reward model and prompts, from the Python installation alone."""
+"""Configuration and text of the prose world: paragraphs that every Python installation carries, and prompts."""
 
+import ast
+import contextlib
+import itertools
 import random
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+import re
+import sysconfig
+import tokenize as python_tokenize
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from tealightning.worlds.folder import (
-    PROMPT_SPLITS,
-    WORLDS,
-    Playground,
-    best_of_n_curve,
-    build_folder,
-    stream_seed,
-    write_prompts,
-)
-from tealightning.worlds.policy import (
-    llama_config,
-    next_token_loss,
-    sample_completions,
-    tokenize,
-    train_policy,
-    train_tokenizer,
-)
-from tealightning.worlds.prose_config import ProseConfig, resolve_config
-from tealightning.worlds.prose_reward_model import Pair, sample_pairs, score_ids, train_reward_model
-from tealightning.worlds.prose_text import (
-    Opening,
-    collect_paragraphs,
-    cut_many_openings,
-    cut_openings,
-    split_paragraphs,
-)
+from tealightning.errors import UserError
+from tealightning.worlds.folder import named_settings
+from tealightning.worlds.policy import check_sizes, tokenize
 
-FORMAT_VERSION = 1
-"""Raised with every change of the recipe, so that a world of an older recipe is not taken for a current one."""
+MIN_CHARACTERS = 60
+"""Shorter paragraphs leave no room for a prompt and a continuation."""
+MIN_CONTINUATION_TOKENS = 8
+OPENING_WORDS = 4
+"""No two paragraphs share their first words, this many: prompts of at least as many words cannot coincide."""
+
+_EXCLUDED_FOLDERS = {
+    "site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "__pycache__",
+}  # fmt: skip
+_BLANK_LINE = re.compile(r"\n\s*\n")
+_SENTENCE_LIKE = re.compile(r"[A-Z].*[.!?:)]", re.DOTALL)
+_SENTENCE_END = re.compile(r"[.!?:] (?=[A-Z])")
+_MARKUP = re.compile(r"[*`]+|\s?\[\d+\]|\s?\(\*\*note.*?\)")
+_CODE_MARKS = (">>>", "::", "====", "----", "|")
 
 
-def build_prose(
-    out: Path | str,
-    *,
-    seed: int = 0,
-    size: Literal["default", "tiny"] | ProseConfig = "default",
-    progress: bool = True,
-    overwrite: bool = False,
-) -> Playground:
-    """Build `out` (policy/, reward_model/, prompts/{train,val,test}.jsonl, playground.json), or reuse it.
+@dataclass(kw_only=True, slots=True, frozen=True)
+class ProseConfig:
+    """Everything that decides a prose world, together with the seed. The defaults are the "default" preset."""
 
-    Nothing is downloaded. The same seed and configuration give the same bits on the same machine with the same package
-    versions. The global random streams and the thread count are left as they were; the folder appears complete or not
-    at all.
+    source_files: bool = True  # read the standard library's docstrings and comments, not only the language reference
+    vocab_size: int = 1536  # of the byte-level BPE, special tokens included (at least 300)
+    hidden_size: int = 128  # width of the policy and of the reward model, a multiple of head_size
+    intermediate_size: int = 384
+    head_size: int = 32  # vLLM's CPU attention takes 32, 64, 80, 96, 112, 128, ...
+    policy_layers: int = 3
+    reward_layers: int = 2  # the reward model starts as the policy's first layers
+    max_positions: int = 256  # longest sequence of both models, in tokens
+    sequence_length: int = 128  # of the policy's training rows, in tokens
+    policy_steps: int = 750  # optimizer steps
+    policy_batch_size: int = 8  # rows a step
+    policy_lr: float = 8e-3  # see `Descent`
+    policy_muon_lr: float = 1.5e-2
+    reward_pairs: int = 6400  # of a real and a sampled continuation, to train the reward model on
+    reward_steps: int = 200
+    reward_batch_size: int = 32  # pairs a step
+    reward_lr: float = 3e-3
+    reward_muon_lr: float = 5e-3
+    reward_weight_decay: float = 0.1
+    prompt_tokens: tuple[int, int] = (8, 24)  # shortest and longest prompt
+    completion_tokens: int = 32  # longest continuation that the reward model is trained on
+    # Paragraphs behind those pairs. The policy has not seen them: on its own training text it is less surprised than
+    # by its samples, and a reward model would learn that instead.
+    reward_paragraphs: int = 2300
+    heldout_paragraphs: int = 300  # for the figures of the manifest
+    heldout_pairs: int = 600  # cut from them, to judge the reward model on
+    train_prompts: int = 800  # paragraphs behind prompts/train.jsonl
+    val_prompts: int = 96
+    test_prompts: int = 96
+    curve_prompts: int = 16  # held-out prompts of the manifest's best-of-n curve
+    curve_samples: int = 128  # of each of them
+    num_threads: int = 1  # of torch; fixed, because sums depend on it in the last bit
 
-    Args:
-        out: Folder to create. A world of the same configuration and seed there is returned as it is.
-        seed: Seed of splits, initial weights, batches and samples.
-        size: A preset, or a configuration of your own.
-        progress: Show progress bars and print what happens.
-        overwrite: Replace what is at `out`, whatever it is.
+    def __post_init__(self) -> None:
+        if self.vocab_size < 300:
+            raise UserError(
+                f"vocab_size must be at least 300 (256 bytes, special tokens, merges), got {self.vocab_size}."
+            )
+        check_sizes(self)
+        if not 1 <= self.reward_layers <= self.policy_layers:
+            raise UserError(
+                f"reward_layers must be in 1..policy_layers ({self.policy_layers}), because the reward model starts as "
+                f"the policy's first layers, got {self.reward_layers}."
+            )
+        shortest, longest = self.prompt_tokens
+        if not 1 <= shortest <= longest:
+            raise UserError(
+                f"prompt_tokens must be (shortest, longest) with 1 <= shortest <= longest, got {shortest, longest}."
+            )
+        needed = max(longest + self.completion_tokens, self.sequence_length)
+        if self.max_positions < needed:
+            raise UserError(
+                f"max_positions must be at least {needed} (longest prompt + completion_tokens, and sequence_length), "
+                f"got {self.max_positions}."
+            )
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "tiny": dict(
+        source_files=False, vocab_size=512, hidden_size=32, intermediate_size=96, policy_layers=2, max_positions=128,
+        sequence_length=64, policy_steps=80, policy_batch_size=16, policy_lr=1e-2, reward_pairs=1500, reward_steps=120,
+        reward_batch_size=16, prompt_tokens=(8, 16), completion_tokens=16, reward_paragraphs=100,
+        heldout_paragraphs=64, heldout_pairs=300, train_prompts=64, val_prompts=16, test_prompts=16, curve_prompts=4,
+    ),
+}  # fmt: skip
+"""Presets, as differences from the defaults. "default" is for use; "tiny" builds in seconds, for tests."""
+
+
+def prose_config(size: str | ProseConfig) -> ProseConfig:
+    """The configuration of a preset, or `size` itself if it is one."""
+    return size if isinstance(size, ProseConfig) else ProseConfig(**named_settings("playground size", size, PRESETS))
+
+
+def collect_paragraphs(*, source_files: bool = True) -> list[str]:
+    """Paragraphs of prose from `pydoc_data.topics` and, with `source_files`, from the standard library's docstrings and
+    comments.
+
+    Each paragraph is one line, starts differently from every other one and is at least `MIN_CHARACTERS` long. Nothing
+    is imported but the topics (a module of plain data): the source files are parsed.
+    """
+    texts: list[str] = []
+    with contextlib.suppress(ImportError):  # some distributions package it separately
+        from pydoc_data.topics import topics
+
+        texts += (topics[name] for name in sorted(topics))
+    if source_files:
+        texts += _source_texts(Path(sysconfig.get_paths()["stdlib"]))
+    paragraphs = _distinct_openings(_prose(texts))
+    if not paragraphs:
+        raise UserError(
+            "No prose found in this Python: it has neither pydoc_data.topics nor the standard library's source files. "
+            "Use a full installation of Python (python.org, pyenv, conda or the distribution's own)."
+        )
+    return paragraphs
+
+
+def _source_texts(root: Path) -> Iterator[str]:
+    """Every docstring and block of comments below `root` in the order of the files' names, nothing imported."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for path in sorted(root.rglob("*.py")):
+        if not _EXCLUDED_FOLDERS.isdisjoint(path.relative_to(root).parts):
+            continue
+        try:
+            with python_tokenize.open(path) as file, warnings.catch_warnings():  # obeys the coding comment
+                warnings.simplefilter("ignore")  # old escape sequences
+                source = file.read()
+                tree = ast.parse(source)
+        except (SyntaxError, UnicodeDecodeError, OSError):  # templates and the like that are no Python
+            continue
+        yield from (ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented))
+        lines = map(str.strip, source.splitlines())
+        for is_comment, block in itertools.groupby(lines, lambda line: line.startswith("#")):
+            if is_comment:
+                yield "\n".join(line.lstrip("# ") for line in block)
+
+
+def _prose(texts: Iterable[str]) -> Iterator[str]:
+    """The paragraphs that read as sentences, each on one line and without markup."""
+    for text in texts:
+        for block in _BLANK_LINE.split(text):
+            if any(mark in block for mark in _CODE_MARKS):
+                continue
+            paragraph = _MARKUP.sub("", " ".join(block.split()))
+            letters = sum(c.isalpha() or c == " " for c in paragraph)
+            if (
+                len(paragraph) >= MIN_CHARACTERS
+                and paragraph.isascii()
+                and _SENTENCE_LIKE.fullmatch(paragraph)
+                and letters >= 0.88 * len(paragraph)
+            ):
+                yield paragraph
+
+
+def _distinct_openings(paragraphs: Iterable[str]) -> list[str]:
+    """The first paragraph of each opening: copies, and prompts that two splits would share, go."""
+    first: dict[tuple[str, ...], str] = {}
+    for paragraph in paragraphs:
+        first.setdefault(tuple(paragraph.lower().split()[:OPENING_WORDS]), paragraph)
+    return list(first.values())
+
+
+def split_paragraphs(paragraphs: Sequence[str], config: ProseConfig, *, seed: int) -> dict[str, list[str]]:
+    """A random partition: `corpus` (for the tokenizer and the policy), `reward` (for the reward model), `heldout` (for
+    the manifest's figures), and `train`, `val` and `test` (behind the prompt files).
+
+    The corpus is what is left of the sizes that `config` asks for.
 
     Raises:
-        ValueError: if `out` is something else than the world asked for, or `size` is unknown.
+        ValueError: if less than half of the paragraphs would be left for the corpus.
     """
-    config = resolve_config(size)
-    return build_folder(
-        out,
-        _identity(config, seed),
-        lambda folder: _fill(folder, config, seed=seed, progress=progress),
-        num_threads=config.num_threads,
-        progress=progress,
-        overwrite=overwrite,
-    )
-
-
-WORLDS["prose"] = build_prose
-
-
-def _identity(config: ProseConfig, seed: int) -> dict[str, Any]:
-    return {"format_version": FORMAT_VERSION, "seed": seed, "config": asdict(config)}
-
-
-def _fill(folder: Path, config: ProseConfig, *, seed: int, progress: bool) -> dict[str, Any]:
-    """Write policy, reward model and prompts; returns what the manifest says of them."""
-    splits = split_paragraphs(
-        collect_paragraphs(source_files=config.source_files), config, seed=stream_seed(seed, "splits")
-    )
-    tokenizer = train_tokenizer(splits.corpus, vocab_size=config.vocab_size, max_positions=config.max_positions)
-    openings = {
-        name: cut_openings(getattr(splits, name), tokenizer, config, rng=random.Random(stream_seed(seed, name)))
-        for name in PROMPT_SPLITS
+    sizes = {
+        "reward": config.reward_paragraphs,
+        "heldout": config.heldout_paragraphs,
+        "train": config.train_prompts,
+        "val": config.val_prompts,
+        "test": config.test_prompts,
     }
-    for split in PROMPT_SPLITS:
-        write_prompts(folder, split, ({"prompt": opening.prompt} for opening in openings[split]))
-
-    policy = train_policy(
-        splits.corpus,
-        tokenizer,
-        llama_config(tokenizer, config, layers=config.policy_layers, max_positions=config.max_positions),
-        steps=config.policy_steps,
-        batch_size=config.policy_batch_size,
-        sequence_length=config.sequence_length,
-        lr=config.policy_lr,
-        muon_lr=config.policy_muon_lr,
-        seed=stream_seed(seed, "policy"),
-        progress=progress,
-    )
-    rng = random.Random(stream_seed(seed, "reward openings"))
-    pairs = sample_pairs(
-        cut_many_openings(splits.reward, tokenizer, config, count=config.reward_pairs, rng=rng),
-        policy,
-        tokenizer,
-        max_new_tokens=config.completion_tokens,
-        seed=stream_seed(seed, "pairs"),
-        progress=progress,
-    )
-    reward_model = train_reward_model(
-        pairs, policy, tokenizer, config, seed=stream_seed(seed, "reward model"), progress=progress
-    )
-    figures = _measure(
-        policy, reward_model, tokenizer, splits.heldout, config, seed=stream_seed(seed, "figures"), progress=progress
-    )
-    for model, name in ((policy, "policy"), (reward_model, "reward_model")):
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return {
-        "paragraphs": {f.name: len(getattr(splits, f.name)) for f in fields(splits)},
-        "prompts": {split: len(openings[split]) for split in PROMPT_SPLITS},
-        "policy_parameters": policy.num_parameters(),
-        "reward_model_parameters": reward_model.num_parameters(),
-        "figures": figures,
-    }
+    total = sum(sizes.values())
+    if total > len(paragraphs) // 2:
+        raise UserError(
+            f"reward_paragraphs + heldout_paragraphs + train_prompts + val_prompts + test_prompts must be at most "
+            f"{len(paragraphs) // 2}, half of the {len(paragraphs)} paragraphs found in this Python, got {total}."
+        )
+    shuffled = random.Random(seed).sample(paragraphs, len(paragraphs))
+    drawn = iter(shuffled)
+    return {"corpus": shuffled[total:]} | {name: list(itertools.islice(drawn, size)) for name, size in sizes.items()}
 
 
-def _measure(
-    policy: LlamaForCausalLM,
-    reward_model: LlamaForSequenceClassification,
-    tokenizer: PreTrainedTokenizerFast,
-    heldout: Sequence[str],
-    config: ProseConfig,
-    *,
-    seed: int,
-    progress: bool,
-) -> dict[str, Any]:
-    """Figures of the manifest: how good both models are, and the reward of the policy's samples."""
-    rng = random.Random(seed)
-    openings = cut_openings(heldout, tokenizer, config, rng=rng)
-    loss = _heldout_loss(policy, tokenizer, heldout, config.sequence_length)
-    pairs = sample_pairs(
-        cut_many_openings(heldout, tokenizer, config, count=config.heldout_pairs, rng=rng),
-        policy,
-        tokenizer,
-        max_new_tokens=config.completion_tokens,
-        seed=seed,
-        progress=False,
-    )
-    pictured = openings[: config.curve_prompts]
-    rewards = _sample_rewards(policy, reward_model, tokenizer, pictured, config, progress=progress)
-    return {
-        "heldout_loss": loss,
-        "heldout_perplexity": torch.tensor(loss).exp().item(),
-        "reward_pairwise_accuracy": _pairwise_accuracy(reward_model, pairs),
-        "heldout_pairs": len(pairs),
-        **_reward_shape(rewards),
-        "best_of_n": best_of_n_curve(rewards),
-    }
+@dataclass(kw_only=True, slots=True)
+class Opening:
+    """The start of a paragraph and how it really goes on."""
+
+    prompt: str
+    prompt_ids: list[int]
+    continuation_ids: list[int]  # at most completion_tokens; the paragraph may go on
 
 
-@torch.no_grad()
-def _heldout_loss(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, paragraphs: Sequence[str], length: int
-) -> float:
-    """Mean negative log-likelihood in nats per token of whole paragraphs (cut at `length` tokens), eos included."""
-    total, count = 0.0, 0
+def cut_openings(
+    paragraphs: Sequence[str], tokenizer: PreTrainedTokenizerFast, config: ProseConfig, *, rng: random.Random
+) -> list[Opening]:
+    """One opening per paragraph, of a random length in `config.prompt_tokens` and at least `OPENING_WORDS` words.
+
+    A paragraph that cannot be cut so, with `MIN_CONTINUATION_TOKENS` tokens left, is left out. Cuts are before a word,
+    so that the prompt alone has the same tokens as in the text.
+    """
+    openings = []
+    shortest, longest = config.prompt_tokens
     for ids in tokenize(paragraphs, tokenizer):
-        row = torch.tensor([[*ids, tokenizer.eos_token_id][:length]])
-        total += next_token_loss(model, row).item() * (row.shape[1] - 1)
-        count += row.shape[1] - 1
-    return total / count
+        tokens = tokenizer.convert_ids_to_tokens(ids)
+        words = [i for i, token in enumerate(tokens) if token.startswith("Ġ")]  # Ġ: the token opens with a space
+        last = min(longest, len(tokens) - MIN_CONTINUATION_TOKENS)
+        cuts = [i for i in words[OPENING_WORDS - 1 :] if shortest <= i <= last]
+        if cuts:
+            cut = rng.choice(cuts)
+            continuation = ids[cut : cut + config.completion_tokens]
+            openings.append(
+                Opening(prompt=tokenizer.decode(ids[:cut]), prompt_ids=ids[:cut], continuation_ids=continuation)
+            )
+    return openings
 
 
-def _pairwise_accuracy(reward_model: LlamaForSequenceClassification, pairs: Sequence[Pair]) -> float:
-    """Share of the pairs whose real continuation has the higher reward (a tie counts half)."""
-    gap = score_ids(reward_model, [p.real for p in pairs]) - score_ids(reward_model, [p.sampled for p in pairs])
-    return ((gap > 0).double() + 0.5 * (gap == 0).double()).mean().item()
-
-
-def _sample_rewards(
-    policy: LlamaForCausalLM,
-    reward_model: LlamaForSequenceClassification,
+def cut_many_openings(
+    paragraphs: Sequence[str],
     tokenizer: PreTrainedTokenizerFast,
-    openings: Sequence[Opening],
     config: ProseConfig,
     *,
-    progress: bool,
-) -> Tensor:
-    """Rewards [prompts, curve_samples] float64 of the policy's samples at temperature 1."""
-    prompts = [o.prompt for o in openings for _ in range(config.curve_samples)]
-    sampled = sample_completions(
-        policy,
-        tokenizer,
-        prompts,
-        max_new_tokens=config.completion_tokens,
-        description="Best of n" if progress else None,
-    )
-    texts = [prompt + completion for prompt, completion in zip(prompts, sampled, strict=True)]
-    return score_ids(reward_model, tokenize(texts, tokenizer)).view(len(openings), config.curve_samples)
+    count: int,
+    rng: random.Random,
+) -> list[Opening]:
+    """`count` openings in random order: every sentence may start one, and each is cut anew as often as needed."""
+    starts = from_each_sentence(paragraphs)
+    openings: list[Opening] = []
+    while len(openings) < count:
+        fresh = cut_openings(starts, tokenizer, config, rng=rng)
+        assert fresh, "no paragraph can be cut"
+        openings += rng.sample(fresh, min(len(fresh), count - len(openings)))
+    return openings
 
 
-def _reward_shape(rewards: Tensor) -> dict[str, float]:
-    """Mean over all, and standard deviation and skewness within a prompt (averaged over prompts), of [P, M] rewards."""
-    centred = rewards - rewards.mean(1, keepdim=True)
-    variance = centred.square().mean(1)
-    skewness = centred.pow(3).mean(1) / variance.pow(1.5)
-    return {
-        "reward_mean": rewards.mean().item(),
-        "reward_sd_within_prompt": variance.sqrt().mean().item(),
-        "reward_skew_within_prompt": skewness.mean().item(),
-    }
+def from_each_sentence(paragraphs: Sequence[str]) -> list[str]:
+    """The paragraphs, and what is left of each from its second, third, ... sentence on if that is long enough."""
+    starts = [(p, [0, *(match.end() for match in _SENTENCE_END.finditer(p))]) for p in paragraphs]
+    return [p[i:] for p, positions in starts for i in positions if len(p) - i >= MIN_CHARACTERS]

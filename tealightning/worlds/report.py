@@ -1,7 +1,6 @@
 """The figures of a playground as Markdown: `python -m tealightning.worlds.report runs/playground`."""
 
 import argparse
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tealightning.worlds.folder import load_playground
@@ -27,26 +26,25 @@ CURVES = {"best_of_n": "best of n", "best_of_n_of_this_share": "expected of this
 def markdown(manifest: dict[str, Any]) -> str:
     """Two tables, from the manifest alone: what was built and how good it is; the best-of-n curve of the policy."""
     figures = manifest["figures"]
-    rows = [("policy, parameters", f"{manifest['policy_parameters']:,}")]
+    rows = [["figure", "value"], ["policy, parameters", f"{manifest['policy_parameters']:,}"]]
     if "reward_model_parameters" in manifest:
-        rows.append(("reward model, parameters", f"{manifest['reward_model_parameters']:,}"))
+        rows.append(["reward model, parameters", f"{manifest['reward_model_parameters']:,}"])
     if paragraphs := manifest.get("paragraphs"):
         counts = f"{paragraphs['corpus']:,} / {paragraphs['reward']:,}"
-        rows.append(("paragraphs for the policy / for the reward model", counts))
-    rows.append(("prompts train / val / test", " / ".join(str(count) for count in manifest["prompts"].values())))
-    rows += [(text, format(figures[name], spec)) for name, (text, spec) in FIGURES.items() if name in figures]
-    rows.append(("build, seconds", f"{manifest['build_seconds']:.0f}"))
-    curves = [(text, *_rounded(figures[name].values())) for name, text in CURVES.items() if name in figures]
-    return "\n\n".join([_table(("figure", "value"), rows), _table(("n", *figures["best_of_n"]), curves)])
+        rows.append(["paragraphs for the policy / for the reward model", counts])
+    rows.append(["prompts train / val / test", " / ".join(str(count) for count in manifest["prompts"].values())])
+    rows += [[text, format(figures[name], spec)] for name, (text, spec) in FIGURES.items() if name in figures]
+    rows.append(["build, seconds", f"{manifest['build_seconds']:.0f}"])
+    curves = [["n", *figures["best_of_n"]]]
+    for name, text in CURVES.items():
+        if name in figures:
+            curves.append([text, *(f"{value:.2f}" for value in figures[name].values())])
+    return f"{_table(rows)}\n\n{_table(curves)}"
 
 
-def _rounded(values: Iterable[float]) -> list[str]:
-    return [f"{value:.2f}" for value in values]
-
-
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _table(rows: list[list[str]]) -> str:
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main(args: list[str] | None = None) -> None:

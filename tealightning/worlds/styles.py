@@ -1,4 +1,4 @@
-"""Worlds in which the mean and the upper tail disagree: what they are, and their reward.
+"""Worlds in which the mean and the upper tail disagree: what they are, their reward, and how they are built.
 
 A prompt asks for a dish ("supper for Ada with lemon and rye:") and the policy answers with a style and three
 ingredients (" daring plum miso kale"). How good a dish is, is noise: a normal number made of the prompt and the
@@ -11,7 +11,7 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tealightning.errors import UserError
 from tealightning.types import Prompt
-from tealightning.worlds.folder import (
-    PROMPT_SPLITS,
-    WORLDS,
-    Playground,
-    best_of_n_curve,
-    build_folder,
-    named_settings,
-    stream_seed,
-    write_prompts,
-)
-from tealightning.worlds.policy import llama_config, sample_completions, tokenize, train_policy, train_tokenizer
+from tealightning.worlds import folder as worlds
+from tealightning.worlds import policy as lm
+
+RECIPE = {"format_version": 1, "kind": "styles"}
 
 CLASSIC, DARING = "classic", "daring"
 _WORDS = """
@@ -45,9 +38,6 @@ peach pear pepper plum potato quince radish rice rye saffron sage salmon sesame 
 INGREDIENTS = tuple(_WORDS.split())
 DISH_INGREDIENTS = 3
 """64^3 = 262,144 dishes of each style: among 128 samples of a prompt, duplicates are rare."""
-
-FORMAT_VERSION = 1
-"""Raised with every change of the recipe."""
 
 MEALS = ("breakfast", "brunch", "lunch", "dinner", "supper", "dessert")
 _NAMES = """
@@ -62,49 +52,27 @@ VOCAB_LIMIT = 2000  # merges end earlier, when every word is a token
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class StylesConfig:
-    """Everything that decides a world of styles, together with the seed. The defaults are the world "styles".
+    """Everything that decides a world of styles, together with the seed. The defaults are the world "styles"."""
 
-    Args:
-        classic_mean: Mean reward of classic dishes.
-        classic_sd: Their standard deviation.
-        daring_mean: Mean reward of daring dishes, below `classic_mean`.
-        daring_sd: Their standard deviation, above `classic_sd`.
-        daring_share: Probability of the daring style that the policy is trained to start with.
-        failure: Reward of a completion that is no dish: no style to begin with, or fewer than three ingredients.
-        hidden_size: Width of the policy, a multiple of `head_size`.
-        intermediate_size: Width of its feed-forward layers.
-        head_size: Width of one attention head; vLLM's CPU attention takes 32, 64, 80, 96, 112, 128, ...
-        layers: Depth of the policy.
-        steps: Optimizer steps of its training, on a new text each.
-        batch_size: Texts a step.
-        lr: Peak AdamW learning rate of its embeddings, head and norms (linear warm-up, cosine decay).
-        muon_lr: Peak Muon learning rate of its layers' matrices.
-        train_prompts: Prompts in `prompts/train.jsonl`: enough that a training run repeats none.
-        val_prompts: Prompts in `prompts/val.jsonl`.
-        test_prompts: Prompts in `prompts/test.jsonl`.
-        curve_samples: Samples of each validation prompt behind the figures of the manifest.
-        num_threads: Torch threads of the build; fixed, because sums depend on it in the last bit.
-    """
-
-    classic_mean: float = 0.0
+    classic_mean: float = 0.0  # reward of classic dishes
     classic_sd: float = 1.0
-    daring_mean: float = -1.0
-    daring_sd: float = 2.0
-    daring_share: float = 0.2
-    failure: float = -8.0
-    hidden_size: int = 64
+    daring_mean: float = -1.0  # below classic_mean
+    daring_sd: float = 2.0  # above classic_sd
+    daring_share: float = 0.2  # probability of the daring style that the policy is trained to start with
+    failure: float = -8.0  # reward of what is no dish: no style to begin with, or fewer than three ingredients
+    hidden_size: int = 64  # width of the policy, a multiple of head_size
     intermediate_size: int = 192
-    head_size: int = 32
+    head_size: int = 32  # vLLM's CPU attention takes 32, 64, 80, 96, 112, 128, ...
     layers: int = 2
-    steps: int = 600
-    batch_size: int = 64
-    lr: float = 5e-3
+    steps: int = 600  # optimizer steps of the policy
+    batch_size: int = 64  # texts a step, each new
+    lr: float = 5e-3  # see `Descent`
     muon_lr: float = 1e-2
-    train_prompts: int = 2000
+    train_prompts: int = 2000  # in prompts/train.jsonl: enough that a training run repeats none
     val_prompts: int = 48
     test_prompts: int = 48
-    curve_samples: int = 128
-    num_threads: int = 1
+    curve_samples: int = 128  # of each validation prompt, behind the figures of the manifest
+    num_threads: int = 1  # of torch; fixed, because sums depend on it in the last bit
 
     def __post_init__(self) -> None:
         if not self.daring_mean < self.classic_mean:
@@ -118,8 +86,13 @@ class StylesConfig:
             )
         if not 0 < self.daring_share < 1:
             raise UserError(f"daring_share must be in (0, 1), got {self.daring_share}.")
-        if self.hidden_size % self.head_size:
-            raise UserError(f"hidden_size must be a multiple of head_size={self.head_size}, got {self.hidden_size}.")
+        lm.check_sizes(self)
+
+    @property
+    def reward_metadata(self) -> dict[str, Any]:
+        """Columns that `dish_reward` reads, as they are written next to each prompt."""
+        styles = {CLASSIC: [self.classic_mean, self.classic_sd], DARING: [self.daring_mean, self.daring_sd]}
+        return {"styles": styles, "failure": self.failure}
 
 
 STYLE_WORLDS: dict[str, dict[str, Any]] = {
@@ -138,29 +111,30 @@ STYLE_SIZES: dict[str, dict[str, Any]] = {
 
 
 def styles_config(world: str, size: str = "default") -> StylesConfig:
-    """The configuration of a named world.
-
-    Raises:
-        ValueError: for an unknown name, with the valid ones.
-    """
-    named = named_settings("world of styles", world, STYLE_WORLDS)
-    return StylesConfig(**named | named_settings("size of styles", size, STYLE_SIZES))
+    """The configuration of a named world."""
+    named = worlds.named_settings("world of styles", world, STYLE_WORLDS)
+    return StylesConfig(**named | worlds.named_settings("size of styles", size, STYLE_SIZES))
 
 
 def dish_reward(
     *, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Sequence[dict[str, Any]]
 ) -> list[float]:
-    """`mean + sd * z` of the completion's style, `z = Phi^-1(hash(prompt, completion))`.
+    """`mean + sd * z` of the completion's style, `z = Phi^-1(hash(prompt, completion))`, within 8.2 of 0.
 
-    Args:
-        prompts: [B].
-        completions: [B].
-        metadata: [B], with "styles": {style: [mean, sd]} and "failure", the reward of what is no dish.
-
-    Returns:
-        [B]; a dish has the same reward whenever it is served to the same prompt.
+    `metadata` has "styles": {style: [mean, sd]} and "failure", the reward of what is no dish. A dish has the same
+    reward whenever it is served to the same prompt.
     """
-    return [_reward(*row) for row in zip(prompts, completions, metadata, strict=True)]
+    rewards = []
+    for prompt, completion, columns in zip(prompts, completions, metadata, strict=True):
+        style = style_of(completion)
+        if style is None:
+            rewards.append(float(columns["failure"]))
+            continue
+        mean, sd = columns["styles"][style]
+        text = f"{prompt}\n{' '.join(completion.split())}"
+        bits = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 12
+        rewards.append(float(mean + sd * float(ndtri((bits + 0.5) / 2**52))))
+    return rewards
 
 
 def is_daring(
@@ -178,11 +152,9 @@ def style_of(completion: str) -> str | None:
 
 
 def mixture_best_of_n(config: StylesConfig, daring_share: float, n: int) -> float:
-    """Best-of-n of a policy that is daring with probability p.
+    """Best-of-n of a policy that is daring with probability p, with which the manifest's figures are compared.
 
-        integral of x d F(x)^n,     F = (1-p) F_classic + p F_daring
-
-    It is what the manifest's figures are compared with.
+    integral of x d F(x)^n,     F = (1-p) F_classic + p F_daring
     """
     widest = 12 * config.daring_sd
     x = np.linspace(min(config.daring_mean, config.classic_mean) - widest, config.classic_mean + widest, 20_001)
@@ -190,20 +162,6 @@ def mixture_best_of_n(config: StylesConfig, daring_share: float, n: int) -> floa
         (x - config.daring_mean) / config.daring_sd
     )
     return float(x[-1] - np.trapezoid(below**n, x))
-
-
-def _reward(prompt: Prompt, completion: str, metadata: dict[str, Any]) -> float:
-    style = style_of(completion)
-    if style is None:
-        return float(metadata["failure"])
-    mean, sd = metadata["styles"][style]
-    return float(mean + sd * _normal(f"{prompt}\n{' '.join(completion.split())}"))
-
-
-def _normal(text: str) -> float:
-    """A standard normal number that looks random and depends on the text alone, within +-8.2."""
-    bits = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 12
-    return float(ndtri((bits + 0.5) / 2**52))
 
 
 def build_styles(
@@ -214,7 +172,7 @@ def build_styles(
     size: str = "default",
     progress: bool = True,
     overwrite: bool = False,
-) -> Playground:
+) -> worlds.Playground:
     """Build `out` (policy/, prompts/{train,val,test}.jsonl, playground.json), or reuse it; see `build_prose`.
 
     The reward is `tealightning.worlds.styles:dish_reward`.
@@ -222,55 +180,42 @@ def build_styles(
     Args:
         world: A name in `STYLE_WORLDS`, or a configuration of your own.
         size: A name in `STYLE_SIZES`; of no effect beside a configuration.
-        out, seed, progress, overwrite: As in `build_prose`.
-
-    Raises:
-        ValueError: if `out` is something else than the world asked for, or a name is unknown.
     """
     config = world if isinstance(world, StylesConfig) else styles_config(world, size)
-    return build_folder(
-        out,
-        {"format_version": FORMAT_VERSION, "kind": "styles", "seed": seed, "config": asdict(config)},
-        lambda folder: _fill(folder, config, seed=seed, progress=progress),
-        num_threads=config.num_threads,
-        progress=progress,
-        overwrite=overwrite,
-    )
+    return worlds.build_folder(out, RECIPE, config, _fill, seed=seed, progress=progress, overwrite=overwrite)
 
 
-WORLDS.update({name: partial(build_styles, world=name) for name in STYLE_WORLDS})
+worlds.WORLDS.update({name: partial(build_styles, world=name) for name in STYLE_WORLDS})
 
 
 def _fill(folder: Path, config: StylesConfig, *, seed: int, progress: bool) -> dict[str, Any]:
     """Write policy and prompts; returns what the manifest says of them."""
-    prompts = draw_prompts(config, seed=stream_seed(seed, "prompts"))
-    for split in PROMPT_SPLITS:
-        write_prompts(folder, split, ({"prompt": prompt} | reward_metadata(config) for prompt in prompts[split]))
-    texts = draw_texts(prompts["policy"], config, seed=stream_seed(seed, "texts"))
-    tokenizer = train_tokenizer(texts, vocab_size=VOCAB_LIMIT, max_positions=4 * TEXT_TOKENS)
-    lengths = {len(ids) for ids in tokenize(texts, tokenizer)}
+    seed_of = partial(worlds.stream_seed, seed)
+    prompts = draw_prompts(config, seed=seed_of("prompts"))
+    written = {
+        split: worlds.write_prompts(folder, split, ({"prompt": p} | config.reward_metadata for p in prompts[split]))
+        for split in worlds.PROMPT_SPLITS
+    }
+    texts = draw_texts(prompts["policy"], config, seed=seed_of("texts"))
+    tokenizer = lm.train_tokenizer(texts, vocab_size=VOCAB_LIMIT, max_positions=4 * TEXT_TOKENS)
+    lengths = {len(ids) for ids in lm.tokenize(texts, tokenizer)}
     assert lengths == {TEXT_TOKENS - 1}, f"every word must be one token, got texts of {lengths} tokens"
-    architecture = llama_config(tokenizer, config, layers=config.layers, max_positions=4 * TEXT_TOKENS)
-    policy = train_policy(
+    policy = lm.train_policy(
         texts,
         tokenizer,
-        architecture,
+        lm.llama_config(tokenizer, config, layers=config.layers, max_positions=4 * TEXT_TOKENS),
         steps=config.steps,
         batch_size=config.batch_size,
         sequence_length=TEXT_TOKENS - 1,  # a row is exactly one text: prompts stand where they do in rollouts
         lr=config.lr,
         muon_lr=config.muon_lr,
-        seed=stream_seed(seed, "policy"),
+        seed=seed_of("policy"),
         progress=progress,
     )
-    figures = _measure(policy, tokenizer, prompts["val"], config, seed=stream_seed(seed, "figures"))
+    figures = _measure(policy, tokenizer, prompts["val"], config, seed=seed_of("figures"))
     policy.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
-    return {
-        "prompts": {split: len(prompts[split]) for split in PROMPT_SPLITS},
-        "policy_parameters": policy.num_parameters(),
-        "figures": figures,
-    }
+    return {"prompts": written, "policy_parameters": policy.num_parameters(), "figures": figures}
 
 
 def draw_prompts(config: StylesConfig, *, seed: int) -> dict[str, list[str]]:
@@ -302,36 +247,20 @@ def draw_texts(prompts: Sequence[str], config: StylesConfig, *, seed: int) -> li
 
 
 def _measure(
-    policy: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[str],
-    config: StylesConfig,
-    *,
-    seed: int,
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], config: StylesConfig, *, seed: int
 ) -> dict[str, Any]:
     """Figures of the policy's samples: shares of styles and failures, duplicates, best-of-n and what it should be."""
     torch.manual_seed(seed)
     repeated = [prompt for prompt in prompts for _ in range(config.curve_samples)]
-    dishes = sample_completions(policy, tokenizer, repeated, max_new_tokens=COMPLETION_TOKENS + 1, batch_size=1024)
+    dishes = lm.sample_completions(policy, tokenizer, repeated, max_new_tokens=COMPLETION_TOKENS + 1, batch_size=1024)
     styles = [style_of(dish) for dish in dishes]
     share = styles.count(DARING) / len(styles)
-    scores = dish_reward(prompts=repeated, completions=dishes, metadata=[reward_metadata(config)] * len(dishes))
-    curve = best_of_n_curve(torch.tensor(scores, dtype=torch.float64).view(len(prompts), -1))
+    scores = dish_reward(prompts=repeated, completions=dishes, metadata=[config.reward_metadata] * len(dishes))
+    curve = worlds.best_of_n_curve(torch.tensor(scores, dtype=torch.float64).view(len(prompts), -1))
     return {
         "daring_share": share,
         "failure_share": styles.count(None) / len(styles),
         "distinct_share": len(set(zip(repeated, dishes, strict=True))) / len(dishes),
         "best_of_n": curve,
         "best_of_n_of_this_share": {n: mixture_best_of_n(config, share, int(n)) for n in curve},
-    }
-
-
-def reward_metadata(config: StylesConfig) -> dict[str, Any]:
-    """Columns that `dish_reward` reads, as they are written next to each prompt."""
-    return {
-        "styles": {
-            CLASSIC: [config.classic_mean, config.classic_sd],
-            DARING: [config.daring_mean, config.daring_sd],
-        },
-        "failure": config.failure,
     }

@@ -28,6 +28,7 @@ from tealightning.reliability.checkpoint_files import VerifiedCheckpointIO, chec
 from tealightning.reliability.files import append_lines
 from tealightning.reliability.logger import DurableCSVLogger, MetricsWriter
 from tealightning.types import Evaluation
+from tealightning.worlds import StylesConfig
 from tealightning.worlds.folder import build_folder, load_playground
 
 VALIDATION = {"log_every_n_steps": 1, "limit_val_batches": 1, "num_sanity_val_steps": -1, "val_check_interval": 2}
@@ -245,12 +246,12 @@ def test_kill_while_writing_leaves_whole_files(memory, injected):
 
 
 def build(out, text, *, overwrite=False):
-    def fill(folder):
+    def fill(folder, config, *, seed, progress):
         (folder / "prompts").write_text(text)
         return {"build_seconds": 0.0}
 
-    wanted = {"format_version": 1, "text": text}
-    return build_folder(out, wanted, fill, num_threads=1, progress=False, overwrite=overwrite)
+    recipe = {"format_version": 1, "text": text}
+    return build_folder(out, recipe, StylesConfig(), fill, seed=0, progress=False, overwrite=overwrite)
 
 
 @pytest.mark.fault("the disk is full while a playground is built", how="a limit on the size of files")

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tealightning.worlds import ProseConfig, build_prose, load_playground, report
-from tealightning.worlds.prose_config import resolve_config
+from tealightning.worlds.prose import prose_config
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -25,10 +25,9 @@ def _prompts(folder: Path, split: str) -> list[dict[str, str]]:
 
 def _some_playground(folder: Path, config: ProseConfig, seed: int = 0) -> Path:
     """A folder with the manifest of a playground and nothing else: enough for what is decided before a build."""
-    from tealightning.worlds.prose import _identity
-
+    manifest = {"format_version": 1, "seed": seed, "config": asdict(config), "build_seconds": 1.0}
     folder.mkdir()
-    (folder / "playground.json").write_text(json.dumps(_identity(config, seed) | {"build_seconds": 1.0}))
+    (folder / "playground.json").write_text(json.dumps(manifest))
     return folder
 
 
@@ -41,7 +40,7 @@ def test_build_same_seed_gives_the_same_bits(playground: Path, tmp_path: Path) -
 
 
 def test_build_leaves_the_random_stream_and_thread_count_alone(tmp_path: Path) -> None:
-    short = replace(resolve_config("tiny"), policy_steps=1, reward_steps=1, reward_pairs=16)
+    short = replace(prose_config("tiny"), policy_steps=1, reward_steps=1, reward_pairs=16)
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(short.num_threads + 1)
     try:
@@ -120,13 +119,13 @@ def test_build_reuses_a_playground_of_the_same_configuration(
 
 
 def test_build_refuses_a_playground_of_another_seed(tmp_path: Path) -> None:
-    folder = _some_playground(tmp_path / "world", resolve_config("tiny"), seed=0)
+    folder = _some_playground(tmp_path / "world", prose_config("tiny"), seed=0)
     with pytest.raises(ValueError, match=r"another seed.*overwrite=True"):
         build_prose(folder, size="tiny", seed=1, progress=False)
 
 
 def test_build_refuses_a_playground_of_another_size(tmp_path: Path) -> None:
-    folder = _some_playground(tmp_path / "world", resolve_config("tiny"))
+    folder = _some_playground(tmp_path / "world", prose_config("tiny"))
     with pytest.raises(ValueError, match=r"another config\..*overwrite=True"):
         build_prose(folder, size="default", progress=False)
 
@@ -139,7 +138,7 @@ def test_build_refuses_a_folder_that_is_no_playground(tmp_path: Path) -> None:
 
 
 def test_build_overwrite_replaces_a_playground(tmp_path: Path) -> None:
-    short = replace(resolve_config("tiny"), policy_steps=1, reward_steps=1, reward_pairs=16)
+    short = replace(prose_config("tiny"), policy_steps=1, reward_steps=1, reward_pairs=16)
     folder = _some_playground(tmp_path / "world", short)
     (folder / "stale.txt").write_text("old")
     built = build_prose(folder, size=short, progress=False, overwrite=True)
@@ -149,7 +148,7 @@ def test_build_overwrite_replaces_a_playground(tmp_path: Path) -> None:
 
 
 def test_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    greedy = replace(resolve_config("tiny"), train_prompts=1_000_000)
+    greedy = replace(prose_config("tiny"), train_prompts=1_000_000)
     with pytest.raises(ValueError, match="train_prompts"):
         build_prose(tmp_path / "world", size=greedy, progress=False)
     assert list(tmp_path.iterdir()) == []
@@ -162,14 +161,14 @@ def test_load_playground_says_how_to_build_one(tmp_path: Path) -> None:
 
 def test_unknown_size_names_the_presets() -> None:
     with pytest.raises(ValueError, match=r"'tny'.*'tiny'"):
-        resolve_config("tny")
+        prose_config("tny")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"vocab_size": 100}, "at least 300"),
-        ({"hidden_size": 100}, "96 would do"),
+        ({"hidden_size": 100}, "multiple of head_size=32"),
         ({"reward_layers": 9}, "policy_layers"),
         ({"prompt_tokens": (9, 8)}, "shortest <= longest"),
         ({"max_positions": 40}, "max_positions must be at least"),

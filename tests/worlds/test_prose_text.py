@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from tealightning.worlds.prose_config import ProseConfig
-from tealightning.worlds.prose_text import (
+from tealightning.worlds.prose import (
     OPENING_WORDS,
+    ProseConfig,
     _distinct_openings,
     _prose,
     _source_texts,
@@ -58,7 +58,7 @@ def test_source_texts_are_parsed_not_imported(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_corpus_imports_no_module_with_side_effects() -> None:
     code = (
-        "import sys; from tealightning.worlds.prose_text import collect_paragraphs; collect_paragraphs();"
+        "import sys; from tealightning.worlds.prose import collect_paragraphs; collect_paragraphs();"
         "assert not {'this', 'antigravity', 'turtle', 'idlelib', 'tkinter'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -75,7 +75,8 @@ def test_split_is_a_partition_that_depends_on_the_seed() -> None:
     paragraphs = [f"paragraph {i}" for i in range(100)]
     config = ProseConfig(reward_paragraphs=10, heldout_paragraphs=5, train_prompts=20, val_prompts=5, test_prompts=5)
     splits = split_paragraphs(paragraphs, config, seed=0)
-    parts = [splits.corpus, splits.reward, splits.heldout, splits.train, splits.val, splits.test]
+    assert list(splits) == ["corpus", "reward", "heldout", "train", "val", "test"]
+    parts = list(splits.values())
     assert [len(part) for part in parts] == [55, 10, 5, 20, 5, 5]
     assert sorted(paragraph for part in parts for paragraph in part) == sorted(paragraphs)
     assert split_paragraphs(paragraphs, config, seed=0) == splits

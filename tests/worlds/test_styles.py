@@ -19,7 +19,6 @@ from tealightning.worlds.styles import (
     draw_texts,
     is_daring,
     mixture_best_of_n,
-    reward_metadata,
     style_of,
     styles_config,
 )
@@ -30,7 +29,7 @@ STYLES, BUDGET = styles_config("styles"), styles_config("styles-budget")
 
 def _rewards(config: StylesConfig, style: str, count: int) -> torch.Tensor:
     dishes = [f" {style} plum miso {i}" for i in range(count)]
-    scores = dish_reward(prompts=[PROMPT] * count, completions=dishes, metadata=[reward_metadata(config)] * count)
+    scores = dish_reward(prompts=[PROMPT] * count, completions=dishes, metadata=[config.reward_metadata] * count)
     return torch.tensor(scores, dtype=torch.float64)
 
 
@@ -43,7 +42,7 @@ def test_dish_reward_is_normal_with_the_mean_and_sd_of_its_style(style: str, mea
 
 def test_dish_reward_depends_on_prompt_and_completion_and_on_nothing_else() -> None:
     def score(prompt: str, completion: str) -> float:
-        return dish_reward(prompts=[prompt], completions=[completion], metadata=[reward_metadata(STYLES)])[0]
+        return dish_reward(prompts=[prompt], completions=[completion], metadata=[STYLES.reward_metadata])[0]
 
     first = score(PROMPT, " daring plum miso kale")
     assert first == score(PROMPT, "daring plum miso kale ")
@@ -54,7 +53,7 @@ def test_dish_reward_depends_on_prompt_and_completion_and_on_nothing_else() -> N
 
 @pytest.mark.parametrize("completion", ["", " classic", " daring plum miso", " plum miso kale fig", ": daring a b c"])
 def test_what_is_no_dish_gets_the_failure_reward(completion: str) -> None:
-    batch = dict(prompts=[PROMPT], completions=[completion], metadata=[reward_metadata(STYLES)])
+    batch = dict(prompts=[PROMPT], completions=[completion], metadata=[STYLES.reward_metadata])
     assert style_of(completion) is None
     assert dish_reward(**batch) == [-8.0]
     assert math.isnan(is_daring(**batch)[0])
