@@ -31,7 +31,7 @@ test-slow: install ## the tests that train and start processes
 
 test-faults: install ## the tests that kill, cut off and corrupt; what they injected goes to runs/faults/
 	rm -f runs/faults/injected.jsonl runs/faults/junit.xml
-	$(pytest) -m fault --fault-report runs/faults/injected.jsonl \
+	$(pytest) --no-loadscope-reorder -m fault --fault-report runs/faults/injected.jsonl \
 	  --junitxml runs/faults/junit.xml -o junit_suite_name="$$(git describe --always --dirty)"
 
 lint: install ## ruff, its formatter in check mode, and mypy

@@ -200,8 +200,8 @@ def crossed_interval(values: Tensor, *, confidence: float = 0.95, samples: int =
     the interval excludes 0.
 
     Simulated coverage of 95% intervals with 3, 5 and 10 seeds and 24, 48 and 96 prompts, whichever variance dominates,
-    effects of prompts and residuals normal or exponential: 93.4% to 96.8% (`make test-slow` repeats it). With 2 seeds
-    it falls to 91%; where skewed (exponential) effects of seeds are all the variance there is, to 88%.
+    effects of prompts and residuals normal or exponential: 93.4% to 96.8% (`make test-slow` repeats the corners).
+    With 2 seeds it falls to 91%; where skewed (exponential) effects of seeds are all the variance there is, to 88%.
 
     Sources: Owen (2007), "The pigeonhole bootstrap"; Cameron, Gelbach and Miller (2011), "Robust inference with
     multiway clustering" (variances of crossed clusters add, minus the part counted twice); Satterthwaite (1946) for
@@ -276,7 +276,7 @@ def _shape(parts: Components, confidence: float, samples: int, seed: int) -> tup
     scores = scores / (seed_share + prompt_share * spread).sqrt()
     tail = (1 - confidence) / 2
     level = max((tail * samples - 0.5) / (samples - 1), 0.0)  # the i-th smallest stands at (i - 1/2) / samples
-    quantiles = torch.stack([torch.quantile(scores, q, dim=0) for q in (level, 1 - level)])
+    quantiles = torch.quantile(scores, scores.new_tensor([level, 1 - level]), dim=0)
     known_seeds = (count - 1) / prompt_share.clamp(min=1e-6).numpy()
     reference = torch.from_numpy(stats.t.ppf(1 - tail, known_seeds))
     # Of both signs in every sensible case; a shape that shrinks the interval to nothing is never right.
