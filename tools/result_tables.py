@@ -23,7 +23,7 @@ from pathlib import Path
 
 import yaml
 
-from tealightning.ablation.results_view import BUDGETS, DIAGNOSTICS
+from tealightning.ablation.tables import BUDGETS, DIAGNOSTICS
 from tealightning.cli.quickstart import table as quickstart_table
 from tealightning.diagnostics.worlds import build_world
 from tealightning.reporting.tables import markdown_table, markdown_text

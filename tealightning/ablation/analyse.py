@@ -1,15 +1,16 @@
 """Turn finished runs into `results.json`: estimates with intervals, computed from the run folders alone."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tealightning.ablation.curves import checkpoints_of, equal_kl, histograms, training_curves
 from tealightning.ablation.evaluations import (
+    Estimates,
     Estimator,
     EvaluationData,
     Runs,
@@ -18,9 +19,8 @@ from tealightning.ablation.evaluations import (
     read_evaluations,
 )
 from tealightning.ablation.plan import Plan
-from tealightning.ablation.results_view import BUDGETS
 from tealightning.ablation.runner import Outcome
-from tealightning.ablation.spec import spec_dict
+from tealightning.ablation.tables import BUDGETS
 from tealightning.errors import UserError
 from tealightning.functional.best_of_n import holm, improvement, win_rate
 
@@ -31,27 +31,18 @@ DIAGNOSTICS = ("kl", "kl_per_token", "distinct_1", "distinct_2", "self_similarit
 def analyse(plan: Plan, outcomes: Mapping[Path, Outcome], provenance: dict[str, str]) -> dict[str, Any]:
     """Everything that tables, plots and the report are made of; the schema is in docs/ablations-results.md.
 
-    Args:
-        plan: The ablation.
-        outcomes: Of every run of the plan, by folder.
-        provenance: What the results come from.
-
     Raises:
         UserError: if no variant has a finished run.
     """
-    spec = plan.spec
-    estimator = Estimator(confidence=spec.confidence, samples=spec.bootstrap_samples)
-    main = _runs(plan, outcomes, "val")
+    spec, ns = plan.spec, plan.spec.evaluation.ns
+    estimator = Estimator(ns=ns, confidence=spec.confidence, samples=spec.bootstrap_samples)
+    main, held_out = (_runs(plan, outcomes, split) for split in ("val", "test"))
     if not main:
         raise UserError("no run has finished: there is nothing to report.")
-    held_out = _runs(plan, outcomes, "test")
-    splits = {"val": _split_results(plan, main, estimator)} | (
-        {"test": _split_results(plan, held_out, estimator)} if held_out else {}
-    )
-    ns = spec.evaluation.ns
-    references = {variant.name: variant.reference for variant in plan.variants}
-    checkpoints = {name: checkpoints_of(runs, ns, estimator) for name, runs in main.items()}
+    evaluated = {"val": main} | ({"test": held_out} if held_out else {})
+    splits = {name: _split_results(plan, runs, estimator) for name, runs in evaluated.items()}
     folders = {name: [plan.jobs[name, seed].folder for seed in runs.seeds] for name, runs in main.items()}
+    records = {name: [outcomes[folder].record for folder in own] for name, own in folders.items()}
     return {
         "schema_version": SCHEMA_VERSION,
         "name": spec.name,
@@ -59,7 +50,7 @@ def analyse(plan: Plan, outcomes: Mapping[Path, Outcome], provenance: dict[str, 
         "description": spec.description,
         "provenance": provenance,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "spec": spec_dict(spec),
+        "spec": asdict(spec),
         "confidence": spec.confidence,
         "bootstrap_samples": spec.bootstrap_samples,
         "statistics": _methods(plan),
@@ -70,13 +61,20 @@ def analyse(plan: Plan, outcomes: Mapping[Path, Outcome], provenance: dict[str, 
         "variants": list(main),
         "labels": {v.name: v.name.replace(v.base, spec.labels.get(v.base, v.base), 1) for v in plan.variants},
         "runs": _run_rows(plan, outcomes),
-        "budgets": _budgets(plan, main, outcomes),
+        "budgets": {
+            name: {key: sum(record[key] for record in own) / len(own) for key in BUDGETS}
+            for name, own in records.items()
+        },
         "splits": splits,
-        "checkpoints": checkpoints,
-        "equal_kl": equal_kl(main, references, ns, spec.evaluation.equal_kls, estimator),
+        "checkpoints": {name: checkpoints_of(runs, estimator) for name, runs in main.items()},
+        "equal_kl": equal_kl(main, _references(plan), spec.evaluation.equal_kls, estimator),
         "training": {name: training_curves(paths, estimator) for name, paths in folders.items()},
-        "histograms": histograms({name: (r.starts, r.finals) for name, r in main.items()}),
+        "histograms": histograms(main),
     }
+
+
+def _references(plan: Plan) -> dict[str, str | None]:
+    return {variant.name: variant.reference for variant in plan.variants}
 
 
 def _runs(plan: Plan, outcomes: Mapping[Path, Outcome], split: str) -> dict[str, Runs]:
@@ -85,15 +83,15 @@ def _runs(plan: Plan, outcomes: Mapping[Path, Outcome], split: str) -> dict[str,
     for variant in plan.variants:
         runs = Runs(seeds=[], finals=[], starts=[], all_points=[])
         for seed in plan.spec.seeds:
-            job, start = plan.jobs[variant.name, seed], plan.starts[variant.name, seed]
-            if any(outcomes[j.folder].status != "finished" for j in (job, start)):
+            folders = [jobs[variant.name, seed].folder for jobs in (plan.jobs, plan.starts)]
+            if any(outcomes[folder].status != "finished" for folder in folders):
                 continue
-            points, before = read_evaluations(job.folder, split), read_evaluations(start.folder, split)
+            points, before = (read_evaluations(folder, split) for folder in folders)
             if points and before:
                 runs.seeds.append(seed)
                 runs.finals.append(points[-1])
                 runs.starts.append(before[0])
-                runs.all_points.append(points)
+                runs.all_points.append([before[0], *points])
         if runs.seeds:
             finished[variant.name] = runs
     return finished
@@ -101,30 +99,28 @@ def _runs(plan: Plan, outcomes: Mapping[Path, Outcome], split: str) -> dict[str,
 
 def _split_results(plan: Plan, runs: dict[str, Runs], estimator: Estimator) -> dict[str, Any]:
     """One entry of `splits`."""
-    ns = plan.spec.evaluation.ns
     keys = common_prompts([e for own in runs.values() for e in (*own.finals, *own.starts)])
     finals = {name: {s: e.on(keys) for s, e in zip(own.seeds, own.finals, strict=True)} for name, own in runs.items()}
     starts = {name: {s: e.on(keys) for s, e in zip(own.seeds, own.starts, strict=True)} for name, own in runs.items()}
 
-    def policy(evaluations: Sequence[EvaluationData]) -> dict[str, Any]:
+    def policy(by_seed: Mapping[int, EvaluationData]) -> dict[str, Any]:
+        evaluations = [*by_seed.values()]
         return {
-            "best_of_n": estimator.best_of_n(evaluations, ns),
-            "gold_best_of_n": estimator.gold_best_of_n(evaluations, ns),
+            "best_of_n": estimator.best_of_n(evaluations),
+            "gold_best_of_n": estimator.gold_best_of_n(evaluations),
             "diagnostics": _diagnostics(evaluations, estimator),
         }
 
-    references = {variant.name: variant.reference for variant in plan.variants}
     variants: dict[str, Any] = {}
     for name, own in finals.items():
-        reference = references[name]
-        measured = policy([*own.values()])
+        reference, measured = _references(plan)[name], policy(own)
         variants[name] = {
             "seeds": runs[name].seeds,
             "reference": reference,
             "best_of_n": measured["best_of_n"],
             "gold_best_of_n": measured["gold_best_of_n"],
-            "against_reference": _comparison(own, finals[reference], ns, estimator) if reference in finals else None,
-            "against_start": _comparison(own, starts[name], ns, estimator),
+            "against_reference": _comparison(own, finals[reference], estimator) if reference in finals else None,
+            "against_start": _comparison(own, starts[name], estimator),
             "diagnostics": measured["diagnostics"],
         }
     for what in ("against_reference", "against_start"):
@@ -133,37 +129,27 @@ def _split_results(plan: Plan, runs: dict[str, Runs], estimator: Estimator) -> d
     return {
         "num_prompts": len(keys),
         "samples_per_prompt": int(next(iter(most_seeds.values())).rewards.shape[1]),
-        "start": policy([*most_seeds.values()]),
+        "start": policy(most_seeds),
         "variants": variants,
     }
 
 
 def _comparison(
-    own: Mapping[int, EvaluationData], other: Mapping[int, EvaluationData], ns: Sequence[int], estimator: Estimator
-) -> list[dict[str, Any]] | None:
+    own: Mapping[int, EvaluationData], other: Mapping[int, EvaluationData], estimator: Estimator
+) -> Estimates | None:
     """`own - other`, paired by seed and prompt, a row for each n; None without a seed that both have."""
-    pairs = [(evaluation, other[seed]) for seed, evaluation in own.items() if seed in other]
+    pairs, ns = [(evaluation, other[seed]) for seed, evaluation in own.items() if seed in other], estimator.ns
     if not pairs:
         return None
     a, b = (torch.stack([e.best_of_n(ns) for e in side]) for side in zip(*pairs, strict=True))
-    differences = estimator.interval(a - b)
-    improved = _probabilities(estimator(improvement(a, b)))
-    wins = _probabilities(estimator(torch.stack([win_rate(x.rewards, y.rewards, ns) for x, y in pairs])))
-    p_values = json_numbers(differences.p_value)
+    improved = estimator(improvement(a, b))
+    wins = estimator(torch.stack([win_rate(x.rewards, y.rewards, ns) for x, y in pairs]))
+    for row in (*improved, *wins):  # the interval of a mean does not know that it is a probability
+        row |= {key: min(1.0, max(0.0, row[key])) for key in ("low", "high") if row[key] is not None}
     return [
-        {"n": n}
-        | row
-        | {"p_value": p_value, "p_adjusted": None, "probability_of_improvement": better, "win_rate": wins_at_n}
-        for n, row, p_value, better, wins_at_n in zip(
-            ns, estimator.rows(differences), p_values, improved, wins, strict=True
-        )
+        row | {"p_adjusted": None, "probability_of_improvement": better, "win_rate": wins_at_n}
+        for row, better, wins_at_n in zip(estimator.differences(a - b), improved, wins, strict=True)
     ]
-
-
-def _probabilities(rows: list[dict[str, float | None]]) -> list[dict[str, float | None]]:
-    """Estimates whose bounds stay within 0 and 1: the interval of a mean does not know that it is a probability."""
-    bounds = ("low", "high")
-    return [row | {key: min(1.0, max(0.0, v)) for key in bounds if (v := row[key]) is not None} for row in rows]
 
 
 def _adjust(variants: dict[str, Any], what: str, headline_n: int | None) -> None:
@@ -177,11 +163,15 @@ def _adjust(variants: dict[str, Any], what: str, headline_n: int | None) -> None
 
 def _diagnostics(evaluations: Sequence[EvaluationData], estimator: Estimator) -> dict[str, Any]:
     """Length, diversity, KL: means over prompts and seeds."""
+    rewards = [e.rewards for e in evaluations]
+    counts = [(~r.isnan()).sum(dim=1) for r in rewards]
+    squares = [(r - r.nanmean(dim=1, keepdim=True)).square().nansum(dim=1) for r in rewards]
     values = {
         "completion_length": [e.columns["lengths"].mean(dim=1) for e in evaluations],
         "truncated_fraction": [e.columns["truncated"].mean(dim=1) for e in evaluations],
-        "reward_std": [_std(e.rewards) for e in evaluations],
-        "unscorable_fraction": [e.rewards.isnan().double().mean(dim=1) for e in evaluations],
+        # Of the scored samples, with ddof 1.
+        "reward_std": [(s / (n - 1).clamp(min=1)).sqrt() for s, n in zip(squares, counts, strict=True)],
+        "unscorable_fraction": [r.isnan().double().mean(dim=1) for r in rewards],
     }
     recorded = [name for name in DIAGNOSTICS if name in evaluations[0].columns]
     values |= {name: [e.columns[name] for e in evaluations] for name in recorded}
@@ -189,18 +179,10 @@ def _diagnostics(evaluations: Sequence[EvaluationData], estimator: Estimator) ->
     return {"kl": None, "kl_per_token": None} | estimates
 
 
-def _std(rewards: Tensor) -> Tensor:
-    """[Q] standard deviation (ddof 1) of the scored samples."""
-    count = (~rewards.isnan()).sum(dim=1)
-    deviations = rewards - rewards.nanmean(dim=1, keepdim=True)
-    return (deviations.square().nansum(dim=1) / (count - 1).clamp(min=1)).sqrt()
-
-
 def _run_rows(plan: Plan, outcomes: Mapping[Path, Outcome]) -> list[dict[str, Any]]:
     rows = []
     for job in plan.all_jobs:
         outcome = outcomes[job.folder]
-        record = outcome.record
         rows.append(
             {
                 "variant": job.variant if job.kind == "fit" else "start",
@@ -209,36 +191,26 @@ def _run_rows(plan: Plan, outcomes: Mapping[Path, Outcome]) -> list[dict[str, An
                 "error": outcome.error,
                 "folder": str(job.folder),
                 "hash": job.hash,
-                "commit": record.get("commit"),
-                "versions": record.get("versions", {}),
+                "commit": outcome.record.get("commit"),
+                "versions": outcome.record.get("versions", {}),
+                **{name: outcome.record.get(name) for name in BUDGETS},
             }
-            | {name: record.get(name) for name in BUDGETS}
         )
     return rows
-
-
-def _budgets(plan: Plan, runs: dict[str, Runs], outcomes: Mapping[Path, Outcome]) -> dict[str, Any]:
-    """Means over the finished seeds."""
-    result = {}
-    for name, own in runs.items():
-        records = [outcomes[plan.jobs[name, seed].folder].record for seed in own.seeds]
-        result[name] = {key: sum(r[key] for r in records) / len(records) for key in BUDGETS}
-    return result
 
 
 def _methods(plan: Plan) -> list[str]:
     """How the numbers were made, in sentences."""
     spec = plan.spec
-    percent = f"{100 * spec.confidence:g}%"
     return [
         f"Every variant was trained with the seeds {', '.join(map(str, spec.seeds))}; a seed decides sampling and the "
         "order of the prompts, and is the same for all variants.",
         "All policies were evaluated on the same prompts with the same sampling seeds. Best-of-n is the unbiased mean "
         "of the maximum over all subsets of n of a prompt's samples; n = 1 is the mean reward.",
-        f"Intervals are {percent}, over seeds and prompts as crossed random factors, by a studentised bootstrap "
-        f"({spec.bootstrap_samples} resamples): effects of prompts are resampled, those of seeds, too few for that, "
-        "enter as normal, and a t quantile with the degrees of freedom of both widens the interval for their number. "
-        "They tell how far other seeds and other prompts would move a figure.",
+        f"Intervals are {100 * spec.confidence:g}%, over seeds and prompts as crossed random factors, by a studentised "
+        f"bootstrap ({spec.bootstrap_samples} resamples): effects of prompts are resampled, those of seeds, too few "
+        "for that, enter as normal, and a t quantile with the degrees of freedom of both widens the interval for their "
+        "number. They tell how far other seeds and other prompts would move a figure.",
         "Differences are paired by seed and prompt. The probability of improvement is the share of (seed, prompt) "
         "pairs whose expected best-of-n is higher, ties counting half. The win rate is the probability that the best "
         "of n samples of one policy has a higher reward than the best of n of the other on the same prompt, ties "

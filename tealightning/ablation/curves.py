@@ -34,11 +34,11 @@ KLCurve = tuple[Tensor, Tensor]
 """KL [K] in nats a completion, rising, and best-of-n [K, Q, len(ns)], of one run."""
 
 
-def checkpoints_of(runs: Runs, ns: Sequence[int], estimator: Estimator) -> list[dict[str, Any]]:
+def checkpoints_of(runs: Runs, estimator: Estimator) -> list[dict[str, Any]]:
     """Best-of-n, gold and KL at every evaluation that all seeds have, the starting policy first."""
     rows = []
     # Seeds that stopped earlier by a token budget end the list.
-    for evaluations in zip(*runs.with_starts, strict=False):
+    for evaluations in zip(*runs.all_points, strict=False):
         keys = common_prompts(evaluations)
         common = [evaluation.on(keys) for evaluation in evaluations]
         kl = [e.columns["kl"] for e in common if "kl" in e.columns]
@@ -46,8 +46,8 @@ def checkpoints_of(runs: Runs, ns: Sequence[int], estimator: Estimator) -> list[
             {
                 "step": sum(e.step for e in common) / len(common),
                 "kl": estimator(torch.stack(kl)[..., None])[0] if len(kl) == len(common) else None,
-                "best_of_n": estimator.best_of_n(common, ns),
-                "gold_best_of_n": estimator.gold_best_of_n(common, ns),
+                "best_of_n": estimator.best_of_n(common),
+                "gold_best_of_n": estimator.gold_best_of_n(common),
             }
         )
     return rows
@@ -59,50 +59,39 @@ def training_curves(folders: Sequence[Path], estimator: Estimator) -> dict[str, 
     steps = min((len(run.get("rollout/step", ())) for run in runs), default=0)
     if not steps:
         return {}
+    parts = [match[1] for column in runs[0] if (match := re.fullmatch(r"rollout/reward_(.+)_mean", column))]
+    of_parts = {f"rollout/reward_{part}_mean": f"reward_{part}" for part in parts} if len(parts) > 1 else {}
     result: dict[str, Any] = {"step": list(range(1, steps + 1))}
-    for column, name in (LOGGED_METRICS | _components(runs[0])).items():
+    for column, name in (LOGGED_METRICS | of_parts).items():  # of a weighted reward that has several parts also these
         if all(column in run and np.isfinite(run[column][:steps]).all() for run in runs):
             interval = estimator.interval(torch.tensor(np.stack([run[column][:steps] for run in runs]))[:, None, :])
             result[name] = {key: json_numbers(getattr(interval, key)) for key in ("mean", "low", "high")}
     return result
 
 
-def _components(run: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Columns of the parts of a weighted reward, where there are several."""
-    names = [match[1] for column in run if (match := re.fullmatch(r"rollout/reward_(.+)_mean", column))]
-    return {f"rollout/reward_{name}_mean": f"reward_{name}" for name in names} if len(names) > 1 else {}
-
-
-def histograms(runs: Mapping[str, tuple[Sequence[EvaluationData], Sequence[EvaluationData]]]) -> dict[str, Any]:
+def histograms(runs: Mapping[str, Runs]) -> dict[str, Any]:
     """Densities of all rewards before and after, on common bins."""
 
     def rewards(evaluations: Sequence[EvaluationData]) -> np.ndarray:
         values = torch.cat([e.rewards.flatten() for e in evaluations]).numpy()
         return values[~np.isnan(values)]
 
-    start = rewards(next(iter(runs.values()))[0])
-    finals = {name: rewards(final) for name, (_, final) in runs.items()}
+    start = rewards(next(iter(runs.values())).starts)
+    finals = {name: rewards(own.finals) for name, own in runs.items()}
     low = min(float(np.quantile(v, 0.001)) for v in (start, *finals.values()))
     high = max(float(v.max()) for v in (start, *finals.values()))
     edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
 
     def density(values: np.ndarray) -> list[float]:
         counts, _ = np.histogram(values, edges)
-        return [float(x) for x in counts / (len(values) * (edges[1] - edges[0]))]
+        return (counts / (len(values) * (edges[1] - edges[0]))).tolist()
 
-    return {
-        "edges": [float(edge) for edge in edges],
-        "start": density(start),
-        "variants": {name: density(values) for name, values in finals.items()},
-    }
+    variants = {name: density(values) for name, values in finals.items()}
+    return {"edges": edges.tolist(), "start": density(start), "variants": variants}
 
 
 def equal_kl(
-    runs: Mapping[str, Runs],
-    references: Mapping[str, str | None],
-    ns: Sequence[int],
-    kls: Sequence[float] | None,
-    estimator: Estimator,
+    runs: Mapping[str, Runs], references: Mapping[str, str | None], kls: Sequence[float] | None, estimator: Estimator
 ) -> dict[str, Any] | None:
     """Best-of-n of every variant at the same KL to the starting policy: a run's curve, interpolated linearly in the
     square root of the KL between its evaluations, prompt by prompt. Rewards rise about like that root (Gao et al.
@@ -112,45 +101,41 @@ def equal_kl(
     prompt.
 
     Args:
-        runs: Variant -> its finished runs.
-        references: Variant -> the one that it is compared with.
-        ns: Best-of-n budgets.
         kls: Where to compare; None = evenly up to the median over variants of the KL that all of a variant's seeds
             reached.
-        estimator: Means with intervals.
 
     Returns:
         `equal_kl` of results.json; None if a run has no KL, or nothing has moved.
     """
-    keys = common_prompts([e for r in runs.values() for part in (r.starts, *r.all_points) for e in part])
+    evaluations = [e for own in runs.values() for points in own.all_points for e in points]
+    if any("kl" not in e.columns for e in evaluations):
+        return None
+    keys = common_prompts(evaluations)
     curves: dict[str, dict[int, KLCurve]] = {}
     for name, own in runs.items():
-        if any("kl" not in e.columns for evaluations in own.with_starts for e in evaluations):
-            return None
-        of_seeds = [kl_curve([e.on(keys) for e in evaluations], ns) for evaluations in own.with_starts]
+        of_seeds = [kl_curve([e.on(keys) for e in points], estimator.ns) for points in own.all_points]
         curves[name] = dict(zip(own.seeds, of_seeds, strict=True))
-    reach = {name: min(float(kl.max()) for kl, _ in own.values()) for name, own in curves.items()}
+    reach = {name: min(float(kl.max()) for kl, _ in of_variant.values()) for name, of_variant in curves.items()}
     if kls is None:
         top = float(np.median(list(reach.values())))
         kls = [float(f"{top * (i + 1) / NUM_KLS:.3g}") for i in range(NUM_KLS)] if top > 0 else []
     if not kls:
         return None
-    variants = {}
-    for name, own_curves in curves.items():
-        reference = references.get(name)
-        others = curves.get(reference, {}) if reference else {}
-        variants[name] = [
-            {
-                "kl": kl,
-                "best_of_n": estimator.curve(torch.stack([at_kl(curve, kl) for curve in own_curves.values()]), ns),
-                "against_reference": _against(own_curves, others, kl, ns, estimator)
-                if reference and kl <= reach.get(reference, -1.0)
-                else None,
-            }
-            if kl <= reach[name]
-            else None
-            for kl in kls
-        ]
+
+    def point(name: str, kl: float) -> dict[str, Any] | None:
+        """A variant at a KL."""
+        if kl > reach[name]:
+            return None
+        own, reference = curves[name], references.get(name) or ""
+        other = curves[reference] if kl <= reach.get(reference, -1.0) else {}
+        gaps = [at_kl(curve, kl) - at_kl(other[seed], kl) for seed, curve in own.items() if seed in other]
+        return {
+            "kl": kl,
+            "best_of_n": estimator.curve(torch.stack([at_kl(curve, kl) for curve in own.values()])),
+            "against_reference": estimator.differences(torch.stack(gaps)) if gaps else None,
+        }
+
+    variants = {name: [point(name, kl) for kl in kls] for name in curves}
     return {"kls": list(kls), "unit": "nats a completion", "variants": variants}
 
 
@@ -173,15 +158,3 @@ def at_kl(curve: KLCurve, kl: float) -> Tensor:
     after = int(torch.searchsorted(roots, torch.tensor(root, dtype=roots.dtype)).clamp(1, len(kls) - 1))
     share = (root - float(roots[after - 1])) / float(roots[after] - roots[after - 1])
     return values[after - 1] + max(0.0, share) * (values[after] - values[after - 1])
-
-
-def _against(
-    own: Mapping[int, KLCurve], other: Mapping[int, KLCurve], kl: float, ns: Sequence[int], estimator: Estimator
-) -> list[dict[str, Any]] | None:
-    """Differences over the seeds that both have; None without any."""
-    seeds = [seed for seed in own if seed in other]
-    if not seeds:
-        return None
-    interval = estimator.interval(torch.stack([at_kl(own[seed], kl) - at_kl(other[seed], kl) for seed in seeds]))
-    p_values = json_numbers(interval.p_value)
-    return [{"n": n} | row | {"p_value": p} for n, row, p in zip(ns, estimator.rows(interval), p_values, strict=True)]

@@ -4,7 +4,7 @@ import csv
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from tealightning.callbacks.evaluation_record import FOLDER
 from tealightning.functional.best_of_n import best_of_n, best_of_n_selected
 from tealightning.functional.statistics import Interval, crossed_interval
 
-_FILE = re.compile(r"(val|test)_(\d+)(?:\.rank\d+)?\.npz")
+Estimates = list[dict[str, Any]]
+"""An entry for each column, or for each `n`: `mean`, `low`, `high` and `se`, None where they are not known."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,15 +33,11 @@ class EvaluationData:
         """The same for the prompts `keys` alone, which must all be there."""
         rows = torch.searchsorted(self.keys, keys)
         columns = {name: values[rows] for name, values in self.columns.items()}
-        return EvaluationData(step=self.step, keys=keys, rewards=self.rewards[rows], columns=columns)
+        return replace(self, keys=keys, rewards=self.rewards[rows], columns=columns)
 
     def best_of_n(self, ns: Sequence[int]) -> Tensor:
         """[Q, len(ns)] best-of-n of every prompt."""
         return best_of_n(self.rewards, ns, ~self.rewards.isnan())
-
-    def gold_best_of_n(self, ns: Sequence[int]) -> Tensor:
-        """[Q, len(ns)] gold reward of the sample that the reward picks among n."""
-        return best_of_n_selected(self.rewards, self.columns["gold"], ns, ~self.rewards.isnan())
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,21 +47,26 @@ class Runs:
     seeds: list[int]
     finals: list[EvaluationData]
     starts: list[EvaluationData]  # of the same seed
-    all_points: list[list[EvaluationData]]  # every evaluation during training, by step
-
-    @property
-    def with_starts(self) -> list[list[EvaluationData]]:
-        """Every evaluation of each seed, that of its starting policy first."""
-        return [[start, *during] for start, during in zip(self.starts, self.all_points, strict=True)]
+    all_points: list[list[EvaluationData]]  # that of the starting policy, and those during training by step
 
 
 def read_evaluations(folder: Path, split: str) -> list[EvaluationData]:
     """All evaluations of a run on a split ("val" or "test"), by step; the files of several ranks are joined."""
-    files: dict[int, list[Path]] = {}
+    parts: dict[int, list[dict[str, Tensor]]] = {}
     for file in sorted((folder / FOLDER).glob(f"{split}_*.npz")):
-        if match := _FILE.fullmatch(file.name):
-            files.setdefault(int(match[2]), []).append(file)
-    return [_joined(step, paths) for step, paths in sorted(files.items())]
+        if match := re.fullmatch(r"[a-z]+_(\d+)(\.rank\d+)?\.npz", file.name):
+            with np.load(file) as arrays:
+                part = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+            parts.setdefault(int(match[1]), []).append(part)
+    evaluations = []
+    for step, of_ranks in sorted(parts.items()):
+        columns = {name: torch.cat([part[name] for part in of_ranks]) for name in of_ranks[0]}
+        # Ranks may repeat prompts to be of equal length.
+        keys, first = np.unique(columns.pop("keys").numpy(), return_index=True)
+        columns = {name: values[first].double() for name, values in columns.items()}
+        rewards = columns.pop("rewards")
+        evaluations.append(EvaluationData(step=step, keys=torch.from_numpy(keys), rewards=rewards, columns=columns))
+    return evaluations
 
 
 def read_training(folder: Path) -> dict[str, np.ndarray]:
@@ -91,23 +93,11 @@ def common_prompts(evaluations: Sequence[EvaluationData]) -> Tensor:
     return keys
 
 
-def _joined(step: int, files: Sequence[Path]) -> EvaluationData:
-    parts = []
-    for file in files:
-        with np.load(file) as arrays:
-            parts.append({name: torch.from_numpy(arrays[name]) for name in arrays.files})
-    merged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    keys, first = np.unique(merged["keys"].numpy(), return_index=True)  # ranks may repeat prompts to be of equal length
-    columns = {name: values[first].double() for name, values in merged.items() if name not in ("keys", "rewards")}
-    return EvaluationData(
-        step=step, keys=torch.from_numpy(keys), rewards=merged["rewards"][first].double(), columns=columns
-    )
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimator:
     """Means over seeds and prompts with intervals, as the plain numbers of results.json."""
 
+    ns: Sequence[int]
     confidence: float
     samples: int  # of the bootstrap
 
@@ -115,29 +105,38 @@ class Estimator:
         """Of [S, Q, C] values."""
         return crossed_interval(values, confidence=self.confidence, samples=self.samples)
 
-    def __call__(self, values: Tensor) -> list[dict[str, float | None]]:
+    def __call__(self, values: Tensor) -> Estimates:
         """C estimates of [S, Q, C] values."""
-        return self.rows(self.interval(values))
+        return rows_of(self.interval(values))
 
-    def curve(self, values: Tensor, ns: Sequence[int]) -> list[dict[str, Any]]:
+    def curve(self, values: Tensor) -> Estimates:
         """An estimate for each n of [S, Q, len(ns)] values."""
-        return [{"n": n} | row for n, row in zip(ns, self(values), strict=True)]
+        return [{"n": n} | row for n, row in zip(self.ns, self(values), strict=True)]
 
-    def best_of_n(self, evaluations: Sequence[EvaluationData], ns: Sequence[int]) -> list[dict[str, Any]]:
+    def differences(self, values: Tensor) -> Estimates:
+        """The same with p-values."""
+        interval = self.interval(values)
+        p_values = json_numbers(interval.p_value)
+        rows = zip(self.ns, rows_of(interval), p_values, strict=True)
+        return [{"n": n} | row | {"p_value": p_value} for n, row, p_value in rows]
+
+    def best_of_n(self, evaluations: Sequence[EvaluationData]) -> Estimates:
         """The best-of-n curve of one evaluation of each seed."""
-        return self.curve(torch.stack([e.best_of_n(ns) for e in evaluations]), ns)
+        return self.curve(torch.stack([e.best_of_n(self.ns) for e in evaluations]))
 
-    def gold_best_of_n(self, evaluations: Sequence[EvaluationData], ns: Sequence[int]) -> list[dict[str, Any]] | None:
-        """The same of the gold reward; None unless all evaluations have it."""
+    def gold_best_of_n(self, evaluations: Sequence[EvaluationData]) -> Estimates | None:
+        """The same of the gold reward of the sample that the reward picks; None unless all evaluations have it."""
         if any("gold" not in e.columns for e in evaluations):
             return None
-        return self.curve(torch.stack([e.gold_best_of_n(ns) for e in evaluations]), ns)
+        golds = [best_of_n_selected(e.rewards, e.columns["gold"], self.ns, ~e.rewards.isnan()) for e in evaluations]
+        return self.curve(torch.stack(golds))
 
-    def rows(self, interval: Interval) -> list[dict[str, float | None]]:
-        """The interval's columns, one dict each."""
-        keys = {"mean": "mean", "low": "low", "high": "high", "se": "standard_error"}
-        lists = {key: json_numbers(getattr(interval, name)) for key, name in keys.items()}
-        return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+
+def rows_of(interval: Interval) -> Estimates:
+    """The interval's columns, one dict each."""
+    keys = {"mean": "mean", "low": "low", "high": "high", "se": "standard_error"}
+    lists = [json_numbers(getattr(interval, name)) for name in keys.values()]
+    return [dict(zip(keys, values, strict=True)) for values in zip(*lists, strict=True)]
 
 
 def json_numbers(values: Tensor) -> list[float | None]:

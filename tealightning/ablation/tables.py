@@ -1,37 +1,127 @@
-"""Build the tables of an ablation from its results; variants stand in the order of the spec."""
+"""Results of an ablation (`results.json`, docs/ablations-results.md) as flat rows, and its tables made from them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tealightning.ablation.results_view import (
-    BUDGETS,
-    DIAGNOSTICS,
-    Estimate,
-    Results,
-    at,
-    equal_kl_of,
-    evaluated,
-    interval_name,
-    is_significant,
-    label,
-    main_split,
-    split_name,
-)
-from tealightning.reporting.tables import Table, TableCell, latex_table
+from tealightning.reporting.tables import Table, TableCell, csv_text, latex_table
 
+Results = Mapping[str, Any]
+Row = dict[str, Any]  # one estimate, of CSV_COLUMNS those that it has; what is not known is None
+
+START = "(start)"  # the policy before training, where a variant's name would stand; no variant can be called so
+DIAGNOSTICS = {
+    "kl": "KL to the start, nats a completion",
+    "kl_per_token": "KL, nats a token",
+    "completion_length": "length, tokens",
+    "truncated_fraction": "truncated",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "self_similarity": "self-similarity",
+    "reward_std": "reward spread",
+    "unscorable_fraction": "unscorable",
+}
 DIAGNOSTICS_NOTE = (
     "Distinct-1 and -2: share of different tokens and pairs of tokens among all of a prompt's completions; "
     "self-similarity: mean overlap (Jaccard) of the token pairs of two of them; reward spread: standard deviation "
     "within a prompt; truncated and unscorable: fractions of completions."
 )
+BUDGETS = {
+    "optimizer_steps": "optimizer steps",
+    "rollouts": "rollouts",
+    "generated_tokens": "generated tokens",
+    "trained_tokens": "trained tokens",
+    "wall_seconds": "wall seconds",
+}
+CSV_COLUMNS = ("split", "variant", "quantity", "n", "mean", "low", "high", "se", "p_value", "p_adjusted", "kl")
 
 
-def all_tables(results: Results) -> list[Table]:
-    """Every table of an ablation: those of each split, then equal KL, budgets and runs. Empty ones are left out."""
-    tables = [table for split in results.get("splits") or {} for table in _split_tables(results, split)]
-    tables += [_equal_kl_table(results), _equal_kl_differences(results), _budget_table(results), _run_table(results)]
-    return [table for table in tables if table.rows]
+def split_name(split: str) -> str:
+    """`val` -> `validation prompts`; other keys name themselves."""
+    return {"val": "validation prompts", "test": "held-out prompts"}.get(split, f"{split} prompts")
+
+
+class ResultsView:
+    """The rows of results.json, which are those of table.csv, and names for people.
+
+    `quantity` is a key of results.json, with a dot where it is a part of another: `against_reference.win_rate`.
+    """
+
+    def __init__(self, results: Results) -> None:
+        self.results = results
+        self.names: list[str] = results["variants"]
+        self.splits = list(results.get("splits") or {})
+        self.main_split = self.splits[0] if self.splits else None
+        self.headline_n: int = results["headline_n"]
+        self.reference = self.label(results["reference"])
+        self.interval = f"{100 * results['confidence']:g}%"
+        self.equal_kls: list[float] = (results.get("equal_kl") or {}).get("kls", [])
+        self.rows = list(self._rows())
+        self._by_quantity: dict[tuple[str | None, str], dict[str, list[Row]]] = {}
+        for row in self.rows:
+            of_variant = self._by_quantity.setdefault((row.get("split"), row["quantity"]), {})
+            of_variant.setdefault(row["variant"], []).append(row)
+
+    def label(self, variant: str) -> str:
+        """How a variant is called in tables and plots."""
+        labels = {START: "before training"} | (self.results.get("labels") or {})
+        return str(labels.get(variant, variant))
+
+    def policies(self, split: str) -> dict[str, Mapping[str, Any]]:
+        """Every policy that was evaluated on a split: before training, then the variants in the order of the spec."""
+        content = self.results["splits"][split]
+        policies: dict[str, Any] = {START: content.get("start"), **(content.get("variants") or {})}
+        return {name: policies[name] for name in (START, *self.names) if policies.get(name)}
+
+    def curves(self, split: str | None, quantity: str) -> dict[str, list[Row]]:
+        """All rows of a quantity, for each policy that has it."""
+        return self._by_quantity.get((split, quantity), {})
+
+    def at(self, split: str | None, quantity: str, n: int | None = None, kl: float | None = None) -> dict[str, Row]:
+        """The row at n and KL (None = without one), for each policy of which the mean is known there."""
+        return {
+            name: row
+            for name, rows in self.curves(split, quantity).items()
+            for row in rows
+            if row.get("n") == n and row.get("kl") == kl and row["mean"] is not None
+        }
+
+    def significant(self, rows: Mapping[str, Row]) -> set[str]:
+        """The variants whose corrected p-value is below 1 - confidence."""
+        p_values = {name: row.get("p_adjusted") for name, row in rows.items()}
+        return {name for name, p in p_values.items() if p is not None and p < 1 - self.results["confidence"]}
+
+    def _rows(self) -> Iterator[Row]:
+        for split in self.splits:
+            for name, policy in self.policies(split).items():
+                yield from ({"split": split, "variant": name} | row for row in _policy_rows(policy))
+        for name, points in (self.results.get("equal_kl") or {"variants": {}})["variants"].items():
+            for point in filter(None, points or ()):
+                place = {"split": self.main_split, "variant": name, "kl": point["kl"]}
+                for quantity in ("best_of_n", "against_reference"):
+                    yield from (place | _row(f"equal_kl.{quantity}", one) for one in point.get(quantity) or ())
+        for name, spent in (self.results.get("budgets") or {}).items():
+            yield from ({"variant": name, "quantity": f"budgets.{key}", "mean": spent.get(key)} for key in BUDGETS)
+
+
+def _policy_rows(policy: Mapping[str, Any]) -> Iterator[Row]:
+    """The rows of one policy on one split."""
+    for quantity in ("best_of_n", "gold_best_of_n", "against_reference", "against_start"):
+        for one in policy.get(quantity) or ():
+            yield _row(quantity, one)
+            parts = [part for part in ("probability_of_improvement", "win_rate") if one.get(part)]
+            yield from ({"n": one["n"]} | _row(f"{quantity}.{part}", one[part]) for part in parts)
+    diagnostics = policy.get("diagnostics") or {}
+    yield from (_row(f"diagnostics.{key}", diagnostics[key]) for key in DIAGNOSTICS if diagnostics.get(key))
+
+
+def _row(quantity: str, estimate: Mapping[str, Any]) -> dict[str, Any]:
+    return {"quantity": quantity} | {key: estimate[key] for key in CSV_COLUMNS if key in estimate}
+
+
+def to_csv(results: Results) -> str:
+    """Every estimate of the tables, with every digit: reading a number back gives that of results.json."""
+    return csv_text(ResultsView(results).rows, CSV_COLUMNS)
 
 
 def to_latex(tables: Sequence[Table]) -> str:
@@ -47,194 +137,164 @@ def to_latex(tables: Sequence[Table]) -> str:
     return "\n".join(parts)
 
 
-def _split_tables(results: Results, split: str) -> list[Table]:
+def all_tables(results: Results) -> list[Table]:
+    """Every table of an ablation: those of each split, then equal KL, budgets and runs. Empty ones are left out."""
+    view = ResultsView(results)
+    tables = [table for split in view.splits for table in _split_tables(view, split)]
+    tables += [*_equal_kl_tables(view), _budget_table(view), _run_table(view)]
+    return [table for table in tables if table.rows]
+
+
+def _numbers(rows: Mapping[str, Row], stars: Iterable[str] = (), *, mark_best: bool = False) -> dict[str, TableCell]:
+    """The cells of a column: numbers with intervals, stars at those of `stars`; of equal highest ones all are best."""
+    highest = max((row["mean"] for row in rows.values()), default=None) if mark_best else None
+    cells = {}
+    for name, row in rows.items():
+        marks = {"best": row["mean"] == highest, "star": name in stars}
+        cells[name] = TableCell(kind="number", value=row["mean"], low=row.get("low"), high=row.get("high"), **marks)
+    return cells
+
+
+def _table(
+    view: ResultsView, names: Iterable[str], columns: Mapping[str, Mapping[str, TableCell]], **texts: str
+) -> Table:
+    """A row for each of `names`; a cell that a column has not is not known."""
+    unknown = TableCell(kind="number")
+    rows = [
+        [TableCell(text=view.label(name)), *(column.get(name, unknown) for column in columns.values())]
+        for name in names
+    ]
+    return Table(columns=["variant", *columns], rows=rows, **texts)
+
+
+def _split_tables(view: ResultsView, split: str) -> list[Table]:
+    n, means = view.headline_n, "Mean over prompts and seeds with its {} interval; the highest of each column is bold."
+    means = means.format(view.interval)
+    star = f"A star at n = {n}: differs from {view.reference} after the correction for multiple comparisons."
+    gold = "The gold reward of the sample that the training reward picks among n."
+    paired = f"Paired differences of best-of-n with {view.interval} intervals. A star at n = {n}: {_star_note(view)}"
+
+    def over_n(quantity: str, title: str, note: str, starred_by: str = "", *, is_mean: bool = False) -> Table:
+        """A column for each n, with a star where the difference `starred_by` is significant."""
+        columns = {}
+        for n in view.results["ns"]:
+            stars = view.significant(view.at(split, starred_by, n))
+            heading = "mean reward (n = 1)" if n == 1 and is_mean else f"n = {n}"
+            columns[heading] = _numbers(view.at(split, quantity, n), stars, mark_best=is_mean)
+        key, title = f"{quantity}_{split}", f"{title}, {split_name(split)}"
+        return _table(view, view.curves(split, quantity), columns, key=key, title=title, note=note)
+
+    others = {"against_reference": view.reference, "against_start": "the policy before training"}
     return [
-        _main_table(results, split, "best_of_n"),
-        _reference_table(results, split),
-        _difference_table(results, split, "against_reference"),
-        _difference_table(results, split, "against_start"),
-        _main_table(results, split, "gold_best_of_n"),
-        _diagnostics_table(results, split),
+        over_n("best_of_n", "Best-of-n", f"{means} {star}", "against_reference", is_mean=True),
+        _reference_table(view, split),
+        *(over_n(key, f"Differences to {other} at every n", paired, key) for key, other in others.items()),
+        over_n("gold_best_of_n", "Gold reward of the best of n", f"{gold} {means}", is_mean=True),
+        _diagnostics_table(view, split),
     ]
 
 
-def _main_table(results: Results, split: str, quantity: str) -> Table:
-    """Best-of-n at every n, or its gold reward."""
-    ns, headline, is_gold = results["ns"], results["headline_n"], quantity == "gold_best_of_n"
-
-    def cell(policy: Mapping[str, Any], n: int) -> TableCell:
-        star = not is_gold and n == headline and is_significant(results, at(policy.get("against_reference"), n))
-        return _cell(at(policy[quantity], n), star=star)
-
-    policies = evaluated(results, split, start=True).items()
-    note = (
-        f"Mean over prompts and seeds with its {interval_name(results)} interval; the highest of each column is bold."
-    )
-    star_note = (
-        f" A star at n = {headline}: differs from {label(results, results['reference'])} after the correction for "
-        "multiple comparisons."
-    )
-    gold_note = f"The gold reward of the sample that the training reward picks among n. {note}"
-    return Table(
-        key=f"{quantity}_{split}",
-        title=f"{'Gold reward of the best of n' if is_gold else 'Best-of-n'}, {split_name(split)}",
-        note=gold_note if is_gold else note + star_note,
-        columns=["variant", *("mean reward (n = 1)" if n == 1 else f"n = {n}" for n in ns)],
-        rows=_with_best(
-            [_name(results, name), *(cell(policy, n) for n in ns)] for name, policy in policies if policy.get(quantity)
-        ),
-    )
+def _star_note(view: ResultsView) -> str:
+    return f"the corrected p-value is below {1 - view.results['confidence']:.2g}."
 
 
-def _reference_table(results: Results, split: str) -> Table:
+def _reference_table(view: ResultsView, split: str) -> Table:
     """Differences to the reference at the headline n: reward, probability of improvement, win rate and p-values."""
-    reference, n, rows = label(results, results["reference"]), results["headline_n"], []
-    for name, policy in evaluated(results, split).items():
-        if (difference := at(policy.get("against_reference"), n)) is not None:
-            cells = [_cell(difference, star=is_significant(results, difference))]
-            cells += [_cell(difference.get(key)) for key in ("probability_of_improvement", "win_rate")]
-            cells += [TableCell(kind="p_value", value=difference.get(key)) for key in ("p_value", "p_adjusted")]
-            rows.append([_name(results, name), *cells])
-    return Table(
+    n, reference, against = view.headline_n, view.reference, "against_reference"
+    rows = view.at(split, against, n)
+    columns = {
+        "difference": _numbers(rows, view.significant(rows)),
+        "probability of improvement": _numbers(view.at(split, f"{against}.probability_of_improvement", n)),
+        "win rate": _numbers(view.at(split, f"{against}.win_rate", n)),
+    }
+    for key, heading in {"p_value": "p", "p_adjusted": "p, Holm"}.items():
+        columns[heading] = {name: TableCell(kind="p_value", value=row.get(key)) for name, row in rows.items()}
+    return _table(
+        view,
+        rows,
+        columns,
         key=f"reference_{split}",
         title=f"Differences to {reference} at n = {n}, {split_name(split)}",
-        note=f"Paired differences of best-of-{n} with {interval_name(results)} intervals. Probability of improvement: "
-        f"the share of (seed, prompt) pairs on which best-of-{n} is higher than {reference}'s. Win rate: how often the "
-        f"variant's best of {n} beats {reference}'s, ties split. A star: the corrected p-value is below "
-        f"{1 - results['confidence']:.2g}.",
-        columns=["variant", "difference", "probability of improvement", "win rate", "p", "p, Holm"],
-        rows=rows,
+        note=f"Paired differences of best-of-{n} with {view.interval} intervals. Probability of improvement: the share "
+        f"of (seed, prompt) pairs on which best-of-{n} is higher than {reference}'s. Win rate: how often the variant's "
+        f"best of {n} beats {reference}'s, ties split. A star: {_star_note(view)}",
     )
 
 
-def _difference_table(results: Results, split: str, against: str) -> Table:
-    """Differences to the reference or to the start at every n, `against` being the key in results.json."""
-    ns, rows = results["ns"], []
-    for name, policy in evaluated(results, split).items():
-        if curve := policy.get(against):
-            cells = [_cell(at(curve, n), star=is_significant(results, at(curve, n))) for n in ns]
-            rows.append([_name(results, name), *cells])
-    other = label(results, results["reference"]) if against == "against_reference" else "the policy before training"
-    return Table(
-        key=f"{against}_{split}",
-        title=f"Differences to {other} at every n, {split_name(split)}",
-        note=f"Paired differences of best-of-n with {interval_name(results)} intervals. A star at n = "
-        f"{results['headline_n']}: the corrected p-value is below {1 - results['confidence']:.2g}.",
-        columns=["variant", *(f"n = {n}" for n in ns)],
-        rows=rows,
-    )
-
-
-def _diagnostics_table(results: Results, split: str) -> Table:
+def _diagnostics_table(view: ResultsView, split: str) -> Table:
     """KL, length, diversity and spread of every policy; columns that nobody has are left out."""
-    diagnostics = {n: p.get("diagnostics") or {} for n, p in evaluated(results, split, start=True).items()}
-    known = [key for key in DIAGNOSTICS if any(own.get(key) for own in diagnostics.values())]
-    rows = [[_name(results, name), *(_cell(own.get(key)) for key in known)] for name, own in diagnostics.items()]
-    return Table(
+    columns = {title: _numbers(view.at(split, f"diagnostics.{key}")) for key, title in DIAGNOSTICS.items()}
+    known = {title: column for title, column in columns.items() if column}
+    return _table(
+        view,
+        view.policies(split) if known else (),
+        known,
         key=f"diagnostics_{split}",
         title=f"Completions, {split_name(split)}",
-        note=f"Means with {interval_name(results)} intervals. {DIAGNOSTICS_NOTE}",
-        columns=["variant", *(DIAGNOSTICS[key] for key in known)],
-        rows=rows if known else [],
+        note=f"Means with {view.interval} intervals. {DIAGNOSTICS_NOTE}",
     )
 
 
-def _equal_kl_table(results: Results) -> Table:
-    """Best-of-n at n = 1 and the headline n where every variant has moved equally far from the start."""
-    equal, ns = equal_kl_of(results), list(dict.fromkeys([1, results["headline_n"]]))
-    return Table(
-        key="equal_kl",
-        title="Best-of-n at equal KL" + _of_main_split(results),
-        note="Interpolated linearly in the square root of the KL between evaluations; KL to the start in "
-        f"{equal.get('unit', 'nats')}. A "
-        "dash: the variant never moved that far. The highest of each column is bold.",
-        columns=["variant", *(f"KL {kl:g}, n = {n}" for kl in equal["kls"] for n in ns)],
-        rows=_with_best(_at_equal_kl(results, "best_of_n", ns)),
-    )
+def _equal_kl_tables(view: ResultsView) -> list[Table]:
+    """Best-of-n where every variant has moved equally far from the start, and differences to the reference there."""
+    if not view.equal_kls or view.main_split is None:
+        return []
+    split, n, unit = view.main_split, view.headline_n, view.results["equal_kl"].get("unit", "nats")
+    against = "equal_kl.against_reference"
+    values = {
+        f"KL {kl:g}, n = {each}": _numbers(view.at(split, "equal_kl.best_of_n", each, kl), mark_best=True)
+        for kl in view.equal_kls
+        for each in dict.fromkeys([1, n])
+    }
+    return [
+        _table(
+            view,
+            view.names,
+            values,
+            key="equal_kl",
+            title=f"Best-of-n at equal KL, {split_name(split)}",
+            note="Interpolated linearly in the square root of the KL between evaluations; KL to the start in "
+            f"{unit}. A dash: the variant never moved that far. The highest of each column is bold.",
+        ),
+        _table(
+            view,
+            view.curves(split, against),
+            {f"KL {kl:g}": _numbers(view.at(split, against, n, kl)) for kl in view.equal_kls},
+            key="equal_kl_differences",
+            title=f"Differences to {view.reference} at equal KL, n = {n}, {split_name(split)}",
+            note=f"Paired differences of best-of-{n} with {view.interval} intervals, not corrected for the number of "
+            f"comparisons; KL in {unit}. A dash: one of the two never moved that far.",
+        ),
+    ]
 
 
-def _equal_kl_differences(results: Results) -> Table:
-    """Differences to the reference at the headline n where both have moved equally far from the start."""
-    equal, n, reference = equal_kl_of(results), results["headline_n"], label(results, results["reference"])
-    return Table(
-        key="equal_kl_differences",
-        title=f"Differences to {reference} at equal KL, n = {n}" + _of_main_split(results),
-        note=f"Paired differences of best-of-{n} with {interval_name(results)} intervals, not corrected for the number "
-        f"of comparisons; KL in {equal.get('unit', 'nats')}. A dash: one of the two never moved that far.",
-        columns=["variant", *(f"KL {kl:g}" for kl in equal["kls"])],
-        rows=_at_equal_kl(results, "against_reference", [n], only_known=True),
-    )
-
-
-def _at_equal_kl(
-    results: Results, quantity: str, ns: Sequence[int], *, only_known: bool = False
-) -> list[list[TableCell]]:
-    """A row for each variant, a column for each KL and n; with `only_known`, no variant without `quantity`."""
-    equal, rows = equal_kl_of(results), []
-    for name in results["variants"]:
-        curves = {point["kl"]: point.get(quantity) for point in equal["variants"].get(name) or () if point}
-        if equal["kls"] and (any(curves.values()) or not only_known):
-            rows.append([_name(results, name), *(_cell(at(curves.get(kl), n)) for kl in equal["kls"] for n in ns)])
-    return rows
-
-
-def _of_main_split(results: Results) -> str:
-    split = main_split(results)
-    return f", {split_name(split)}" if split else ""
-
-
-def _budget_table(results: Results) -> Table:
+def _budget_table(view: ResultsView) -> Table:
     """What every variant spent, means over its finished seeds."""
-    spent = results.get("budgets") or {}
+    spent = view.results.get("budgets") or {}
     return Table(
         key="budgets",
         title="Budgets",
-        note=f"Means over finished seeds, of training alone. Held equal: {BUDGETS.get(results['equal']['what'])}.",
+        note=f"Means over finished seeds, of training alone. Held equal: {BUDGETS.get(view.results['equal']['what'])}.",
         columns=["variant", *BUDGETS.values()],
-        rows=[[_name(results, name), *_counts(spent[name])] for name in results["variants"] if spent.get(name)],
+        rows=[[TableCell(text=view.label(name)), *_counts(spent[name])] for name in view.names if name in spent],
     )
 
 
-def _run_table(results: Results) -> Table:
+def _run_table(view: ResultsView) -> Table:
     """Every planned run, failed ones first, then missing ones, then the finished."""
     order, texts = {"failed": 0, "missing": 1}, ("seed", "status", "error", "commit", "folder")
-    runs = sorted(results.get("runs") or (), key=lambda run: order.get(run["status"], 2))
-
-    def cells(run: Mapping[str, Any]) -> list[TableCell]:
-        values = [run.get(key) for key in texts]
-        return [TableCell(text="" if value is None else str(value)) for value in values]
-
+    rows = []
+    for run in sorted(view.results.get("runs") or (), key=lambda run: order.get(run["status"], 2)):
+        shown = [view.label(run["variant"]), *("" if run.get(key) is None else str(run[key]) for key in texts)]
+        rows.append([*(TableCell(text=text) for text in shown), *_counts(run)])
     return Table(
         key="runs",
         title="Runs",
         note="Every planned run, those that failed or are missing first.",
         columns=["variant", *texts, *BUDGETS.values()],
-        rows=[[_name(results, run["variant"]), *cells(run), *_counts(run)] for run in runs],
+        rows=rows,
     )
-
-
-def _name(results: Results, variant: str) -> TableCell:
-    return TableCell(text=label(results, variant))
 
 
 def _counts(spent: Mapping[str, Any]) -> list[TableCell]:
     return [TableCell(kind="count", value=spent.get(key)) for key in BUDGETS]
-
-
-def _cell(estimate: Estimate | None, *, star: bool = False) -> TableCell:
-    """A number with its interval; an empty numeric cell for None."""
-    if estimate is None:
-        return TableCell(kind="number")
-    low, high = estimate.get("low"), estimate.get("high")
-    return TableCell(kind="number", value=estimate["mean"], low=low, high=high, star=star)
-
-
-def _with_best(rows: Iterable[list[TableCell]]) -> list[list[TableCell]]:
-    """The highest number of each column marked; of equal ones all."""
-    rows = list(rows)
-    columns = list(zip(*rows, strict=True))
-    highest = [max((cell.value for cell in column if cell.value is not None), default=None) for column in columns]
-    return [
-        [replace(cell, best=cell.value == top is not None) for cell, top in zip(row, highest, strict=True)]
-        for row in rows
-    ]

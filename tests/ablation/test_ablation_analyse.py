@@ -7,9 +7,9 @@ import pytest
 
 from tealightning.ablation.analyse import analyse
 from tealightning.ablation.plan import make_plan
-from tealightning.ablation.results_view import BUDGETS
 from tealightning.ablation.runner import Outcome
 from tealightning.ablation.spec import parse_spec
+from tealightning.ablation.tables import BUDGETS
 from tealightning.callbacks.evaluation_record import save_arrays
 
 PAGE = Path(__file__).parents[2] / "docs" / "ablations-results.md"

@@ -5,6 +5,7 @@ import pytest
 from ablation_results import NS, results_of
 
 from tealightning.ablation.plots import all_plots, over_kl, styles_of
+from tealightning.ablation.tables import ResultsView
 from tealightning.reporting.style import image
 
 
@@ -77,7 +78,7 @@ def test_many_variants_are_lines_without_bands_and_have_them_in_the_panels_of_di
 
 def test_over_kl_starts_at_the_start_and_skips_variants_without_kl(results):
     changed = results | {"checkpoints": results["checkpoints"] | {"tea": [{"step": 0.0, "kl": None, "best_of_n": []}]}}
-    curves = over_kl(changed, 128)
+    curves = over_kl(ResultsView(changed), 128)
     assert "tea" not in curves and len(curves) == 5
     assert curves["grpo"].x[0] == 0.0
     assert curves["grpo"].mean == [point["best_of_n"][-1]["mean"] for point in results["checkpoints"]["grpo"]]

@@ -12,7 +12,7 @@ from ablation_results import results_of
 from tealightning.ablation.plots import all_plots
 from tealightning.ablation.report import report_html, write_outputs
 from tealightning.ablation.summary import summary
-from tealightning.ablation.tables import all_tables
+from tealightning.ablation.tables import ResultsView, all_tables
 
 PAGE = Path(__file__).parents[2] / "docs" / "ablations-results.md"
 
@@ -145,7 +145,7 @@ def test_report_without_a_finished_run_says_so():
 
 
 def test_summary_names_the_leader_and_its_corrected_difference():
-    lines = summary(rivals(0.012, 0.2))
+    lines = summary(ResultsView(rivals(0.012, 0.2)))
     assert lines[0] == (
         "At n = 128 on the validation prompts, mean_reward has the highest best-of-n, 1.700 [1.400, 1.800]: "
         "+0.200 [0.100, 0.300] over grpo (p = 0.012 after correction)."
@@ -154,13 +154,13 @@ def test_summary_names_the_leader_and_its_corrected_difference():
 
 
 def test_summary_says_when_no_difference_survives_the_correction():
-    lines = summary(rivals(0.06, 0.2))
+    lines = summary(ResultsView(rivals(0.06, 0.2)))
     assert "p = 0.060 after correction" in lines[0]
     assert any(line.startswith("No difference to grpo at n = 128 survives") for line in lines)
 
 
 def test_summary_says_when_the_reference_leads():
-    lines = summary(rivals(0.012, -0.2))
+    lines = summary(ResultsView(rivals(0.012, -0.2)))
     assert lines[0] == (
         "At n = 128 on the validation prompts, grpo has the highest best-of-n, 1.500 [1.400, 1.600]; second is "
         "mean_reward, -0.200 [-0.300, -0.100] against it (p = 0.012 after correction)."
@@ -174,7 +174,7 @@ def test_summary_says_who_leads_at_n_1_and_who_fell_below_the_start():
     found["grpo"]["best_of_n"][0] |= {"mean": 9.0, "low": None, "high": None}
     found["grpo"]["against_start"][-1] |= {"mean": -0.3, "low": -0.4, "high": -0.2}
     found["mean_reward"]["against_start"][-1] |= {"mean": 0.3, "low": 0.2, "high": 0.4}
-    lines = summary(results)
+    lines = summary(ResultsView(results))
     assert "grpo leads at n = 1, the mean reward, instead: 9.000." in lines
     assert (
         "Training raised best-of-128 above the starting policy's in 1 of 2 variants (intervals that exclude 0); "
@@ -191,14 +191,14 @@ def test_summary_says_by_gold_who_leads_and_who_is_below_the_start():
     assert (
         "By the gold reward, the highest at n = 128 is grpo, 1.200; below the mean before training, "
         "1.000 [0.900, 1.100]: mean_reward."
-    ) in summary(results)
+    ) in summary(ResultsView(results))
 
 
 def test_summary_says_when_the_reference_did_not_finish():
     results = small(variants=["mean_reward"])
     del results["splits"]["val"]["variants"]["grpo"]
     results["splits"]["val"]["variants"]["mean_reward"]["against_reference"] = None
-    assert any("Nothing is compared with grpo" in line for line in summary(results))
+    assert any("Nothing is compared with grpo" in line for line in summary(ResultsView(results)))
     assert "table-reference_val" not in html_of(results)
 
 

@@ -10,8 +10,7 @@ from ablation_results import ERROR, results_of
 
 from tealightning.ablation.plots import all_plots
 from tealightning.ablation.report import report_html
-from tealightning.ablation.results_view import CSV_COLUMNS, to_csv
-from tealightning.ablation.tables import all_tables, to_latex
+from tealightning.ablation.tables import CSV_COLUMNS, all_tables, to_csv, to_latex
 from tealightning.reporting.tables import markdown_page, markdown_text
 
 NUMBER = re.compile(r"<?-?\d[\d,]*(?:\.\d+)?")

@@ -7,7 +7,7 @@ import pytest
 from ablation_results import results_of
 from tool_scripts import tool
 
-from tealightning.ablation.results_view import to_csv
+from tealightning.ablation.tables import to_csv
 
 tables = tool("result_tables.py")
 HEADER = "split,variant,quantity,n,mean,low,high,se,p_value,p_adjusted,kl\n"
