@@ -24,17 +24,11 @@ _PACKAGE = Path(tealightning.__file__).parent
 _did_you_mean = functools.partial(did_you_mean, list_up_to=12)
 
 
-# ---------------------------------------------------------------- errors of constructors and checks
-
-
 @contextmanager
 def naming_settings(config: Any, args: Sequence[str], key: str = "") -> Iterator[None]:
     """Raise errors about a setting as a `UserError` with the whole key and the file that sets it; defects as they are.
 
-    Args:
-        config: The resolved configuration.
-        args: The command line.
-        key: The setting that is checked; empty = that of the class whose constructor raises.
+    `key` is the setting that is checked; empty = that of the class whose constructor raises.
     """
     try:
         yield
@@ -47,7 +41,10 @@ def naming_settings(config: Any, args: Sequence[str], key: str = "") -> Iterator
             named = parse_error(str(source), args)
         else:
             message = _with_key(" ".join(str(source).split()), key, settings)
-            named = UserError(message, key=key, file=_file_of(message, args))
+            about = re.match(r"[\w.]*\w", message)  # an option, a default and a whole class have no file
+            setters = [s for s in user_settings.settings_of(args) if about and s.key == about[0]]
+            is_class = bool(setters) and user_settings.takes_class(setters[-1].key)
+            named = UserError(message, key=key, file=setters[-1].file if setters and not is_class else "")
         raise named.with_traceback(source.__traceback__) from (None if isinstance(source, UserError) else source)
 
 
@@ -99,17 +96,6 @@ def _argument_mentioned(message: str, arguments: dict[str, Any]) -> str:
 
 def _parameters(cls: type | None) -> dict[str, inspect.Parameter]:
     return {} if cls is None else dict(inspect.signature(cls).parameters)
-
-
-def _file_of(message: str, args: Sequence[str]) -> str:
-    """The file that sets what `message` begins with; empty for an option, a default and a whole class."""
-    match = re.match(r"[\w.]*\w", message)
-    if match is None or user_settings.takes_class(match[0]):
-        return ""
-    return next((s.file for s in reversed(user_settings.settings_of(args)) if s.key == match[0]), "")
-
-
-# ---------------------------------------------------------------- errors of the parser
 
 
 def parse_error(message: str, args: Sequence[str]) -> UserError:

@@ -2,15 +2,16 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tealightning.cli.compare import build_playgrounds, plan_of, resolve_on_disk, run_missing
+from tealightning.cli import compare
 from tealightning.errors import UserError
 
 if TYPE_CHECKING:
-    from tealightning.ablation.plan import Job, Plan
+    from tealightning.ablation.evaluations import EvaluationData
+    from tealightning.ablation.plan import Job
 
 DESCRIPTION = """\
 Build the maze world, train GRPO and TEA from one starting policy with the same budget, and compare best-of-n on
@@ -24,57 +25,59 @@ PICTURED_MAZES = 4
 
 
 def quickstart(args: Sequence[str]) -> None:
-    """`tealightning quickstart ARGS`.
-
-    Raises:
-        ValueError: if the spec is no comparison of `grpo` and `tea` with one seed.
-        SystemExit: with status 1 if a run failed.
-    """
-    parser = argparse.ArgumentParser(
-        prog="tealightning quickstart",
-        description=DESCRIPTION,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "-c", "--config", type=Path, default=Path("configs/ablations/quickstart.yaml"), help="the comparison"
-    )
-    parser.add_argument("--workers", type=int, metavar="K", help="runs at a time; None: one a GPU, or one a CPU core")
-    options = parser.parse_args(list(args))
+    """`tealightning quickstart ARGS`; exits with status 1 if a run failed."""
+    parser = argparse.ArgumentParser(prog="tealightning quickstart", description=DESCRIPTION)
+    default = Path("configs/ablations/quickstart.yaml")
+    parser.add_argument("-c", "--config", type=Path, default=default, help=f"the comparison; default: {default}")
+    parser.add_argument("--workers", type=int, metavar="K", help=compare.WORKERS)
+    options = parser.parse_args(args)
+    from tealightning.ablation.evaluations import read_evaluations
     from tealightning.ablation.runner import outcome_of, unfinished_jobs
     from tealightning.ablation.spec import load_spec
-    from tealightning.cli.compare import ablation_lock
 
     spec = load_spec(options.config)
     if [*spec.variants] != [GRPO, TEA] or len(spec.seeds) != 1:
         raise UserError(f"{options.config}: a quickstart compares the variants {GRPO} and {TEA} with one seed.")
-    build_playgrounds(spec.playgrounds)
-    plan = plan_of(spec, resolve_on_disk)
-    with ablation_lock(spec.folder):
+    plan = compare.plan_of(spec)
+    seed, ns = spec.seeds[0], spec.evaluation.ns
+    jobs = {START: plan.starts[TEA, seed], GRPO: plan.jobs[GRPO, seed], TEA: plan.jobs[TEA, seed]}
+    with compare.ablation_lock(spec.folder):
         if missing := unfinished_jobs(plan.all_jobs):
-            run_missing(plan, missing, options)
+            compare.run_missing(plan, missing, options.workers)
+        outcomes = {job.folder: outcome_of(job) for job in plan.all_jobs}
         for job in plan.all_jobs:
-            if (outcome := outcome_of(job)).status != "finished":
+            if (outcome := outcomes[job.folder]).status != "finished":
                 print(f"{job.title}: {outcome.error}\nIts log: {job.folder / 'log.txt'}")
                 raise SystemExit(1)
-        summary = summarise(plan)
-        paths = write(plan, summary)
+        evaluations = {name: read_evaluations(job.folder, "val")[-1] for name, job in jobs.items()}
+        summary = _summarise(evaluations, ns)
+        paths = _write(jobs, summary, spec.folder, samples=max(ns))
+    config, records = jobs[TEA].config, {name: outcomes[jobs[name].folder].record for name in (GRPO, TEA)}
+    estimator = config["model"]["init_args"]["estimator"]
+    arguments = ", ".join(f"{name}={value}" for name, value in (estimator.get("init_args") or {}).items())
+    spent = ", ".join(f"{NAMES[name]} {record['rollouts']:,}" for name, record in records.items())
     files = "\n".join(f"{what}: {path}" for what, path in paths.items())
-    print(f"\n{files}\n\n{describe(plan)}\n\n{table(summary)}")
+    print(
+        f"\n{files}\n\nBest-of-n score on {len(evaluations[TEA].keys)} held-out mazes, {max(ns)} samples of each, "
+        f"after {records[TEA]['optimizer_steps']} steps\n"
+        f"(rollouts: {spent}; m = {config['rollout']['group_size']}; TEA is "
+        f"{estimator['class_path'].rpartition('.')[2]} with {arguments}); ± standard error over mazes"
+        f"\n\n{table(summary)}"
+    )
 
 
-def summarise(plan: "Plan") -> dict[str, list[float]]:
+def _summarise(evaluations: Mapping[str, "EvaluationData"], ns: Sequence[int]) -> dict[str, list[float]]:
     """Best-of-n of start, GRPO and TEA and their differences, each with its standard error over prompts."""
+    from tealightning.functional.best_of_n import best_of_n
     from tealightning.functional.statistics import mean_over_prompts, paired_difference
 
-    values = {name: _values(plan, job) for name, job in _jobs(plan).items()}
+    values = {name: (evaluation.keys, best_of_n(evaluation.rewards, ns)) for name, evaluation in evaluations.items()}
     columns = {name: mean_over_prompts(per_prompt) for name, (_, per_prompt) in values.items()}
-    columns["tea_minus_grpo"] = paired_difference(values[GRPO], values[TEA])
-    columns["tea_minus_start"] = paired_difference(values[START], values[TEA])
-    columns["grpo_minus_start"] = paired_difference(values[START], values[GRPO])
-    summary: dict[str, list[float]] = {"ns": list(plan.spec.evaluation.ns)}
+    for before, after in ((GRPO, TEA), (START, TEA), (START, GRPO)):
+        columns[f"{after}_minus_{before}"] = paired_difference(values[before], values[after])
+    summary: dict[str, list[float]] = {"ns": list(ns)}
     for name, estimate in columns.items():
-        summary[name] = estimate.mean.tolist()
-        summary[f"{name}_se"] = estimate.standard_error.tolist()
+        summary |= {name: estimate.mean.tolist(), f"{name}_se": estimate.standard_error.tolist()}
     return summary
 
 
@@ -88,78 +91,35 @@ def table(summary: dict[str, list[float]]) -> str:
     return "\n".join(lines)
 
 
-def describe(plan: "Plan") -> str:
-    """What the table shows."""
-    from tealightning.ablation.runner import outcome_of
-
-    job = plan.jobs[TEA, plan.spec.seeds[0]]
-    estimator = job.config["model"]["init_args"]["estimator"]
-    records = {name: outcome_of(plan.jobs[name, plan.spec.seeds[0]]).record for name in (GRPO, TEA)}
-    spent = ", ".join(f"{NAMES[name]} {record['rollouts']:,}" for name, record in records.items())
-    samples = max(plan.spec.evaluation.ns)
-    return (
-        f"Best-of-n score on {len(_values(plan, job)[0])} held-out mazes, {samples} samples of each, after "
-        f"{records[TEA]['optimizer_steps']} steps\n(rollouts: {spent}; m = {job.config['rollout']['group_size']}; TEA "
-        f"is {estimator['class_path'].rpartition('.')[2]} with {_arguments(estimator)}); ± standard error over mazes"
-    )
-
-
-def write(plan: "Plan", summary: dict[str, list[float]]) -> dict[str, Path]:
+def _write(jobs: Mapping[str, "Job"], summary: dict[str, list[float]], folder: Path, samples: int) -> dict[str, Path]:
     """Write summary, curves and picture; what is where."""
     from tealightning.ablation.worker import write_json
     from tealightning.callbacks.report import best_of_n_plot
     from tealightning.reliability.files import write_whole
 
-    folder = plan.spec.folder
-    paths = {
-        "Curves": folder / "best_of_n.png",
-        "Mazes": folder / "mazes.png",
-        "Figures": folder / "summary.json",
-        "Trained policy": plan.jobs[TEA, plan.spec.seeds[0]].folder / "policy",
-    }
-    write_json(paths["Figures"], summary)
+    curves, mazes, figures = (folder / name for name in ("best_of_n.png", "mazes.png", "summary.json"))
+    write_json(figures, summary)
     rows = [{name: values[i] for name, values in summary.items()} for i in range(len(summary["ns"]))]
-    curves = best_of_n_plot([row | {"n": row["ns"]} for row in rows], {text: name for name, text in NAMES.items()})
-    write_whole(paths["Curves"], curves)
-    write_whole(paths["Mazes"], _picture(plan))
-    return paths
+    labels = {text: name for name, text in NAMES.items()}
+    write_whole(curves, best_of_n_plot([row | {"n": row["ns"]} for row in rows], labels))
+    write_whole(mazes, _picture(jobs, samples))
+    return {"Curves": curves, "Mazes": mazes, "Figures": figures, "Trained policy": jobs[TEA].folder / "policy"}
 
 
-def _picture(plan: "Plan") -> bytes:
+def _picture(jobs: Mapping[str, "Job"], samples: int) -> bytes:
     """The first test mazes with the best of N paths of each policy."""
     from rich.progress import track
 
     from tealightning.worlds.maze import best_paths, maze_picture
 
-    config = plan.jobs[TEA, plan.spec.seeds[0]].config
+    config = jobs[TEA].config
     with Path(config["data"]["init_args"]["test"]).open(encoding="utf-8") as lines:
         grids = [json.loads(line)["grid"] for line, _ in zip(lines, range(PICTURED_MAZES), strict=False)]
-    jobs = _jobs(plan)
-    policies = {START: Path(config["model"]["init_args"]["policy"])} | {
-        name: jobs[name].folder / "policy" for name in (GRPO, TEA)
-    }
-    samples = max(plan.spec.evaluation.ns)
+    policies = {name: jobs[name].folder / "policy" for name in (GRPO, TEA)}
+    policies = {START: Path(config["model"]["init_args"]["policy"])} | policies
     moves = config["rollout"]["sampling"]["max_new_tokens"]
     columns = {
         f"{NAMES[name]}, best of {samples}": best_paths(policy, grids, samples=samples, max_moves=moves)
         for name, policy in track(policies.items(), description="Picture", transient=True)
     }
     return maze_picture(grids, columns)
-
-
-def _jobs(plan: "Plan") -> dict[str, "Job"]:
-    seed = plan.spec.seeds[0]
-    return {START: plan.starts[TEA, seed], GRPO: plan.jobs[GRPO, seed], TEA: plan.jobs[TEA, seed]}
-
-
-def _values(plan: "Plan", job: "Job") -> tuple[Any, Any]:
-    """Keys [Q] and best-of-n [Q, len(ns)] of the last evaluation of a run."""
-    from tealightning.ablation.evaluations import read_evaluations
-    from tealightning.functional.best_of_n import best_of_n
-
-    evaluation = read_evaluations(job.folder, "val")[-1]
-    return evaluation.keys, best_of_n(evaluation.rewards, plan.spec.evaluation.ns)
-
-
-def _arguments(estimator: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in (estimator.get("init_args") or {}).items())

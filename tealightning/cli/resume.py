@@ -11,56 +11,44 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from tealightning.cli.user_settings import flat_settings
 from tealightning.errors import UserError
 from tealightning.reliability.checkpoint_files import checkpoints, newest_good
 
 _COMPARED = {
     "fit": ("model", "data", "rollout.group_size", "rollout.sampling", "rollout.steps_ahead", "seed_everything"),
-    "validate": ("model.init_args.policy", "model.init_args.lora"),
-    "test": ("model.init_args.policy", "model.init_args.lora"),
+    "validate": ("model.policy", "model.lora"),
+    "test": ("model.policy", "model.lora"),
 }
 """Settings in which a run must be the same for its checkpoint to be this configuration's: those that say what is
 trained on what. Engine and reward are not among them: a run that they have ended may go on with other memory limits,
 timeouts or servers."""
-_FREE = {f"model.init_args.{name}" for name in ("micro_batch_tokens", "micro_batch_size", "gradient_checkpointing")}
+_FREE = {f"model.{name}" for name in ("micro_batch_tokens", "micro_batch_size", "gradient_checkpointing")}
 """Memory and speed, for a run that has ended for want of them."""
 
 
 def command_to_go_on(given: Sequence[str]) -> str:
     """The command line `tealightning GIVEN`, with the newest checkpoint to start from."""
-    args: list[str] = []
-    remaining = iter(given)
-    for arg in remaining:
-        if arg == "--ckpt_path":
-            next(remaining, None)
-        elif not arg.startswith("--ckpt_path="):
-            args.append(arg)
-    return shlex.join(["tealightning", *args, "--ckpt_path", "last"])
+    option = "--ckpt_path"
+    pairs = zip(["", *given], given, strict=False)
+    args = [arg for before, arg in pairs if option not in (before, arg.partition("=")[0])]
+    return shlex.join(["tealightning", *args, option, "last"])
 
 
 def last_checkpoint(
     trainer: pl.Trainer, settings: dict[str, Any], command: str, refuse_live: Callable[[Path], None] = lambda run: None
 ) -> str | None:
-    """The newest checkpoint that is whole: of the newest run of this configuration that has one.
+    """The newest checkpoint that is whole, of the newest run of this configuration (the resolved `settings`) that has
+    one; None for a `fit` of which there is no checkpoint at all: it begins.
 
-    Args:
-        trainer: Its loggers and callbacks say where runs are.
-        settings: Resolved, as `config.yaml` in a run's folder has them.
-        command: `fit`, `validate` or `test`.
-        refuse_live: Called with the folder of the run that would be gone on with; raises if it still lives.
-
-    Returns:
-        None for a `fit` of which there is no checkpoint at all: it begins.
-
-    Raises:
-        ValueError: if there are checkpoints, and all are damaged or of other settings; or none to evaluate.
+    `refuse_live` is called with the folder of the run that would be gone on with, and raises if it still lives.
     """
     damaged: list[str] = []
     others: list[str] = []
     for folder in _checkpoint_folders(trainer, settings):
         if not checkpoints(folder):
             continue
-        if differences := list(_differences(folder.parent / "config.yaml", settings, _COMPARED[command])):
+        if differences := _differences(folder.parent / "config.yaml", settings, _COMPARED[command]):
             others.append(f"{folder} is of a run with another {', '.join(differences)}")
             continue
         refuse_live(folder.parent)  # before its files are read: it would replace them meanwhile
@@ -87,20 +75,14 @@ def _checkpoint_folders(trainer: pl.Trainer, settings: dict[str, Any]) -> Iterat
     if not trainer.loggers:
         yield Path(trainer.default_root_dir) / "checkpoints"
         return
-    logger = trainer.loggers[0]
-    runs = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name or "")
-    version = _given_version(settings["trainer"].get("logger"))
-    if version is not None:
-        yield runs / (version if isinstance(version, str) else f"version_{version}") / "checkpoints"
-        return
-    yield from sorted(runs.glob("*/checkpoints"), key=_age, reverse=True)
-
-
-def _given_version(logger: Any) -> Any:
-    """The version that the configuration gives its (first) logger; None if each run gets a new one."""
+    runs = Path(trainer.loggers[0].save_dir or trainer.default_root_dir) / str(trainer.loggers[0].name or "")
+    logger = settings["trainer"].get("logger")
     first = logger[0] if isinstance(logger, list) and logger else logger
-    init_args = first.get("init_args", {}) if isinstance(first, dict) else {}
-    return init_args.get("version")
+    version = first.get("init_args", {}).get("version") if isinstance(first, dict) else None
+    if version is not None:  # else each run gets a new one
+        yield runs / (version if isinstance(version, str) else f"version_{version}") / "checkpoints"
+    else:
+        yield from sorted(runs.glob("*/checkpoints"), key=_age, reverse=True)
 
 
 def _age(folder: Path) -> tuple[int, float]:
@@ -109,24 +91,12 @@ def _age(folder: Path) -> tuple[int, float]:
     return int(number[1]) if number else -1, folder.stat().st_mtime
 
 
-def _differences(config: Path, settings: dict[str, Any], keys: Sequence[str]) -> Iterator[str]:
-    """Keys below `keys` whose values are others in a run's saved configuration; none if it has saved none."""
+def _differences(config: Path, settings: dict[str, Any], sections: tuple[str, ...]) -> list[str]:
+    """Keys in `sections` whose values are others in a run's saved configuration; none if it has saved none."""
     if not config.is_file():
-        return
-    saved = yaml.safe_load(config.read_text(encoding="utf-8"))
-    for key in keys:
-        yield from _differing(key, _inner(saved, key), _inner(settings, key))
-
-
-def _differing(key: str, one: Any, other: Any) -> Iterator[str]:
-    if isinstance(one, dict) and isinstance(other, dict):
-        for name in sorted({*one, *other}):
-            yield from _differing(f"{key}.{name}", one.get(name), other.get(name))
-    elif one != other and key not in _FREE:
-        yield key
-
-
-def _inner(settings: Any, key: str) -> Any:
-    for name in key.split("."):
-        settings = settings.get(name) if isinstance(settings, dict) else None
-    return settings
+        return []
+    documents = yaml.safe_load(config.read_text(encoding="utf-8")), settings
+    saved, own = ({setting.key: setting.value for setting in flat_settings("", document, "")} for document in documents)
+    keys = {key for key in {*saved, *own} - _FREE if key.startswith(sections)}
+    groups = {key for values in (saved, own) for key in keys if isinstance(values.get(key), dict)}
+    return sorted(key for key in keys - groups if saved.get(key) != own.get(key))

@@ -1,7 +1,7 @@
 """Commands `fit`, `validate` and `test`: LightningCLI with a `rollout` section and short error messages."""
 
+import functools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger
 
 from tealightning.callbacks import BestOfNReport, Deadlines, HealthChecks, ResumableCheckpoint, RolloutCallback
-from tealightning.cli.console import quiet_transformers
 from tealightning.cli.error_messages import naming_settings, parse_error
-from tealightning.cli.preflight import check_classes, check_inputs, check_seed, check_together
+from tealightning.cli.main import quiet_transformers
+from tealightning.cli.preflight import check_classes, check_inputs, check_together
 from tealightning.cli.resume import command_to_go_on, last_checkpoint
 from tealightning.cli.user_settings import canonical_args, canonical_settings, with_estimator_defaults
 from tealightning.data import PromptDataModule
@@ -48,7 +48,15 @@ class _Parser(LightningArgumentParser):
     """Takes registered names in config files, and ends with the bare message instead of usage and message."""
 
     def parse_string(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Any:
-        settings = _load_settings(content, str(path) or "config")
+        name = str(path) or "config"
+        settings = {} if (document := load_yaml(content, name)) is None else document
+        mappings = {name: settings}
+        if isinstance(settings, dict):
+            sections = ("trainer", "rollout", "checkpoint", "health", "deadlines")
+            mappings |= {f"{name}: {section}": settings.get(section, {}) for section in sections}
+        for where, value in mappings.items():
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: expected settings, `name: value`, got {str(value)[:60]!r}.")
         canonical = canonical_settings(settings)
         # The text as it is where nothing was renamed: YAML dialects differ in numbers such as 1e-3.
         text = content if canonical == settings and settings else yaml.safe_dump(canonical)
@@ -62,13 +70,10 @@ class _SaveConfig(SaveConfigCallback):
     """Saves the resolved config into the run's own folder, whatever the logger; without one there is no such folder."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if not trainer.loggers:
+        if not trainer.loggers or self.already_saved or not trainer.is_global_zero:
             return
         file = run_folder(trainer) / self.config_filename
-        if self.already_saved or not trainer.is_global_zero:
-            return
-        is_resumed = stage == "fit" and self.config.get("ckpt_path") is not None
-        if not is_resumed:
+        if stage != "fit" or self.config.get("ckpt_path") is None:
             refuse_other_runs(file)
         write_whole(file, self.parser.dump(self.config, skip_none=False).encode())
         self.already_saved = True
@@ -76,11 +81,9 @@ class _SaveConfig(SaveConfigCallback):
 
 class TrainingCLI(LightningCLI):
     """LightningCLI plus the sections `rollout` (engine, reward, group size, sampling), `checkpoint`, `health` and
-    `deadlines`.
+    `deadlines`. It builds everything; `start` runs the command.
 
-    Args:
-        command: `fit`, `validate` or `test`.
-        given: The whole command line, for the command to go on that a run which is stopped prints.
+    `given` is the whole command line, for the command to go on that a run which is stopped prints.
     """
 
     def __init__(self, *args: Any, command: str, given: Sequence[str], **kwargs: Any) -> None:
@@ -98,13 +101,14 @@ class TrainingCLI(LightningCLI):
         """With checkpoints from which a run can go on, unless they are off, their files verified in any case, and CSV
         loggers that lose nothing."""
         settings = self._get(self.config_init, "trainer")
-        callbacks, plugins = (_as_list(settings.get(name)) for name in ("callbacks", "plugins"))
+        lists = [settings.get(name) or [] for name in ("callbacks", "plugins")]
+        callbacks, plugins = ([*value] if isinstance(value, list | tuple) else [value] for value in lists)
         if settings.get("enable_checkpointing") is not False and not settings.get("fast_dev_run"):
             checkpoint = self._get(self.config_init, "checkpoint")
             checkpoint.resume_command = command_to_go_on(self.given)
-            callbacks = [*callbacks, checkpoint]
+            callbacks.append(checkpoint)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins = [*plugins, VerifiedCheckpointIO()]
+            plugins.append(VerifiedCheckpointIO())
         trainer = super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
         trainer.loggers = [
             DurableCSVLogger.taking_over(logger) if type(logger) is CSVLogger else logger for logger in trainer.loggers
@@ -114,24 +118,19 @@ class TrainingCLI(LightningCLI):
     def before_fit(self) -> None:
         """Refuse what cannot work before anything is loaded, the cheap checks first."""
         check_together(self)
-        self._find_last()
+        if self.resolved.get("ckpt_path") == "last":
+            settings = yaml.safe_load(self.parser.dump(self.config))[self.command]
+            path = last_checkpoint(self.trainer, settings, self.command, self._refuse_live)
+            self.resolved["ckpt_path"] = self.config_init[self.command]["ckpt_path"] = path
+        if (chosen := self._get(self.config_init, "ckpt_path")) is not None:
+            warn_of_pickles(chosen)
         check_inputs(self)
 
     before_validate = before_test = before_fit
 
-    def _find_last(self) -> None:
-        """Put the path in the place of `--ckpt_path last`."""
-        assert self.subcommand is not None
-        if self._get(self.config, "ckpt_path") == "last":
-            settings = yaml.safe_load(self.parser.dump(self.config))[self.subcommand]
-            path = last_checkpoint(self.trainer, settings, self.subcommand, self._refuse_live)
-            self.config[self.subcommand]["ckpt_path"] = self.config_init[self.subcommand]["ckpt_path"] = path
-        if (chosen := self._get(self.config_init, "ckpt_path")) is not None:
-            warn_of_pickles(chosen)
-
     def _refuse_live(self, folder: Path) -> None:
         """Of a run: `fit` goes on with it only once it has ended."""
-        if self.subcommand == "fit" and self.trainer.is_global_zero:
+        if self.command == "fit" and self.trainer.is_global_zero:
             refuse_live_run(folder, run_folder(self.trainer))
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -140,9 +139,11 @@ class TrainingCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
-        command, *self.args = args
-        self.resolved = self.config[command]
-        check_seed(self.resolved.seed_everything)
+        self.resolved = self.config[self.command]
+        self.naming = functools.partial(naming_settings, self.resolved, args[1:])
+        seed = self.resolved.seed_everything
+        if not isinstance(seed, bool) and isinstance(seed, int) and not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}.")
         check_classes(self.resolved)
 
     def instantiate_classes(self) -> None:
@@ -150,17 +151,17 @@ class TrainingCLI(LightningCLI):
         with self.naming():
             super().instantiate_classes()
 
-    def naming(self, key: str = "") -> AbstractContextManager[None]:
-        """Let errors name the setting `key`; empty = that of the class whose constructor raises."""
-        return naming_settings(self.resolved, self.args, key)
-
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would load the whole checkpoint to look for hyperparameters, and there are none in it."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        is_resumed = subcommand == "fit" and self.config_init[subcommand].get("ckpt_path") is not None
+        """Nothing: LightningCLI calls it when everything is built, and `start` is for the caller to call."""
+
+    def start(self) -> None:
+        """Run the command."""
+        is_resumed = self.command == "fit" and self._get(self.config_init, "ckpt_path") is not None
         with claimed_run_folder(self.trainer, is_resumed=is_resumed):
-            super()._run_subcommand(subcommand)
+            super()._run_subcommand(self.command)
 
     def after_fit(self) -> None:
         """Make up for a last validation that was cut off, or that a best-of-n report lacks."""
@@ -173,77 +174,31 @@ class TrainingCLI(LightningCLI):
                 report.show(self.trainer, self.model)
 
 
-class _Unstarted(TrainingCLI):
-    """Builds what `fit`, `validate` or `test` would run, and leaves running it to the caller."""
+def build_training(command: str, args: Sequence[str], given: Sequence[str] = ()) -> TrainingCLI:
+    """`trainer`, `model`, `datamodule` and `config` of `tealightning COMMAND ARGS`, built and not started.
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing."""
-
-
-def run_training(command: str, args: Sequence[str], given: Sequence[str] = ()) -> None:
-    """Parse and run `tealightning COMMAND ARGS`.
-
-    Args:
-        given: The command line as the user gave it, with the options that are not in `args`.
-
-    Raises:
-        UserError: for a config that does not parse.
+    `given` is the command line as the user gave it, with the options that are not in `args`.
     """
-    _parse(TrainingCLI, command, args, given or [command, *args])
-
-
-def build_training(command: str, args: Sequence[str]) -> TrainingCLI:
-    """`trainer`, `model`, `datamodule` and `config` of `tealightning COMMAND ARGS`, built and not run.
-
-    Raises:
-        UserError: for a config that does not parse.
-    """
-    return _parse(_Unstarted, command, args, [command, *args])
-
-
-def _parse(cli_class: type[TrainingCLI], command: str, args: Sequence[str], given: Sequence[str]) -> TrainingCLI:
     quiet_transformers()
     torch.set_float32_matmul_precision("high")
+    usage = f"tealightning {command} [-c CONFIG]... [--setting=value]..."
     try:
-        return cli_class(
+        return TrainingCLI(
             PostTrainingModule,
             PromptDataModule,
-            trainer_class=pl.Trainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=_SaveConfig,
             parser_class=_Parser,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            parser_kwargs={"allow_abbrev": False, command: _command_kwargs(command)},
+            parser_kwargs={
+                "allow_abbrev": False,
+                command: {"allow_abbrev": False, "usage": usage, "description": COMMANDS[command] + _HELP},
+            },
             command=command,
             args=[command, *with_estimator_defaults(canonical_args(args))],
-            given=given,
+            given=given or [command, *args],
         )
     except _Refused as refused:
         raise parse_error(str(refused), args) from None
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
-
-
-def _command_kwargs(command: str) -> dict[str, Any]:
-    usage = f"tealightning {command} [-c CONFIG]... [--setting=value]..."
-    return {"allow_abbrev": False, "usage": usage, "description": COMMANDS[command] + _HELP}
-
-
-def _load_settings(content: str, name: str) -> dict[str, Any]:
-    """The settings in a config's text; nothing in it is no settings.
-
-    Raises:
-        ValueError: if it is no YAML, or no mapping.
-    """
-    settings = load_yaml(content, name)
-    if settings is not None and not isinstance(settings, dict):
-        raise UserError(f"{name}: expected settings, `name: value`, got {str(settings)[:60]!r}.")
-    settings = settings or {}
-    for section in ("trainer", "rollout", "checkpoint", "health", "deadlines"):
-        if not isinstance(value := settings.get(section, {}), dict):
-            raise UserError(f"{name}: {section}: expected settings, `name: value`, got {str(value)[:60]!r}.")
-    return settings

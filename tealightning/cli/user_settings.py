@@ -184,11 +184,7 @@ def _class_path(registry: Registry, name: str, key: str) -> str:
 
 def canonical_args(args: Sequence[str]) -> list[str]:
     """`args` with registered names as class paths: of `--model.estimator=tea`, `--model.estimator tea` and
-    `--model.estimator.help tea`. Everything else passes through.
-
-    Raises:
-        UserError: for an unknown name, with the nearest valid ones.
-    """
+    `--model.estimator.help tea`. Everything else passes through."""
     words = list(args)
     for i, word in enumerate(words):
         option, equals, value = word.partition("=")
@@ -203,11 +199,7 @@ def canonical_args(args: Sequence[str]) -> list[str]:
 
 
 def canonical_settings(settings: Any, key: str = "") -> Any:
-    """A parsed YAML document with registered names as class paths.
-
-    Raises:
-        UserError: for an unknown name, with the nearest valid ones; or for null in place of one.
-    """
+    """A parsed YAML document with registered names as class paths; null in place of one is refused."""
     registry = registry_of(key)
     if registry is not None and settings is None:
         raise UserError(f"{key} must be set, got null. Valid: {', '.join(registry.names())}.")

@@ -1,3 +1,4 @@
+import logging
 import subprocess
 import sys
 
@@ -5,6 +6,7 @@ import pytest
 from command_line import run
 
 import tealightning
+from tealightning.cli.main import quiet_startup
 from tealightning.estimators import ESTIMATORS, estimator_names
 
 
@@ -98,3 +100,12 @@ def test_a_wrong_command_is_one_message(args, told):
     result = run(*args)
     assert result.status == 2
     assert told in result.err and "Traceback" not in result.err
+
+
+def test_advertisements_are_dropped_and_all_else_is_kept(caplog):
+    quiet_startup()
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    with caplog.at_level(logging.INFO, logger.name):
+        logger.info("💡 Tip: For seamless cloud logging, try installing another product")
+        logger.info("`Trainer.fit` stopped: `max_steps=%d` reached.", 3)
+    assert [record.getMessage() for record in caplog.records] == ["`Trainer.fit` stopped: `max_steps=3` reached."]
