@@ -1,7 +1,7 @@
-"""Checks of constructor arguments: each raises a UserError that names the argument."""
+"""Checks of constructor arguments: each returns the value, or raises a UserError that names the argument."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from tealightning.errors import UserError
@@ -25,27 +25,26 @@ def check_choice(name: str, value: Name, choices: Sequence[str]) -> Name:
 
 def check_alpha(alpha: float) -> float:
     """`alpha` if it is a tail level in (0, 1]."""
-    if not isinstance(alpha, (int, float)) or not 0 < alpha <= 1:
-        raise UserError(f"alpha must be a number in (0, 1], the upper share of each group that counts; got {alpha!r}.")
-    return float(alpha)
+    expected = "a number in (0, 1], the upper share of each group that counts"
+    return _check_number("alpha", alpha, expected, lambda number: 0 < number <= 1)
 
 
 def check_finite(name: str, value: float) -> float:
     """`value` if it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UserError(f"{name} must be a finite number, got {value!r}.")
-    return float(value)
+    return _check_number(name, value, "a finite number", math.isfinite)
 
 
 def check_positive(name: str, value: float) -> float:
     """`value` if it is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise UserError(f"{name} must be a finite number above 0, got {value!r}.")
-    return float(value)
+    return _check_number(name, value, "a finite number above 0", lambda number: 0 < number < math.inf)
 
 
 def check_not_negative(name: str, value: float) -> float:
     """`value` if it is a finite number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise UserError(f"{name} must be a finite number of at least 0, got {value!r}.")
+    return _check_number(name, value, "a finite number of at least 0", lambda number: 0 <= number < math.inf)
+
+
+def _check_number(name: str, value: float, expected: str, is_valid: Callable[[float], bool]) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_valid(value):
+        raise UserError(f"{name} must be {expected}, got {value!r}.")
     return float(value)

@@ -5,6 +5,7 @@
 """
 
 import difflib
+import inspect
 import re
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -22,11 +23,8 @@ def snake_case(class_name: str) -> str:
 
 
 def did_you_mean(name: str, valid: Iterable[str], *, list_up_to: int | None = None) -> str:
-    """The end of an error message about an unknown `name`: the nearest valid names, then all of them.
-
-    Args:
-        list_up_to: Of more valid names than this, only the nearest are named; None = all are listed.
-    """
+    """The end of an error message about an unknown `name`: the nearest valid names, then all of them, unless they are
+    more than `list_up_to`."""
     by_lower = {v.lower(): v for v in sorted(valid)}
     near = [by_lower[n] for n in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
@@ -35,22 +33,14 @@ def did_you_mean(name: str, valid: Iterable[str], *, list_up_to: int | None = No
 
 
 class Registry:
-    """Classes of one kind by snake_case name.
-
-    Args:
-        kind: What the classes are, for messages ("estimator").
-    """
+    """Classes of one kind by snake_case name; `kind` is what they are, for messages ("estimator")."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._classes: dict[str, type] = {}
 
     def add(self, cls: T) -> T:
-        """Make `cls` known under the snake_case of its name.
-
-        Raises:
-            ValueError: if another class already has that name.
-        """
+        """Make `cls` known under the snake_case of its name; a name that another class has is a UserError."""
         name = snake_case(cls.__name__)
         known = self._classes.get(name)
         same_source = known is not None and (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
@@ -68,11 +58,7 @@ class Registry:
         return [self._classes[name] for name in self.names()]
 
     def get(self, name: str) -> type:
-        """The class called `name` (snake_case, or the class name itself).
-
-        Raises:
-            ValueError: for an unknown name, with the nearest valid ones.
-        """
+        """The class called `name` (snake_case, or the class name itself); an unknown one is a UserError."""
         cls = self._classes.get(name) or self._classes.get(snake_case(name))
         if cls is None:
             raise UserError(f"Unknown {self.kind} {name!r}.{did_you_mean(name, self._classes)}")
@@ -80,8 +66,6 @@ class Registry:
 
     def build(self, name: str, **kwargs: Any) -> Any:
         """`get(name)(**kwargs)`; an unknown name or parameter is a ValueError naming the valid ones."""
-        import inspect
-
         cls = self.get(name)
         parameters = inspect.signature(cls).parameters
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

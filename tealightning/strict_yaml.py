@@ -24,13 +24,10 @@ class _SafeLoader(yaml.SafeLoader):
 
 
 def load_yaml(text: str, name: str) -> Any:
-    """The document in `text`.
-
-    Args:
-        name: Of the file, for messages.
+    """The document in `text`; `name` is the file's, for messages.
 
     Raises:
-        ValueError: if it is no YAML, a setting is given twice, or a value is none that YAML has (a date 2026-13-45).
+        UserError: if it is no YAML, a setting is given twice, or a value is none that YAML has (a date 2026-13-45).
     """
     try:
         return yaml.load(text, Loader=_SafeLoader)

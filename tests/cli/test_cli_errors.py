@@ -167,7 +167,7 @@ def fit_args(playground, tmp_path):
         ("rollout.sampling.temperature=0", "error: rollout.sampling.temperature must be above 0, got 0.0."),
         (
             "model.estimator.alpha=3",
-            "error: model.estimator.alpha must be a number in (0, 1], the upper share of each group that counts; got",
+            "error: model.estimator.alpha must be a number in (0, 1], the upper share of each group that counts, got",
         ),
         ("model.loss.kl_coef=-1", "error: model.loss.kl_coef must be 0 or more, got -1.0."),
         (
