@@ -1,7 +1,7 @@
 """Commands `diagnose gradients` (gradient fidelity in analytic worlds) and `diagnose tail` (tail checks of rewards)."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,7 @@ what to diagnose:
 
 
 def diagnose(args: Sequence[str]) -> None:
-    """Run one of the instruments.
-
-    Raises:
-        UserError: for an unknown one.
-    """
+    """Run one of the instruments."""
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")
         return
@@ -37,27 +33,37 @@ def diagnose(args: Sequence[str]) -> None:
     commands[args[0]](list(args[1:]))
 
 
-def at_least(low: int, why: str = "", **values: int) -> None:
-    """Check options against their smallest value.
+def at_least(low: int, why: str = "") -> Callable[[str], int]:
+    """Type of an option: a whole number that is not below `low`."""
 
-    Raises:
-        UserError: naming the option, with `why`.
-    """
-    for name, value in values.items():
-        option = f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
-        if value < low:
-            raise UserError(f"{option} must be at least {low}{why and f' ({why})'}, got {value}.")
+    def parse(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}{why}, got {text}")
+        return int(text)
+
+    parse.__name__ = "int"  # in argparse's message on what is no number
+    return parse
 
 
-def new_parser(prog: str, **texts: Any) -> argparse.ArgumentParser:
-    """A parser that keeps the line breaks of its texts and takes whole option names only."""
-    layout = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(prog=f"tealightning {prog}", formatter_class=layout, allow_abbrev=False, **texts)
+def upper_share(text: str) -> float:
+    """Type of an option: a share in (0, 1]."""
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text}")
+    return float(text)
+
+
+def new_parser(command: str, out: str, **texts: Any) -> argparse.ArgumentParser:
+    """A parser that keeps the line breaks of its texts, takes whole option names only, and has --seed and --out."""
+    prog, layout = f"tealightning diagnose {command}", argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=prog, formatter_class=layout, allow_abbrev=False, **texts)
+    seed_help = "all random numbers but those of a config's rollouts follow from it (default: 0)"
+    parser.add_argument("--seed", type=at_least(0), default=0, help=seed_help)
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"folder for the report (default: {out})")
+    return parser
 
 
 # ---------------------------------------------------------------- diagnose gradients
 
-SWEEP_CHOICES = ("none", "m", "alpha", "tail", "all")
 GRADIENTS_DESCRIPTION = """\
 How faithful is each estimator's gradient to the exact gradient of best-of-N?
 
@@ -78,72 +84,15 @@ examples:
 """
 
 
-def diagnose_gradients(args: Sequence[str]) -> None:
-    """Measure gradient fidelity in analytic worlds; with a configuration, on a policy.
-
-    Raises:
-        UserError: for an unknown estimator, world or sweep (with the nearest valid names), or a value out of range.
-    """
-    if any(arg in ("-c", "--config") or arg.startswith(("--config=", "-c=")) for arg in args):
-        from tealightning.cli.diagnose_policy import diagnose_policy_gradients
-
-        diagnose_policy_gradients(list(args))
-        return
-    options = gradients_parser().parse_args(args)
-    from tealightning.diagnostics import fidelity_report, measurements
-    from tealightning.diagnostics.fidelity import MIN_GROUPS
-    from tealightning.diagnostics.worlds import NAMES
-    from tealightning.reporting.provenance import provenance
-
-    specs, sweeps = measurements.parse_estimators(options.estimators), sweeps_of(options.sweeps)
-    ms, target_ns = options.m or [16, 32], options.target_n or [128]
-    worlds = list(dict.fromkeys(options.worlds or NAMES))
-    at_least(2, m=min(ms))
-    at_least(1, N=min(target_ns), seeds=options.seeds)
-    at_least(MIN_GROUPS, "two steps over 256 prompts", groups=options.groups)
-    for alpha in options.alpha:
-        if not 0 < alpha <= 1:
-            raise UserError(f"--alpha must be in (0, 1], the upper share that counts as the tail; got {alpha}.")
-    command = ["diagnose", "gradients", *args]
-    alpha = options.alpha[0]
-    if options.decision:
-        asked = options.m or options.target_n
-        pairs = [(m, n) for m in ms for n in target_ns] if asked else measurements.DECISION_SETTINGS
-        seeds = range(options.seed * options.seeds, (options.seed + 1) * options.seeds)
-        rows = measurements.measure_decisions(specs, settings=pairs, alpha=alpha, seeds=seeds, progress=True)
-        source = provenance(command, seed=options.seed)
-        files = fidelity_report.write_decisions(options.out, rows, source, seeds=options.seeds)
-        print(files[0].read_text(encoding="utf-8"))
-    else:
-        settings = measurements.main_measurements(worlds, ms, target_ns, options.alpha)
-        for sweep in sweeps:
-            settings += measurements.sweep_measurements(sweep, m=ms[0], target_n=target_ns[0], alpha=alpha)
-        rows = measurements.measure(settings, specs, groups=options.groups, seed=options.seed, progress=True)
-        source = provenance(command, seed=options.seed)
-        files = fidelity_report.write_fidelity(options.out, rows, source, groups=options.groups)
-        print(f"{worlds[0]}\n\n{fidelity_report.table_of_world(rows, worlds[0])}\n")
-    print("\n".join(str(file) for file in files))
-
-
-def sweeps_of(names: Sequence[str]) -> tuple[str, ...]:
-    """Resolve names of sweeps: `all` is every one, `none` is none.
-
-    Raises:
-        UserError: for an unknown one.
-    """
-    for name in names:
-        if name not in SWEEP_CHOICES:
-            raise UserError(f"--sweeps: unknown sweep {name!r}.{did_you_mean(name, SWEEP_CHOICES)}")
-    return tuple(sweep for sweep in ("m", "alpha", "tail") if "all" in names or sweep in names)
-
-
 def gradients_parser() -> argparse.ArgumentParser:
     """Options of `diagnose gradients` without a configuration."""
-    parser = new_parser("diagnose gradients", description=GRADIENTS_DESCRIPTION, epilog=GRADIENTS_EPILOG)
+    texts = {"description": GRADIENTS_DESCRIPTION, "epilog": GRADIENTS_EPILOG}
+    parser = new_parser("gradients", "runs/diagnose_gradients", **texts)
     add = parser.add_argument
-    add("-m", type=int, nargs="+", metavar="M", help="rollouts a prompt (default: 16 32)")
-    add("-N", "--target_n", type=int, nargs="+", metavar="N", help="best-of-N budgets of deployment (default: 128)")
-    add("--alpha", type=float, nargs="+", default=[0.25], help="tail levels of the tail estimators (default: 0.25)")
+    add("-m", type=at_least(2), nargs="+", metavar="M", help="rollouts a prompt (default: 16 32)")
+    add("-N", "--target_n", type=at_least(1), nargs="+", metavar="N", help="best-of-N of deployment (default: 128)")
+    alpha_help = "tail levels of the tail estimators: the upper share that counts as the tail (default: 0.25)"
+    add("--alpha", type=upper_share, nargs="+", default=[0.25], help=alpha_help)
     estimators_help = "default: all registered ones and a few variants; N, alpha and k = min(N, m) are filled in"
     add("--estimators", nargs="+", metavar="NAME[:PARAMETER=VALUE,...]", help=estimators_help)
     worlds_help = (
@@ -152,17 +101,48 @@ def gradients_parser() -> argparse.ArgumentParser:
     )
     add("--worlds", nargs="+", metavar="WORLD", help=worlds_help)
     sweeps_help = (
-        "none, m (16 to 512), alpha (0.1 to 1), tail (generalised Pareto rewards of index -0.4 to 0.3), all; at "
-        "the first m, N and alpha (default: none)"
+        "m (16 to 512), alpha (0.1 to 1), tail (generalised Pareto rewards of index -0.4 to 0.3); at the first m, N "
+        "and alpha (default: none)"
     )
-    add("--sweeps", nargs="+", default=["none"], metavar="SWEEP", help=sweeps_help)
-    add("--groups", type=int, default=20_000, help="groups behind each figure (default: 20000)")
+    add("--sweeps", nargs="+", default=["none"], choices=["none", "m", "alpha", "tail", "all"], help=sweeps_help)
+    groups = at_least(512, " (two steps over 256 prompts)")
+    add("--groups", type=groups, default=20_000, help="groups behind each figure (default: 20000)")
     add("--decision", action="store_true", help="train in the two-arm world instead: decision.md, decision.csv")
-    add("--seeds", type=int, default=5, help="trainings for each entry of --decision (default: 5)")
-    add("--seed", type=int, default=0, help="all random numbers follow from it (default: 0)")
-    out_help = "folder for the report (default: runs/diagnose_gradients)"
-    add("--out", type=Path, default=Path("runs/diagnose_gradients"), help=out_help)
+    add("--seeds", type=at_least(1), default=5, help="trainings for each entry of --decision (default: 5)")
     return parser
+
+
+def diagnose_gradients(args: Sequence[str]) -> None:
+    """Measure gradient fidelity in analytic worlds; with a configuration, on a policy."""
+    if any(arg in ("-c", "--config") or arg.startswith(("--config=", "-c=")) for arg in args):
+        from tealightning.cli.diagnose_policy import diagnose_policy_gradients
+
+        diagnose_policy_gradients(list(args))
+        return
+    options = gradients_parser().parse_args(args)
+    from tealightning.diagnostics import fidelity_report, measurements, worlds
+    from tealightning.reporting.provenance import provenance
+
+    specs = measurements.parse_estimators(options.estimators)
+    ms, target_ns, alphas = options.m or [16, 32], options.target_n or [128], options.alpha
+    source = provenance(["diagnose", "gradients", *args], seed=options.seed)
+    if options.decision:
+        asked = options.m or options.target_n
+        pairs = [(m, n) for m in ms for n in target_ns] if asked else measurements.DECISION_SETTINGS
+        seeds = range(options.seed * options.seeds, (options.seed + 1) * options.seeds)
+        rows = measurements.measure_decisions(specs, settings=pairs, alpha=alphas[0], seeds=seeds)
+        files = fidelity_report.write_decisions(options.out, rows, source, seeds=options.seeds)
+        print(files[0].read_text(encoding="utf-8"))
+    else:
+        names = list(dict.fromkeys(options.worlds or worlds.NAMES))
+        sweeps = [sweep for sweep in measurements.SWEEPS if "all" in options.sweeps or sweep in options.sweeps]
+        settings = []
+        for sweep in ("main", *sweeps):
+            settings += measurements.measurements_of(sweep, names, ms, target_ns, alphas)
+        rows = measurements.measure(settings, specs, groups=options.groups, seed=options.seed)
+        files = fidelity_report.write_fidelity(options.out, rows, source, groups=options.groups)
+        print(f"{names[0]}\n\n{fidelity_report.table_of_world(rows, names[0])}\n")
+    print("\n".join(map(str, files)))
 
 
 # ---------------------------------------------------------------- diagnose tail
@@ -188,77 +168,64 @@ With -c, all further options are settings of the config, as in `tealightning fit
 """
 
 
-def diagnose_tail(args: Sequence[str]) -> None:
-    """Check the tail of a reward, print the verdict and write the report.
-
-    Raises:
-        UserError: for options that do not go together, or files that do not hold rewards (with file and line).
-    """
-    options, overrides = tail_parser().parse_known_args(list(args))
-    if overrides and not options.config:
-        raise UserError(f"Unknown options: {' '.join(overrides)}. Settings of a config need -c CONFIG.")
-    for name, share in (("--alpha", options.alpha), ("--tested-share", options.tested_share)):
-        if share is not None and not 0 < share <= 1:
-            raise UserError(f"{name} must be in (0, 1], got {share}.")
-    at_least(1, group_size=options.group_size, prompts=options.prompts, samples=options.samples)
-    at_least(0, seed=options.seed)
-    pool = _pool(options, overrides)
-    from tealightning.diagnostics.tail import diagnose_pool, tables_text, verdict_text, write_diagnosis
-    from tealightning.reporting.provenance import provenance
-
-    print(f"Checking the rewards of {len(pool.ids)} prompts ...", flush=True)
-    diagnosis = diagnose_pool(
-        pool,
-        m=options.group_size,
-        alpha=options.alpha,
-        tested_share=options.tested_share,
-        ns=options.ns,
-        seed=options.seed,
-    )
-    files = write_diagnosis(options.out, diagnosis, provenance(["diagnose", "tail", *args], seed=options.seed))
-    print(f"\n{verdict_text(diagnosis)}\n\n{tables_text(diagnosis)}\n")
-    print("\n".join(str(file) for file in files))
-
-
-def _pool(options: argparse.Namespace, overrides: Sequence[str]) -> "RolloutPool":
-    """Read or sample the rewards, as the options say."""
-    from tealightning.diagnostics.pool import read_rewards, read_run
-
-    if options.rewards is not None:
-        return read_rewards(options.rewards)
-    if options.run is not None:
-        return read_run(options.run, options.which)
-    from tealightning.cli.diagnose_policy import collect_pool
-
-    print(f"Sampling {options.samples} completions for each of {options.prompts} prompts ...", flush=True)
-    config = [part for path in options.config for part in ("-c", path)]
-    return collect_pool([*config, *overrides], num_prompts=options.prompts, num_samples=options.samples)[1]
-
-
 def tail_parser() -> argparse.ArgumentParser:
     """Options of `diagnose tail`."""
     usage = "tealightning diagnose tail (--rewards FILE | --run FOLDER | -c CONFIG [--setting=value]...) [options]"
-    parser = new_parser("diagnose tail", usage=usage, description=TAIL_DESCRIPTION, epilog=TAIL_EPILOG)
-    source = parser.add_mutually_exclusive_group(required=True)
+    texts = {"usage": usage, "description": TAIL_DESCRIPTION, "epilog": TAIL_EPILOG}
+    parser = new_parser("tail", "runs/diagnose_tail", **texts)
+    source, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
     source.add_argument("--rewards", type=Path, metavar="FILE", help="rewards in JSON lines or CSV")
     source.add_argument("--run", type=Path, metavar="FOLDER", help="folder of a run: its validation rewards")
     config_help = "sample from this policy (repeatable, later ones win)"
     source.add_argument("-c", "--config", action="append", metavar="CONFIG", help=config_help)
-    add = parser.add_argument
     which_help = "with --run: before or after training (default: after)"
     add("--which", choices=["before", "after"], default="after", help=which_help)
-    add("--prompts", type=int, default=64, help="with -c: validation prompts (default: 64)")
-    add("--samples", type=int, default=128, help="with -c: completions a prompt (default: 128)")
+    add("--prompts", type=at_least(1), default=64, help="with -c: validation prompts (default: 64)")
+    add("--samples", type=at_least(1), default=128, help="with -c: completions a prompt (default: 128)")
     size_help = "samples that best-of-n is predicted from: the group_size of training (default: 16)"
-    add("-m", "--group-size", type=int, default=16, help=size_help)
-    add("--alpha", type=float, default=0.25, help="upper-tail level, that of the estimator (default: 0.25)")
+    add("-m", "--group-size", type=at_least(1), default=16, help=size_help)
+    add("--alpha", type=upper_share, default=0.25, help="upper-tail level, that of the estimator (default: 0.25)")
     share_help = (
         "upper share of each prompt's rewards that is compared with a Gaussian (default: 2 * alpha, the part that "
         "an estimator with that alpha assumes to be Gaussian)"
     )
-    add("--tested-share", type=float, metavar="SHARE", help=share_help)
+    add("--tested-share", type=upper_share, metavar="SHARE", help=share_help)
     add("--ns", type=int, nargs="+", metavar="N", help="budgets to predict (default: powers of two up to samples - m)")
-    add("--seed", type=int, default=0, help="which samples form a group (default: 0)")
-    out_help = "folder for the report (default: runs/diagnose_tail)"
-    add("--out", type=Path, default=Path("runs/diagnose_tail"), help=out_help)
     return parser
+
+
+def diagnose_tail(args: Sequence[str]) -> None:
+    """Check the tail of a reward, print the verdict and write the report."""
+    options, overrides = tail_parser().parse_known_args(list(args))
+    if overrides and not options.config:
+        raise UserError(f"Unknown options: {' '.join(overrides)}. Settings of a config need -c CONFIG.")
+    pool = _pool(options, overrides)
+    from tealightning.diagnostics import tail
+    from tealightning.reporting.provenance import provenance
+
+    print(f"Checking the rewards of {len(pool.ids)} prompts ...", flush=True)
+    settings = {name: getattr(options, name) for name in ("alpha", "tested_share", "ns", "seed")}
+    diagnosis = tail.diagnose_pool(pool, m=options.group_size, **settings)
+    source = provenance(["diagnose", "tail", *args], seed=options.seed)
+    files = tail.write_diagnosis(options.out, diagnosis, source)
+    print(f"\n{tail.verdict_text(diagnosis)}\n\n{tail.tables_text(diagnosis)}\n")
+    print("\n".join(map(str, files)))
+
+
+def _pool(options: argparse.Namespace, overrides: Sequence[str]) -> "RolloutPool":
+    """Read or sample the rewards, as the options say."""
+    if options.config:
+        from tealightning.cli.diagnose_policy import collect_pool
+
+        print(f"Sampling {options.samples} completions for each of {options.prompts} prompts ...", flush=True)
+        config = [part for path in options.config for part in ("-c", path)]
+        return collect_pool([*config, *overrides], num_prompts=options.prompts, num_samples=options.samples)[1]
+    from tealightning.diagnostics.pool import read_rewards
+
+    file = options.rewards or options.run / f"rewards_{options.which}.jsonl"
+    if options.run and not file.is_file():
+        raise UserError(
+            f"{file}: no such file. The callback BestOfNReport writes it once a run has two validations "
+            "(trainer.num_sanity_val_steps=-1 makes the first one before training)."
+        )
+    return read_rewards(file)

@@ -3,8 +3,6 @@
 import argparse
 import time
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -13,13 +11,13 @@ from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
 from tealightning.callbacks import RolloutCallback
-from tealightning.cli.diagnose import at_least
+from tealightning.cli.diagnose import at_least, new_parser, upper_share
 from tealightning.cli.training import build_training
 from tealightning.data import PromptDataModule
-from tealightning.diagnostics.fidelity_report import ceiling_text, policy_table, write_policy_fidelity
+from tealightning.diagnostics import fidelity_report
 from tealightning.diagnostics.measurements import EstimatorSpec, parse_estimators
-from tealightning.diagnostics.policy_fidelity import SPLITS, PolicyFidelity
-from tealightning.diagnostics.pool import RolloutPool, pool_of, write_rewards
+from tealightning.diagnostics.policy_fidelity import measure_on_policy
+from tealightning.diagnostics.pool import RolloutPool, half_size, pool_of, write_rewards
 from tealightning.diagnostics.projections import LinearProjection, score_vectors
 from tealightning.errors import UserError
 from tealightning.estimators import ESTIMATORS
@@ -29,7 +27,7 @@ from tealightning.types import PromptBatch
 
 BINARY_REWARDS = ("pass_at_n", "grpo_lead")
 """Estimators for rewards of 0 and 1, which say nothing about others."""
-_COMMANDS = {"val": "validate", "test": "test"}
+_USAGE = "tealightning diagnose gradients -c CONFIG [-c CONFIG ...] [--setting=value ...] [options]"
 _DESCRIPTION = """\
 How faithful each estimator's gradient from m rollouts is to the best-of-N gradient of the policy of a config. A large
 pool of rollouts a prompt is sampled by the config's own engine and scored by its own reward; the oracle is the unbiased
@@ -39,14 +37,13 @@ projections of those of the policy's linear layers. -c and every other option go
 
 
 def diagnose_policy_gradients(args: Sequence[str]) -> None:
-    """Measure, print the table, and write page, CSV, plot and the pool's rewards.
-
-    Raises:
-        UserError: for options that do not fit each other, or a config that does not parse.
-    """
+    """Measure, print the table, and write page, CSV, plot and the pool's rewards."""
     options, config_args = _parser().parse_known_args(args)
     specs = parse_estimators(options.estimators)
-    _check(options, config_args)
+    needed = max(2 * options.target_n, 4 * max(options.group_sizes))
+    if options.pool < needed:  # before anything is sampled
+        why = "each half needs N rollouts, and two groups of m"
+        raise UserError(f"--pool must be at least {needed} ({why}), got {options.pool}.")
     times = [time.perf_counter()]
     module, pool = collect_pool(config_args, num_prompts=options.prompts, num_samples=options.pool, split=options.split)
     specs, left_out = _suitable(specs, pool) if options.estimators is None else (specs, [])
@@ -54,58 +51,40 @@ def diagnose_policy_gradients(args: Sequence[str]) -> None:
     times.append(time.perf_counter())
     projection = LinearProjection(module.policy, size=options.projection, seed=options.seed)
     with tqdm(total=pool.rewards.numel(), desc="Score vectors", unit=" rollouts", dynamic_ncols=True) as bar:
-        score = partial(score_vectors, max_tokens=module.micro_batch_tokens, on_progress=bar.update)
-        scores = [score(module.policy, batch, projection).unflatten(0, batch.rewards.shape) for batch in pool.batches]
+        settings: dict[str, Any] = {"max_tokens": module.micro_batch_tokens, "on_progress": bar.update}
+        vectors = [score_vectors(module.policy, batch, projection, **settings) for batch in pool.batches]
 
     times.append(time.perf_counter())
-    names = ("target_n", "group_sizes", "alpha", "seed")
-    study = PolicyFidelity(pool.rewards, torch.cat(scores), **{name: getattr(options, name) for name in names})
-    with tqdm(total=SPLITS * len(specs) * len(study.group_sizes), desc="Estimators", dynamic_ncols=True) as bar:
-        ceiling, rows = study.run(specs, on_progress=bar.update)
+    settings = {name: getattr(options, name) for name in ("target_n", "group_sizes", "alpha", "seed")}
+    ceiling, rows = measure_on_policy(pool.rewards, torch.cat(vectors).view(*pool.rewards.shape, -1), specs, **settings)
 
     times.append(time.perf_counter())
-    facts = [*_facts(options, module, pool, projection, study, times), *left_out]
+    facts = [*_facts(options, module, pool, projection, times), *left_out]
     source = provenance(["diagnose", "gradients", *args], seed=options.seed)
-    files = write_policy_fidelity(options.out, ceiling, rows, source, facts, target_n=options.target_n)
-    write_rewards(options.out / "rewards.jsonl", pool)
+    files = fidelity_report.write_policy_fidelity(options.out, ceiling, rows, source, facts, target_n=options.target_n)
+    files.append(options.out / "rewards.jsonl")
+    write_rewards(files[-1], pool)
     print("\n".join(f"- {fact}" for fact in facts))
-    print(f"\n{ceiling_text(ceiling)}\n\n{policy_table(rows)}\n")
-    for name, file in zip(("Page", "Figures", "Plot", "Rewards"), [*files, options.out / "rewards.jsonl"], strict=True):
+    print(f"\n{fidelity_report.ceiling_text(ceiling)}\n\n{fidelity_report.policy_table(rows)}\n")
+    for name, file in zip(("Page", "Figures", "Plot", "Rewards"), files, strict=True):
         print(f"{name}: {file}")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tealightning diagnose gradients",
-        usage="tealightning diagnose gradients -c CONFIG [-c CONFIG ...] [--setting=value ...] [options]",
-        description=_DESCRIPTION,
-        allow_abbrev=False,
-    )
+    parser = new_parser("gradients", "runs/diagnose_policy", usage=_USAGE, description=_DESCRIPTION)
     add = parser.add_argument
-    add("-m", dest="group_sizes", type=int, nargs="+", default=[16, 32], help="group sizes (default: 16 32)")
-    add("-N", dest="target_n", type=int, default=128, help="best-of-N budget; at most half the pool (default: 128)")
-    add("--alpha", type=float, default=0.25, help="tail level of the estimators that take one (default: 0.25)")
-    add("--prompts", type=int, default=48, help="the first ones of the split (default: 48)")
+    add("-m", dest="group_sizes", type=at_least(2), nargs="+", default=[16, 32], help="group sizes (default: 16 32)")
+    add("-N", dest="target_n", type=at_least(2), default=128, help="best-of-N, at most half the pool (default: 128)")
+    add("--alpha", type=upper_share, default=0.25, help="tail level of the estimators that take one (default: 0.25)")
+    prompts = at_least(2, " (for an interval over prompts)")
+    add("--prompts", type=prompts, default=48, help="the first ones of the split (default: 48)")
     add("--pool", type=int, default=1024, help="rollouts a prompt, at least 2 N and 4 m (default: 1024)")
     add("--split", choices=["val", "test"], default="val", help="of the config's data (default: val)")
     estimators_help = 'as in: tea "direct:tail=gpd,alpha=0.5" (default: every registered one that suits the rewards)'
     add("--estimators", nargs="+", metavar="NAME[:PARAMETER=VALUE,...]", help=estimators_help)
-    add("--projection", type=int, default=16, help="K: each weight's gradient becomes K x K numbers (default: 16)")
-    seed_help = "of projection, groups and bootstrap; rollouts have the config's (default: 0)"
-    add("--seed", type=int, default=0, help=seed_help)
-    add("--out", type=Path, default=Path("runs/diagnose_policy"), help="folder (default: runs/diagnose_policy)")
+    projection_help = "K: each weight's gradient becomes K x K numbers (default: 16)"
+    add("--projection", type=at_least(1), default=16, help=projection_help)
     return parser
-
-
-def _check(options: argparse.Namespace, config_args: Sequence[str]) -> None:
-    """Refuse before anything is sampled."""
-    if not any(arg.partition("=")[0] in ("-c", "--config") for arg in config_args):
-        raise UserError("diagnose gradients measures the policy of a config: add -c configs/quickstart.yaml.")
-    at_least(2, m=min(options.group_sizes), N=options.target_n)
-    at_least(2, "for an interval over prompts", prompts=options.prompts)
-    at_least(1, projection=options.projection)
-    needed = max(2 * options.target_n, 4 * max(options.group_sizes))
-    at_least(needed, "each half needs N rollouts, and two groups of m", pool=options.pool)
 
 
 def _suitable(specs: Sequence[EstimatorSpec], pool: RolloutPool) -> tuple[list[EstimatorSpec], list[str]]:
@@ -126,7 +105,6 @@ def _facts(
     module: PostTrainingModule,
     pool: RolloutPool,
     projection: LinearProjection,
-    study: PolicyFidelity,
     times: Sequence[float],
 ) -> list[str]:
     """What was measured, in short sentences."""
@@ -138,7 +116,7 @@ def _facts(
         f"policy: {module.policy_path}, {projection.covered:.0%} of its trainable parameters (its linear layers) "
         f"projected to {projection.num_features} numbers",
         f"pool: {len(pool.ids)} prompts ({options.split}) with {options.pool} rollouts, {int((~pool.valid).sum())} not "
-        f"scored, halves of {study.half_size}; reward's standard deviation {within:.3g} within prompts, "
+        f"scored, halves of {half_size(pool.rewards)}; reward's standard deviation {within:.3g} within prompts, "
         f"{means.std():.3g} between",
         f"N = {options.target_n}, alpha = {options.alpha:g}",
         f"seconds: {', '.join(seconds)}",
@@ -151,24 +129,16 @@ def _facts(
 def collect_pool(
     args: Sequence[str], *, num_prompts: int, num_samples: int, split: Literal["val", "test"] = "val"
 ) -> tuple[PostTrainingModule, RolloutPool]:
-    """Sample and score `num_samples` rollouts of the split's first `num_prompts` prompts.
+    """Sample and score `num_samples` rollouts of the split's first `num_prompts` prompts; the module has its policy on
+    the device that it sampled on.
 
     It is a `tealightning validate ARGS` (or `test`) with `max(ns) = num_samples`: the same engine, reward, sampling and
     seeds. Loggers and the config's callbacks are left out, and a prompt is a batch.
 
-    Args:
-        args: Arguments of the config: `["-c", "configs/quickstart.yaml", "--rollout.engine=TransformersEngine"]`.
-        num_prompts: Q.
-        num_samples: M.
-        split: Prompts of the config's data.
-
-    Returns:
-        The module, its policy on the device that it sampled on, and the pool.
-
     Raises:
         UserError: for a config that does not parse, a split with fewer prompts, or several devices.
     """
-    command = _COMMANDS[split]
+    command = {"val": "validate", "test": "test"}[split]
     overrides = [
         f"--model.ns=[{num_samples}]",
         f"--trainer.limit_val_batches={num_prompts}",
@@ -200,8 +170,7 @@ class _BatchCollector(Callback):
     """Collects the batches of an evaluation, their rollouts on the CPU."""
 
     def __init__(self, split: Literal["val", "test"], num_prompts: int) -> None:
-        self.split = split
-        self.num_prompts = num_prompts
+        self.split, self.num_prompts = split, num_prompts
         self.batches: list[PromptBatch] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

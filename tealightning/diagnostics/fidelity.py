@@ -18,9 +18,10 @@ of parameter space that has nothing to do with the reward (a score of variance 1
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
+import numpy as np
 import torch
 from scipy.special import ndtri
 from torch import Generator, Tensor
@@ -29,21 +30,20 @@ from tealightning.diagnostics.worlds import World
 
 BATCHES = (1, 32, 256)
 """Prompts a step for which figures are given."""
-MIN_GROUPS = 2 * max(BATCHES)
 _BLOCKS = 50  # of the jackknife
 _CHUNK = 1 << 18  # rollouts in memory at once
 
 Advantages = Callable[[Tensor], Tensor]
+"""An estimator: rewards [P, m] to advantages [P, m]."""
 Figures = dict[str, float]
 """Figures of an estimator, the same schema in analytic worlds and on a policy. Beside each `NAME` stand its standard
 error `NAME_se`, or the ends of its 95% interval `NAME_low` and `NAME_high`; NaN where a figure means nothing."""
 Row = dict[str, Any]
 """A result: `estimator`, its setting (`m`, ...), `units` ("reward" if the gradient has a scale that can be right or
-wrong, "own" if it has not), `note` (a warning, or why the estimator refused) and, unless it refused, its `Figures`."""
+wrong, "own" if it has not, empty for a refusal), `note` (a warning or the refusal) and, unless refused, `Figures`."""
 
 
-@dataclass(kw_only=True, slots=True)
-class GroupGradients:
+class GroupGradients(NamedTuple):
     """Gradients of G groups by one estimator."""
 
     gradients: Tensor  # [G, d] float64, (1/m) sum_i A_i S_i
@@ -65,15 +65,7 @@ def sample_chunks(world: World, m: int, *, groups: int, seed: int) -> Iterator[t
 def group_gradients(
     estimators: Mapping[str, Advantages], world: World, m: int, *, groups: int, seed: int
 ) -> dict[str, GroupGradients]:
-    """Gradients that every estimator makes of the same groups.
-
-    Args:
-        estimators: Rewards [P, m] to advantages [P, m], by label.
-        world: Where the groups come from.
-        m: Rollouts a group.
-        groups: G.
-        seed: Seed of the groups.
-    """
+    """Gradients that every estimator makes of the same groups, by its label."""
     chunks: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {label: [] for label in estimators}
     for rewards, scores in sample_chunks(world, m, groups=groups, seed=seed):
         for label, estimator in estimators.items():
@@ -81,29 +73,16 @@ def group_gradients(
             gradients = torch.einsum("pm,pmd->pd", advantages, scores) / m
             zeros = (advantages == 0).double().mean(1)
             chunks[label].append((gradients, advantages.square().mean(1), zeros))
-    result = {}
-    for label, parts in chunks.items():
-        gradients, energy, zeros = (torch.cat(column) for column in zip(*parts, strict=True))
-        result[label] = GroupGradients(gradients=gradients, energy=energy, zeros=zeros)
-    return result
+    return {label: GroupGradients(*map(torch.cat, zip(*parts, strict=True))) for label, parts in chunks.items()}
 
 
 def fidelity(groups: GroupGradients, truth: Tensor, directions: Sequence[str]) -> Figures:
-    """Figures of one estimator in one world.
-
-    Args:
-        groups: Its gradients of G >= 512 groups.
-        truth: [d] float64, the exact gradient.
-        directions: Names of the d directions.
-    """
+    """Figures of one estimator from G >= 512 groups, against the exact gradient [d] float64 along named directions."""
     figures = _jackknifed(groups, truth, directions) | _norms(groups.gradients, truth)
     for batch in BATCHES:
         figures |= _steps(groups.gradients, truth, batch)
     exact = {"true_norm": float(truth.norm()), "true_norm_se": 0.0}
     return figures | exact | {"groups": float(len(groups.gradients)), "groups_se": 0.0}
-
-
-# ---------------------------------------------------------------- figures of the moments
 
 
 def _jackknifed(groups: GroupGradients, truth: Tensor, directions: Sequence[str]) -> Figures:
@@ -216,15 +195,8 @@ def truncated_moments(threshold: float, highest: int) -> list[float]:
 
 
 def group_controls(z: Tensor, alpha: float) -> Tensor:
-    """Group means of functions of expectation 0: powers of z, and of z above its upper-alpha quantile.
-
-    Args:
-        z: [P, m] float64, standard normal latents.
-        alpha: Where the tail begins, in (0, 1].
-
-    Returns:
-        [P, c] float64.
-    """
+    """Group means [P, c] of functions of expectation 0 of standard normal latents [P, m]: powers of z, and of z above
+    its upper-alpha quantile; all float64."""
     columns = []
     if alpha < 1:
         threshold = float(-ndtri(alpha))
@@ -238,16 +210,9 @@ def group_controls(z: Tensor, alpha: float) -> Tensor:
 
 
 def controlled_mean(values: Tensor, controls: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of `values` with what `controls` explain taken out, and its covariance matrix.
+    """Mean [d] of `values` [G, d] with what `controls` [G, c] explain taken out, and its covariance matrix.
 
-    The intercept of the regression of `values` on `controls`, whose expectations are 0.
-
-    Args:
-        values: [G, d] float64.
-        controls: [G, c] float64.
-
-    Returns:
-        ([d], [d, d]) float64.
+    It is the intercept of the regression of `values` on `controls`, whose expectations are 0.
     """
     design = torch.cat([torch.ones_like(controls[:, :1]), controls], dim=1)
     scale = design.square().mean(0).sqrt()
@@ -275,33 +240,19 @@ class SlopeFit:
         return self.slope - half, self.slope + half
 
 
-def fit_log_slope(x: Tensor, y: Tensor, errors: Tensor, *, min_signal: float = 2.0) -> SlopeFit | None:
+def fit_log_slope(x: Tensor, y: Tensor, errors: Tensor) -> SlopeFit | None:
     """Weighted least squares of `log y` on `log x`, with `errors / y` as the standard errors of `log y`.
 
-    Args:
-        x: [n] float64, > 0.
-        y: [n] float64.
-        errors: [n] float64, standard errors of y.
-        min_signal: Points below this many standard errors are left out: their logarithm is noise.
-
-    Returns:
-        The fit, or None with fewer than 2 usable points.
+    Points below two standard errors are left out, their logarithm is noise; None with fewer than 2 others.
     """
-    usable = (y > min_signal * errors) & (y > 0)
-    if int(usable.sum()) < 2:
+    usable = (y > 2 * errors) & (y > 0)
+    points = int(usable.sum())
+    if points < 2:
         return None
-    log_x, log_y = x[usable].log(), y[usable].log()
-    weights = (y[usable] / errors[usable].clamp(min=1e-300)).square()
-    centre = (weights * log_x).sum() / weights.sum()
-    spread = (weights * (log_x - centre).square()).sum()
-    slope = (weights * (log_x - centre) * log_y).sum() / spread
-    intercept = (weights * log_y).sum() / weights.sum() - slope * centre
-    chi_square = (weights * (log_y - intercept - slope * log_x).square()).sum()
-    freedom = max(1, int(usable.sum()) - 2)
-    return SlopeFit(
-        slope=float(slope),
-        slope_error=float(spread.rsqrt()),
-        intercept=float(intercept),
-        points=int(usable.sum()),
-        misfit=max(1.0, float((chi_square / freedom).sqrt())),
-    )
+    log_x, log_y = x[usable].log().numpy(), y[usable].log().numpy()
+    weights = (y[usable] / errors[usable].clamp(min=1e-300)).numpy()
+    (slope, intercept), covariance = np.polyfit(log_x, log_y, 1, w=weights, cov="unscaled")
+    chi_square = np.sum((weights * (log_y - intercept - slope * log_x)) ** 2)
+    misfit = max(1.0, math.sqrt(chi_square / max(1, points - 2)))
+    error = math.sqrt(covariance[0, 0])
+    return SlopeFit(slope=float(slope), slope_error=error, intercept=float(intercept), points=points, misfit=misfit)

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from tealightning.diagnostics.fidelity import BATCHES, Figures, Row
-from tealightning.diagnostics.measurements import SWEEPS
 from tealightning.diagnostics.plots import FIT_FROM, PLOTS, bias_slopes, describe_slope, plot_cosines, plot_sweep
 from tealightning.diagnostics.worlds import build_world
 from tealightning.reporting.provenance import provenance_lines
 from tealightning.reporting.tables import markdown_table, write_csv
 
 _STEPS = "/".join(str(prompts) for prompts in BATCHES)
-Provenance = dict[str, str]
 
 
 def measured(row: Row, key: str) -> str:
@@ -33,9 +31,9 @@ def _number(row: Row, key: str, digits: int = 2) -> str:
 
 
 def _with_interval(row: Row, key: str) -> str:
-    if f"{key}_low" not in row:
-        return f"{_number(row, key)} (no interval)"
-    return f"{_number(row, key)} ({row[f'{key}_low']:.2f} to {row[f'{key}_high']:.2f})"
+    has_interval = f"{key}_low" in row
+    interval = f"{row[f'{key}_low']:.2f} to {row[f'{key}_high']:.2f}" if has_interval else "no interval"
+    return f"{_number(row, key)} ({interval})"
 
 
 def _mark(note: str, footnotes: list[str]) -> str:
@@ -58,7 +56,7 @@ def _write(folder: Path, name: str, parts: Sequence[str], rows: Sequence[Mapping
     return [page, table]
 
 
-def _with_source(rows: Sequence[Row], source: Provenance) -> list[Row]:
+def _with_source(rows: Sequence[Row], source: dict[str, str]) -> list[Row]:
     return [row | {key: source[key] for key in ("command", "commit", "seed")} for row in rows]
 
 
@@ -87,32 +85,23 @@ to be wrong about, and shows `-`:
 
 
 def world_table(rows: Sequence[Row], directions: Sequence[str], columns: Sequence[str] | None = None) -> str:
-    """The markdown table of one world with its footnotes; `columns` picks some of them."""
+    """The markdown table of one world, notes as footnotes; `columns` picks some of them."""
     footnotes: list[str] = []
-    return _with_footnotes(markdown_table([_cells(row, footnotes, directions) for row in rows], columns), footnotes)
-
-
-def _cells(row: Row, footnotes: list[str], directions: Sequence[str]) -> dict[str, str]:
-    """One line of a table; a note becomes a number in `footnotes`."""
-    mark = _mark(row.get("note", ""), footnotes)
-    raw: Row = row if row.get("units") == "reward" else {}
-    return {
-        "estimator": f"`{row['estimator']}`{mark}",
-        "m": str(row["m"]),
-        "N": str(row["target_n"]),
-        "alpha": f"{row['alpha']:g}",
-        "angle error": measured(row, "scaled_bias"),
-        "cosine": measured(row, "cosine"),
-        f"step cosine {_STEPS}": _at_batches(row, "step_cosine"),
-        f"signs {_STEPS}": _at_batches(row, "sign_agreement"),
-        "noise/signal": measured(row, "noise_over_signal"),
-        "rms(A)/signal": measured(row, "rms_advantage_over_signal"),
-        f"scaled RMSE {_STEPS}": _at_batches(row, "scaled_rmse"),
-        **{f"bias, {direction}": measured(raw, f"bias[{direction}]") for direction in directions},
-        "bias norm": measured(raw, "bias"),
-        "bias/true": measured(raw, "normalised_bias"),
-        f"RMSE {_STEPS}": _at_batches(raw, "rmse"),
-    }
+    lines = []
+    for row in rows:
+        raw: Row = row if row.get("units") == "reward" else {}
+        line = {"estimator": f"`{row['estimator']}`{_mark(row.get('note', ''), footnotes)}", "m": str(row["m"])}
+        line |= {"N": str(row["target_n"]), "alpha": f"{row['alpha']:g}"}
+        line |= {"angle error": measured(row, "scaled_bias"), "cosine": measured(row, "cosine")}
+        line[f"step cosine {_STEPS}"] = _at_batches(row, "step_cosine")
+        line[f"signs {_STEPS}"] = _at_batches(row, "sign_agreement")
+        line["noise/signal"] = measured(row, "noise_over_signal")
+        line["rms(A)/signal"] = measured(row, "rms_advantage_over_signal")
+        line[f"scaled RMSE {_STEPS}"] = _at_batches(row, "scaled_rmse")
+        line |= {f"bias, {direction}": measured(raw, f"bias[{direction}]") for direction in directions}
+        line |= {"bias norm": measured(raw, "bias"), "bias/true": measured(raw, "normalised_bias")}
+        lines.append(line | {f"RMSE {_STEPS}": _at_batches(raw, "rmse")})
+    return _with_footnotes(markdown_table(lines, columns), footnotes)
 
 
 def _at_batches(row: Row, key: str) -> str:
@@ -122,16 +111,16 @@ def _at_batches(row: Row, key: str) -> str:
     return " / ".join(_number(row, each, 3 if abs(row[each]) < 10 else 1) for each in keys)
 
 
-def table_of_world(rows: Sequence[Row], world: str) -> str:
+def table_of_world(rows: Sequence[Row], name: str) -> str:
     """The exact gradient in a world and the table of its estimators."""
-    rows = [row for row in rows if row["sweep"] == "main" and row["world"] == world]
-    directions = build_world(world).directions
-    exact = []
+    rows = [row for row in rows if row["sweep"] == "main" and row["world"] == name]
+    world = build_world(name)
+    parts = []
     for target_n in dict.fromkeys(row["target_n"] for row in rows):
-        gradient = build_world(world).exact_gradient(target_n).tolist()
-        parts = [f"{value:.4g} ({direction})" for value, direction in zip(gradient, directions, strict=True)]
-        exact.append(f"Exact gradient at N = {target_n}: {', '.join(parts)}.")
-    return "\n\n".join([*exact, world_table(rows, directions)])
+        gradient = zip(world.exact_gradient(target_n).tolist(), world.directions, strict=True)
+        exact = ", ".join(f"{value:.4g} ({direction})" for value, direction in gradient)
+        parts.append(f"Exact gradient at N = {target_n}: {exact}.")
+    return "\n\n".join([*parts, world_table(rows, world.directions)])
 
 
 SLOPE_LEGEND = f"""\
@@ -139,6 +128,19 @@ The slope of log |bias| in log m from m = {FIT_FROM} on, by weighted least squar
 reward. The bias is by control variates. The 95% interval is widened by the points' misfit: where the bias follows no
 single power, the slope is a mean over the range. Biases below two standard errors take no part."""
 _TITLES = {"m": "Over the group size", "alpha": "Over alpha", "tail": "Over the tail index"}
+
+
+def write_fidelity(folder: Path, rows: Sequence[Row], source: dict[str, str], *, groups: int) -> list[Path]:
+    """Write `fidelity.md`, `fidelity.csv` and the plots of the sweeps; returns the files."""
+    parts = ["# Gradient fidelity", provenance_lines(source | {"groups": f"{groups:,} for each figure"}), LEGEND]
+    for world in dict.fromkeys(row["world"] for row in rows if row["sweep"] == "main"):
+        parts += [f"## {world}", table_of_world(rows, world)]
+    by_sweep = {sweep: [row for row in rows if row["sweep"] == sweep] for sweep in _TITLES}
+    by_sweep = {sweep: own for sweep, own in by_sweep.items() if own}
+    for sweep, own in by_sweep.items():
+        parts += _sweep_text(sweep, own)
+    files = _write(folder, "fidelity", parts, _with_source(rows, source))
+    return files + [file for sweep, own in by_sweep.items() for file in plot_sweep(sweep, own, folder)]
 
 
 def _sweep_text(sweep: str, rows: Sequence[Row]) -> list[str]:
@@ -158,19 +160,6 @@ def _sweep_text(sweep: str, rows: Sequence[Row]) -> list[str]:
     return parts + [f"![{file}]({file})" for file in PLOTS[sweep]]
 
 
-def write_fidelity(folder: Path, rows: Sequence[Row], source: Provenance, *, groups: int) -> list[Path]:
-    """Write `fidelity.md`, `fidelity.csv` and the plots of the sweeps; returns the files."""
-    parts = ["# Gradient fidelity", provenance_lines(source | {"groups": f"{groups:,} for each figure"}), LEGEND]
-    for world in dict.fromkeys(row["world"] for row in rows if row["sweep"] == "main"):
-        parts += [f"## {world}", table_of_world(rows, world)]
-    by_sweep = {sweep: [row for row in rows if row["sweep"] == sweep] for sweep in SWEEPS}
-    by_sweep = {sweep: own for sweep, own in by_sweep.items() if own}
-    for sweep, own in by_sweep.items():
-        parts += _sweep_text(sweep, own)
-    files = _write(folder, "fidelity", parts, _with_source(rows, source))
-    return files + [file for sweep, own in by_sweep.items() for file in plot_sweep(sweep, own, folder)]
-
-
 DECISION_LEGEND = """\
 Final probability of arm B, mean and [lowest, highest] over {seeds} seeds. `A ~ N(0, 1)`, `B ~ N(-1.406, 1.6^2)`: A has
 the larger mean and the larger best of 16, B the larger best of 128 and beyond, so 1 is right in every column. Softmax
@@ -178,7 +167,7 @@ policy over the arms from equal probabilities, 64 prompts a step, 300 Adam steps
 mean square."""
 
 
-def write_decisions(folder: Path, rows: Sequence[Row], source: Provenance, *, seeds: int) -> list[Path]:
+def write_decisions(folder: Path, rows: Sequence[Row], source: dict[str, str], *, seeds: int) -> list[Path]:
     """Write `decision.md`, a line for every estimator and a column for every (m, N), and `decision.csv`."""
     footnotes: list[str] = []
     lines: dict[str, dict[str, str]] = {}
@@ -244,25 +233,17 @@ def ceiling_text(ceiling: Figures) -> str:
 
 
 def write_policy_fidelity(
-    folder: Path, ceiling: Figures, rows: Sequence[Row], source: Provenance, facts: Sequence[str], *, target_n: int
+    folder: Path, ceiling: Figures, rows: Sequence[Row], source: dict[str, str], facts: Sequence[str], *, target_n: int
 ) -> list[Path]:
-    """Write `policy_fidelity.md`, `.csv` and `.png`; returns the files.
-
-    Args:
-        folder: Where to write.
-        ceiling: Figures of the oracles.
-        rows: Results of the estimators.
-        source: Provenance of the figures.
-        facts: What was measured, in short sentences.
-        target_n: N.
-    """
+    """Write `policy_fidelity.md`, `.csv` and `.png`; returns the files. `facts` are short sentences on what was
+    measured."""
     title = f"# Fidelity to the best-of-{target_n} gradient of a live policy"
     origin = "\n".join([provenance_lines(source), *(f"- {fact}" for fact in facts)])
     parts = [title, origin, f"{ceiling_text(ceiling)}\n\n{policy_table(rows)}", POLICY_LEGEND]
     lines = []
     for row in rows:
-        figures = {key: value for key, value in row.items() if key not in ("estimator", "m", "units", "note")}
         line = {"estimator": row["estimator"], "m": row["m"], "in_reward_units": row["units"] == "reward"}
+        figures = {key: value for key, value in row.items() if key not in ("estimator", "m", "units", "note")}
         lines.append(line | figures | {"note": row["note"]})
     files = _write(folder, "policy_fidelity", parts, lines)
     plot_cosines(folder / "policy_fidelity.png", rows, ceiling["ceiling"], target_n=target_n)

@@ -5,55 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no global backend is touched
 
 from tealightning.diagnostics.fidelity import Row, SlopeFit, fit_log_slope
+from tealightning.functional import tail_shape
 from tealightning.functional.statistics import mean_over_prompts
 from tealightning.functional.tail_checks import TailChecks
-from tealightning.functional.tail_shape import expected_normal_order_statistics, gaussian_tail_null, standardised_tail
-from tealightning.reporting.style import bottom, facets, grid_lines, legend_outside, log_n_axis, styles
+from tealightning.reporting import style
 
 FIT_FROM = 64
 """Slopes are fitted from this m on: below, the tail is a handful of rollouts and no power law holds."""
-PLOTS = {"m": ("bias_vs_m.png", "cosine_vs_m.png"), "alpha": ("alpha.png",), "tail": ("tail_index.png",)}
-"""Sweep -> its files."""
-
-
-def plot_sweep(sweep: str, rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Draw the plots of a sweep into `folder`; returns the files."""
-    rows = [row for row in rows if "cosine" in row]
-    paths = [folder / name for name in PLOTS[sweep]]
-    if sweep == "m":
-        fits = bias_slopes(rows)
-        with_scale = [row for row in rows if row["estimator"] in fits]
-        labels = {label: f"{label}: {describe_slope(fit)}" for label, fit in fits.items()}
-        title = f"Bias against the group size, normal rewards; slopes from m = {FIT_FROM}"
-        panels = {"controlled_bias": "|bias| of the gradient, reward units"}
-        _plot_lines(with_scale, paths[0], title, "m", "m, rollouts a prompt", panels, labels=labels, log=True)
-        panels = {
-            "cosine": "1 - cosine to the truth, of the expected gradient",
-            "step_cosine@32": "1 - cosine to the truth, of a step over 32 prompts, mean",
-        }
-        rest = [row | {key: 1 - row[key] for key in panels} for row in rows]
-        title = "Direction against the group size, normal rewards"
-        _plot_lines(rest, paths[1], title, "m", "m, rollouts a prompt", panels, log=True)
-    elif sweep == "alpha":
-        panels = {"scaled_bias": "angle error", "scaled_rmse@32": "scaled RMSE of a step over 32 prompts"}
-        x_label = "alpha, upper share that counts as the tail"
-        _plot_lines(rows, paths[0], "Sensitivity to the tail level", "alpha", x_label, panels, by_world=True)
-    else:
-        panels = {
-            "scaled_bias": "angle error",
-            "normalised_bias": "|bias| / |true gradient|",
-            "scaled_rmse@32": "scaled RMSE of a step over 32 prompts",
-        }
-        indexed = [row | {"shape": float(row["world"].removeprefix("gpd_"))} for row in rows]
-        for row in indexed:
-            if row["units"] != "reward":
-                del row["normalised_bias"]
-        x_label = "tail index of the rewards (0: exponential)"
-        _plot_lines(indexed, paths[0], "Sensitivity to the tail index", "shape", x_label, panels)
-    return paths
 
 
 def bias_slopes(rows: Sequence[Row]) -> dict[str, SlopeFit | None]:
@@ -75,58 +37,84 @@ def describe_slope(fit: SlopeFit | None) -> str:
     return f"slope {fit.slope:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def _plot_lines(
-    rows: Sequence[Row],
-    path: Path,
-    title: str,
-    x: str,
-    x_label: str,
-    panels: Mapping[str, str],
-    *,
-    labels: Mapping[str, str] | None = None,
-    by_world: bool = False,
-    log: bool = False,
-) -> None:
-    """A line with error bars for each estimator, in a panel for each figure.
+PLOTS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
+    "m": {
+        "bias_vs_m.png": (
+            f"Bias against the group size, normal rewards; slopes from m = {FIT_FROM}",
+            ("controlled_bias",),
+        ),
+        "cosine_vs_m.png": ("Direction against the group size, normal rewards", ("cosine", "step_cosine@32")),
+    },
+    "alpha": {"alpha.png": ("Sensitivity to the tail level", ("scaled_bias", "scaled_rmse@32"))},
+    "tail": {"tail_index.png": ("Sensitivity to the tail index", ("scaled_bias", "normalised_bias", "scaled_rmse@32"))},
+}
+"""Sweep -> its files, with title and figures, a panel each."""
+_X_LABELS = {
+    "m": "m, rollouts a prompt",
+    "alpha": "alpha, upper share that counts as the tail",
+    "tail": "tail index of the rewards (0: exponential)",
+}
+_PANELS = {
+    "controlled_bias": "|bias| of the gradient, reward units",
+    "cosine": "1 - cosine to the truth, of the expected gradient",
+    "step_cosine@32": "1 - cosine to the truth, of a step over 32 prompts, mean",
+    "scaled_bias": "angle error",
+    "normalised_bias": "|bias| / |true gradient|",
+    "scaled_rmse@32": "scaled RMSE of a step over 32 prompts",
+}
 
-    Args:
-        rows: Measured rows; one without a panel's figure is left out there.
-        path: File to write.
-        title: Title of the whole plot.
-        x: Key of the horizontal axis.
-        x_label: Its label.
-        panels: Keys of the figures, with the labels of their axes.
-        labels: Estimators with their entries in the legend, if these say more than the name.
-        by_world: A column for each world and a row for each figure, instead of a column for each figure.
-        log: Logarithmic axes, without the points below two standard errors (they have no logarithm).
+
+def plot_sweep(sweep: str, rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Draw the plots of a sweep into `folder`, a line with error bars for each estimator; returns the files.
+
+    The sweep over alpha has a column for each world and a row for each figure, the others a column for each figure.
     """
-    worlds = list(dict.fromkeys(row["world"] for row in rows)) if by_world else [None]
-    panel_of = [(key, world) for key in panels for world in worlds]
-    figure, grid = facets(len(panel_of), columns=len(worlds) if by_world else len(panels), share=False)
-    figure.set_size_inches(
-        4.2 * len(bottom(grid)) + (4.6 if labels else 2.6), 3.6 * (len(panel_of) // len(bottom(grid))) + 1.4
-    )
-    look = styles(dict.fromkeys(row["estimator"] for row in rows))
-    for axes, (key, world) in zip(grid, panel_of, strict=True):
-        inside = [row for row in rows if key in row and world in (None, row["world"])]
-        for estimator, style in look.items():
-            points = [row for row in inside if row["estimator"] == estimator]
-            points = [row for row in points if not log or row[key] > 2 * row[f"{key}_se"]]
-            at, values, errors = ([row[name] for row in points] for name in (x, key, f"{key}_se"))
-            label = (labels or {}).get(estimator, estimator)
-            axes.errorbar(at, values, yerr=errors, label=label, capsize=2, **style.options)
-        axes.set(xlabel=x_label, ylabel=panels[key], title=world or "")
-        grid_lines(axes)
-        if log:
-            ticks = sorted({row[x] for row in rows})
-            axes.set(xscale="log", yscale="log")
-            axes.set_xticks(ticks, labels=[str(tick) for tick in ticks])
-            axes.set_xticks([], minor=True)
-        else:
-            axes.set(ylim=(0, None))
-    figure.suptitle(title, x=0.01, ha="left")
-    legend_outside(figure, grid[0])
-    figure.savefig(path, dpi=120)
+    rows = [row for row in rows if "cosine" in row]
+    fits = bias_slopes(rows) if sweep == "m" else {}
+    worlds = list(dict.fromkeys(row["world"] for row in rows)) if sweep == "alpha" else [""]
+    for file, (title, keys) in PLOTS[sweep].items():
+        is_of_bias = "controlled_bias" in keys
+        labels = {name: f"{name}: {describe_slope(fit)}" for name, fit in fits.items() if is_of_bias}
+        shown = [row for row in rows if row["estimator"] in labels or not is_of_bias]
+        panels = [(key, world) for key in keys for world in worlds]
+        figure, grid = style.facets(len(panels), columns=len(worlds) if sweep == "alpha" else len(keys), share=False)
+        columns = len(style.bottom(grid))
+        size = 4.2 * columns + (4.6 if labels else 2.6), 3.6 * (len(panels) // columns) + 1.4
+        figure.set_size_inches(size)
+        looks = style.styles(dict.fromkeys(row["estimator"] for row in shown))
+        for axes, (key, world) in zip(grid, panels, strict=True):
+            _plot_lines(axes, sweep, key, [row for row in shown if world in ("", row["world"])], looks, labels)
+            axes.set_title(world)
+        figure.suptitle(title, x=0.01, ha="left")
+        style.legend_outside(figure, grid[0])
+        figure.savefig(folder / file, dpi=120)
+    return [folder / file for file in PLOTS[sweep]]
+
+
+def _plot_lines(
+    axes: Axes, sweep: str, key: str, rows: Sequence[Row], looks: Mapping[str, style.Style], labels: Mapping[str, str]
+) -> None:
+    """One panel; over m the axes are logarithmic, without points below two standard errors, which have no logarithm."""
+    is_log = sweep == "m"
+    points = []
+    for row in rows:
+        x = float(row["world"].removeprefix("gpd_")) if sweep == "tail" else row[sweep]
+        value = 1 - row[key] if "cosine" in key else row[key]
+        has_scale = key != "normalised_bias" or row["units"] == "reward"
+        if has_scale and (not is_log or value > 2 * row[f"{key}_se"]):
+            points.append((row["estimator"], x, value, row[f"{key}_se"]))
+    for name, look in looks.items():
+        x_values, values, errors = ([each[i] for each in points if each[0] == name] for i in (1, 2, 3))
+        axes.errorbar(x_values, values, yerr=errors, label=labels.get(name, name), capsize=2, **look.options)
+    axes.set(xlabel=_X_LABELS[sweep], ylabel=_PANELS[key])
+    style.grid_lines(axes)
+    if is_log:
+        ticks = sorted({row["m"] for row in rows})
+        axes.set(xscale="log", yscale="log")
+        axes.set_xticks(ticks, labels=[str(tick) for tick in ticks])
+        axes.set_xticks([], minor=True)
+    else:
+        axes.set(ylim=(0, None))
 
 
 def plot_cosines(path: Path, rows: Sequence[Row], ceiling: float, *, target_n: int) -> None:
@@ -157,21 +145,20 @@ def plot_cosines(path: Path, rows: Sequence[Row], ceiling: float, *, target_n: i
     axes.set_xlim(max(-1.5, np.nanmin(shown) - 0.05), min(1.5, np.nanmax(shown) + 0.05))
     what = "●: pool's noise taken out, 95% over prompts; ○: raw"
     axes.set_xlabel(f"cosine with the best-of-{target_n} gradient ({what})")
-    grid_lines(axes)
+    style.grid_lines(axes)
     figure.legend(loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=150)
 
 
-def plot_qq(checks: TailChecks, path: Path) -> Path:
+def plot_qq(checks: TailChecks, path: Path) -> None:
     """Plot the upper tails of all prompts against Gaussian order statistics.
 
     Every tail is moved and scaled to the mean and spread that a Gaussian's has there, then averaged over prompts rank
     by rank. The band is where 95% of such averages of Gaussian samples lie.
     """
     size, k = checks.samples.shape[1], checks.tested.shape[1]
-    expected = expected_normal_order_statistics(size, k)
-    null = gaussian_tail_null(size, k)
-    mean = mean_over_prompts(standardised_tail(checks.tested, size))
+    expected, null = tail_shape.expected_normal_order_statistics(size, k), tail_shape.gaussian_tail_null(size, k)
+    mean = mean_over_prompts(tail_shape.standardised_tail(checks.tested, size))
     half = 1.96 * null.profile_std / mean.num_prompts.double().sqrt()
     figure = Figure(figsize=(5.5, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -182,32 +169,25 @@ def plot_qq(checks: TailChecks, path: Path) -> Path:
     axes.errorbar(expected, mean.mean, yerr=1.96 * mean.standard_error, fmt="o", ms=3, lw=1, label=label)
     axes.set_xlabel(f"expected order statistics of {size} standard normals, upper {k}")
     axes.set_ylabel("standardised rewards")
-    grid_lines(axes)
+    style.grid_lines(axes)
     axes.legend()
     figure.savefig(path, dpi=150)
-    return path
 
 
-def plot_prediction(rows: Sequence[Row], m: int, path: Path) -> Path:
-    """Plot predicted and measured best-of-n on a log-n axis, with two standard errors over prompts.
-
-    Args:
-        rows: As `tail.prediction_rows` returns them.
-        m: Samples that the predictions are made from.
-        path: File to write.
-    """
+def plot_prediction(rows: Sequence[Row], m: int, path: Path) -> None:
+    """Plot predicted (from m samples) and measured best-of-n of `prediction_rows`, with two standard errors."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    ns = [row["n"] for row in rows]
     column = {key: np.array([row[key] for row in rows]) for key in rows[0]}
     for name, label in (("measured", "measured on the others"), ("predicted", f"predicted from {m}")):
-        axes.errorbar(ns, column[name], yerr=2 * column[f"{name}_se"], marker="o", ms=4, capsize=3, label=label)
+        axes.errorbar(
+            column["n"], column[name], yerr=2 * column[f"{name}_se"], marker="o", ms=4, capsize=3, label=label
+        )
     unbiased = column["predicted"] - column["gaussian_error"]
-    axes.plot(ns, unbiased, "--", color="0.4", label="predicted, without its bias for a Gaussian")
-    log_n_axis(axes, ns)
+    axes.plot(column["n"], unbiased, "--", color="0.4", label="predicted, without its bias for a Gaussian")
+    style.log_n_axis(axes, [row["n"] for row in rows])
     axes.set_xlabel("n (samples a prompt, the best one kept)")
     axes.set_ylabel("best-of-n above the mean\n(reward standard deviations)")
-    grid_lines(axes)
+    style.grid_lines(axes)
     axes.legend()
     figure.savefig(path, dpi=150)
-    return path

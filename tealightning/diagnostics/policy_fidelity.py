@@ -7,15 +7,14 @@ one noisy estimate is not. The products of several random splits are averaged.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
+from tqdm import tqdm
 
 from tealightning.diagnostics.fidelity import BATCHES, Figures, Row
 from tealightning.diagnostics.measurements import EstimatorSpec, try_out
 from tealightning.diagnostics.pool import Groups, half_size, split_halves
-from tealightning.errors import UserError
 from tealightning.estimators import AdvantageEstimator
 
 SPLITS = 4
@@ -25,7 +24,6 @@ STEPS = 200
 DRAWS = 2000
 """Bootstrap draws of the prompts."""
 
-
 # ---------------------------------------------------------------- cross-fitted figures
 
 Products = dict[str, Tensor]
@@ -33,14 +31,10 @@ Products = dict[str, Tensor]
 
 
 def cross_products(oracles: Sequence[Tensor], means: Sequence[Tensor], noise: Tensor) -> Products:
-    """Inner products of per-prompt gradients, all [Q, Q] float64 with prompts p, q, and the noise of one group [Q].
+    """Inner products of the per-prompt gradients [Q, D] of both halves, all [Q, Q] with prompts p, q, and `noise` [Q],
+    the trace of the covariance of one group's gradient; all float64.
 
     `G` is the oracle's gradient, `E` the mean over the groups of an estimator, A and B the halves.
-
-    Args:
-        oracles: Of both halves, [Q, D] float64.
-        means: Mean gradients of the groups of both halves, [Q, D] float64.
-        noise: [Q] float64, trace of the covariance of one group's gradient.
     """
     (oracle_a, oracle_b), (mean_a, mean_b) = oracles, means
     side_a, side_b = mean_a @ oracle_b.T, mean_b @ oracle_a.T
@@ -58,13 +52,18 @@ def cross_products(oracles: Sequence[Tensor], means: Sequence[Tensor], noise: Te
     }
 
 
-def average(splits: Sequence[Products]) -> Products:
-    """The mean over several splits of the pool: fewer pairs of rollouts that never met."""
-    return {name: torch.stack([each[name] for each in splits]).mean(dim=0) for name in splits[0]}
+def oracle_figures(products: Products, weights: Tensor) -> dict[str, Tensor]:
+    """Figures [T] of the two oracles, for rows of `weights` [T, Q] over prompts that sum to 1.
+
+    `ceiling`, their cosine, is what `cosine_raw` would be for a faithful estimator as noisy as they are; `norm`,
+    `sqrt(<G_A, G_B>)` in reward units, is NaN if the product is negative: the pool is too small to see the gradient.
+    """
+    target, norm_a, norm_b = (_quadratic(products[name], weights) for name in ("G_A G_B", "G_A G_A", "G_B G_B"))
+    return {"ceiling": target / (norm_a * norm_b).sqrt(), "norm": _root(target)}
 
 
-def estimator_figures(products: Products, *, seed: int) -> Figures:
-    """Figures of an estimator, with percentile intervals over resampled prompts.
+def estimator_figures(products: Products, weights: Tensor) -> dict[str, Tensor]:
+    """Figures [T] of an estimator, for rows of `weights` [T, Q] over prompts that sum to 1.
 
     With `<.,.>` the cross-fitted products of means over prompts, `|G|^2 = <G_A, G_B>`, `|E|^2 = <E_A, E_B>` and
     `<E, G>` the mean of `<E_A, G_B>` and `<E_B, G_A>`:
@@ -79,25 +78,6 @@ def estimator_figures(products: Products, *, seed: int) -> Figures:
       gradient: which prompts the step happens to draw;
     - `snr`: signal `<E, G>/|G|` over the noise (standard deviation) of one group of one prompt.
     """
-    return _with_intervals(_estimator_figures, products, seed=seed)
-
-
-def oracle_figures(products: Products, *, seed: int) -> Figures:
-    """Figures of the two oracles: `ceiling`, their cosine, which is what `cosine_raw` would be for a faithful
-    estimator as noisy as they are; and `norm`, `sqrt(<G_A, G_B>)` in reward units.
-
-    A negative `<G_A, G_B>` makes `norm` NaN: the pool is too small to see the gradient at all.
-    """
-    return _with_intervals(_oracle_figures, products, seed=seed)
-
-
-def _oracle_figures(products: Products, weights: Tensor) -> dict[str, Tensor]:
-    target, norm_a, norm_b = (_quadratic(products[name], weights) for name in ("G_A G_B", "G_A G_A", "G_B G_B"))
-    return {"ceiling": target / (norm_a * norm_b).sqrt(), "norm": _root(target)}
-
-
-def _estimator_figures(products: Products, weights: Tensor) -> dict[str, Tensor]:
-    """Each [T], for rows of `weights` [T, Q] that sum to 1."""
     value = {name: _quadratic(each, weights) for name, each in products.items() if name != "noise"}
     target, cross, own = value["G_A G_B"], value["E G"], value["E_A E_B"]
     noise = weights @ products["noise"]
@@ -137,18 +117,18 @@ def _root(values: Tensor) -> Tensor:
     return _positive(values).sqrt()
 
 
-def _with_intervals(
-    figures_of: Callable[[Products, Tensor], dict[str, Tensor]], products: Products, *, seed: int
+def with_intervals(
+    figures_of: Callable[[Products, Tensor], dict[str, Tensor]], splits: Sequence[Products], *, seed: int
 ) -> Figures:
-    """Figures at equal weights, and their 2.5% and 97.5% quantiles over resampled prompts.
+    """Figures of the mean over splits of the pool, at equal weights of the prompts, with 95% percentile intervals over
+    resampled prompts.
 
     A figure that more than 2.5% of the draws cannot give (a squared length came out negative) has no interval.
     """
+    products = {name: torch.stack([each[name] for each in splits]).mean(dim=0) for name in splits[0]}
     num_prompts = len(products["noise"])
     equal = torch.full((1, num_prompts), 1 / num_prompts, dtype=torch.float64)
-    drawn = torch.randint(num_prompts, (DRAWS, num_prompts), generator=torch.Generator().manual_seed(seed))
-    weights = torch.zeros(DRAWS, num_prompts, dtype=torch.float64)
-    weights.scatter_add_(1, drawn, torch.full(drawn.shape, 1 / num_prompts, dtype=torch.float64))
+    weights = _shares(DRAWS, num_prompts, num_prompts, Generator().manual_seed(seed))
     values, draws = figures_of(products, equal), figures_of(products, weights)
     figures: Figures = {}
     for name, value in values.items():
@@ -160,134 +140,99 @@ def _with_intervals(
     return figures
 
 
+def _shares(rows: int, choices: int, draws: int, generator: Generator, dtype: torch.dtype = torch.float64) -> Tensor:
+    """[rows, choices]: how often each choice is among `draws` with replacement, as a share."""
+    drawn = torch.randint(choices, (rows, draws), generator=generator)
+    shares = torch.zeros(rows, choices, dtype=dtype)
+    return shares.scatter_add_(1, drawn, torch.full(drawn.shape, 1 / draws, dtype=dtype))
+
+
 def simulated_steps(
-    groups: Sequence[Tensor], oracles: Sequence[Tensor], *, num_prompts: int, generator: torch.Generator
+    groups: Sequence[Groups], weights: Sequence[Tensor], oracles: Sequence[Tensor], generator: Generator
 ) -> Figures:
-    """Mean cosine with an independent oracle, and mean share of coordinates with its sign, of steps over P prompts.
+    """`simulated_cosine_P` with the other half's oracle and `sign_agreement_P`, the share of coordinates with its sign,
+    of steps over P prompts; means over both halves.
 
     Prompts and groups are drawn with replacement. Nothing is corrected: the oracle's noise lowers both figures, and so
     does the pool's own noise once P is not small beside the groups that there are.
-
-    Args:
-        groups: Gradients of the groups of each half, [Q, G, D].
-        oracles: For each half the mean oracle [D] of the other.
-        num_prompts: P.
-        generator: Source of the draws.
-
-    Returns:
-        `simulated_cosine_P` and `sign_agreement_P`, means over both halves.
     """
-    cosines, agreements = [], []
-    for gradients, oracle in zip(groups, oracles, strict=True):
-        flat = gradients.flatten(0, 1)
-        drawn = torch.randint(len(flat), (STEPS, num_prompts), generator=generator)
-        shares = torch.zeros(STEPS, len(flat), dtype=flat.dtype)
-        shares.scatter_add_(1, drawn, torch.full(drawn.shape, 1 / num_prompts, dtype=flat.dtype))
-        steps = shares @ flat
-        cosines.append(torch.cosine_similarity(steps.double(), oracle[None], dim=1).mean())
-        agreements.append((steps.sign() == oracle.sign()).double().mean())
-    means = {"simulated_cosine": torch.stack(cosines).mean(), "sign_agreement": torch.stack(agreements).mean()}
-    return {f"{name}_{num_prompts}": float(mean) for name, mean in means.items()}
+    gradients = [each.gradients(own).flatten(0, 1) for each, own in zip(groups, weights, strict=True)]
+    opposite = [oracle.mean(dim=0)[:: groups[0].half.stride] for oracle in reversed(oracles)]
+    figures: Figures = {}
+    for num_prompts in BATCHES:
+        cosines, agreements = [], []
+        for flat, oracle in zip(gradients, opposite, strict=True):
+            steps = _shares(STEPS, len(flat), num_prompts, generator, flat.dtype) @ flat
+            cosines.append(torch.cosine_similarity(steps.double(), oracle[None], dim=1).mean())
+            agreements.append((steps.sign() == oracle.sign()).double().mean())
+        figures[f"simulated_cosine_{num_prompts}"] = float(torch.stack(cosines).mean())
+        figures[f"sign_agreement_{num_prompts}"] = float(torch.stack(agreements).mean())
+    return figures
 
 
 # ---------------------------------------------------------------- the study
 
 
-class PolicyFidelity:
-    """Estimators against the oracles of a pool.
+def measure_on_policy(
+    rewards: Tensor,
+    scores: Tensor,
+    specs: Sequence[EstimatorSpec],
+    *,
+    target_n: int,
+    group_sizes: Sequence[int],
+    alpha: float = 0.25,
+    seed: int = 0,
+) -> tuple[Figures, list[Row]]:
+    """Measure estimators against the oracles of a pool of rewards [Q, M] (NaN = unscorable) with scores [Q, M, D].
 
-    Args:
-        rewards: [Q, M] float64; NaN = unscorable.
-        scores: [Q, M, D] projected score vectors.
-        target_n: N, at most half of the scored rollouts of every prompt.
-        group_sizes: Those that may be asked for, at most as large as a half.
-        alpha: Tail level of the estimators that take one.
-        seed: Seed of the splits, the simulated steps and the bootstrap; the same ones for every estimator.
+    Every estimator meets the same splits, simulated steps and bootstrap draws of the prompts, Q >= 2.
+
+    Returns:
+        Figures of the oracles (`oracle_figures` and `sign_agreement`), and a row for every group size and estimator
+        (`estimator_figures`, and `simulated_steps` in the first split).
 
     Raises:
-        UserError: for fewer than two prompts or too few rollouts.
+        UserError: if N or a group size is more than half of the scored rollouts of a prompt.
     """
-
-    def __init__(
-        self,
-        rewards: Tensor,
-        scores: Tensor,
-        *,
-        target_n: int,
-        group_sizes: Sequence[int],
-        alpha: float = 0.25,
-        seed: int = 0,
-    ) -> None:
-        if len(rewards) < 2:
-            raise UserError(f"prompts must be at least 2 for an interval, got {len(rewards)}.")
-        self.half_size = half_size(rewards, smallest=max(target_n, *group_sizes))
-        self.rewards, self.scores = rewards, scores
-        self.group_sizes = list(dict.fromkeys(group_sizes))
-        self.target_n, self.alpha, self.seed = target_n, alpha, seed
-
-    def run(
-        self, specs: Sequence[EstimatorSpec], on_progress: Callable[[], Any] = lambda: None
-    ) -> tuple[Figures, list[Row]]:
-        """Figures of the oracles (`oracle_figures` and `sign_agreement`), and a row for every group size and estimator;
-        `on_progress` is called after each, in each split."""
-        rows: list[Row] = []
-        trials: list[tuple[AdvantageEstimator, int]] = []
-        lowest = float(self.rewards[self.rewards.isfinite()].min())
-        for m in self.group_sizes:
-            for spec in specs:
-                row: Row = {"estimator": spec.label, "m": m, "units": ""}
-                try:
-                    estimator = spec.build(m=m, target_n=self.target_n, alpha=self.alpha)
-                except ValueError as error:
-                    rows.append(row | {"note": str(error)})
-                    continue
-                trial = try_out(estimator, m, lowest)
-                rows.append(row | {"units": trial.units, "note": trial.note})
-                if not trial.refusal:
-                    trials.append((estimator, m))
-        ceiling, figures = self.measure(trials, on_progress)
-        measured_rows = [row for row in rows if row["units"]]
-        for row, each in zip(measured_rows, figures, strict=True):
-            row |= each
-        return ceiling, rows
-
-    def measure(
-        self, trials: Sequence[tuple[AdvantageEstimator, int]], on_progress: Callable[[], Any] = lambda: None
-    ) -> tuple[Figures, list[Figures]]:
-        """Figures of the oracles, and those (`estimator_figures`, `simulated_steps`) of each estimator with its group
-        size. Simulated steps are drawn from the first split."""
-        oracle_parts: list[Products] = []
-        parts: list[list[Products]] = [[] for _ in trials]
-        steps: list[Figures] = [{} for _ in trials]
+    size = half_size(rewards, smallest=max(target_n, *group_sizes))
+    lowest = float(rewards[rewards.isfinite()].min())
+    rows: list[Row] = []
+    estimators: list[tuple[AdvantageEstimator, Row, list[Products]]] = []
+    for m in dict.fromkeys(group_sizes):
+        for spec in specs:
+            try:
+                estimator = spec.build(m=m, target_n=target_n, alpha=alpha)
+                units, note = try_out(estimator, m, lowest)
+            except ValueError as error:
+                units, note = "", str(error)
+            rows.append({"estimator": spec.label, "m": m, "units": units, "note": note})
+            if units:
+                estimators.append((estimator, rows[-1], []))
+    steps, oracle_parts = [], []
+    with tqdm(total=SPLITS * len(estimators), desc="Estimators", dynamic_ncols=True) as bar:
         for split in range(SPLITS):
-            halves = split_halves(self.rewards, self.scores, self.half_size, self._generator(split))
-            oracles = [half.oracle(self.target_n) for half in halves]
-            oracle_parts.append(cross_products(oracles, oracles, torch.zeros(len(self.rewards), dtype=torch.float64)))
+            halves = split_halves(rewards, scores, size, _generator(seed, split))
+            oracles = [half.oracle(target_n) for half in halves]
+            oracle_parts.append(cross_products(oracles, oracles, torch.zeros(len(rewards), dtype=torch.float64)))
             if split == 0:
                 signs = [oracle.mean(dim=0).sign() for oracle in oracles]
-            for m in self.group_sizes:
-                groups = [Groups(half, m) for half in halves]
-                for index, estimator in [(i, each) for i, (each, size) in enumerate(trials) if size == m]:
-                    weights = [each.weights(estimator) for each in groups]
-                    pairs = [each.mean_and_noise(w) for each, w in zip(groups, weights, strict=True)]
-                    (mean_a, noise_a), (mean_b, noise_b) = pairs
-                    parts[index].append(cross_products(oracles, (mean_a, mean_b), (noise_a + noise_b) / 2))
-                    if split == 0:
-                        steps[index] = self._steps(oracles, groups, weights)
-                    on_progress()
-        ceiling = oracle_figures(average(oracle_parts), seed=self.seed)
-        ceiling["sign_agreement"] = float((signs[0] == signs[1]).double().mean())
-        figures = [estimator_figures(average(part), seed=self.seed) for part in parts]
-        return ceiling, [each | step for each, step in zip(figures, steps, strict=True)]
+            groups_of = {}
+            for estimator, row, parts in estimators:
+                if row["m"] not in groups_of:
+                    groups_of = {row["m"]: [Groups(half, row["m"]) for half in halves]}
+                groups = groups_of[row["m"]]
+                weights = [each.weights(estimator) for each in groups]
+                pairs = [each.mean_and_noise(own) for each, own in zip(groups, weights, strict=True)]
+                means, (noise_a, noise_b) = zip(*pairs, strict=True)
+                parts.append(cross_products(oracles, means, (noise_a + noise_b) / 2))
+                if split == 0:  # the same draws for every estimator
+                    steps.append(simulated_steps(groups, weights, oracles, _generator(seed, SPLITS)))
+                bar.update()
+    for (_, row, parts), simulated in zip(estimators, steps, strict=True):
+        row |= with_intervals(estimator_figures, parts, seed=seed) | simulated
+    agreement = float((signs[0] == signs[1]).double().mean())
+    return with_intervals(oracle_figures, oracle_parts, seed=seed) | {"sign_agreement": agreement}, rows
 
-    def _steps(self, oracles: Sequence[Tensor], groups: Sequence[Groups], weights: Sequence[Tensor]) -> Figures:
-        gradients = [each.gradients(w) for each, w in zip(groups, weights, strict=True)]
-        opposite = [oracle.mean(dim=0)[:: groups[0].half.stride] for oracle in reversed(oracles)]
-        generator = self._generator(SPLITS)  # the same draws for every estimator
-        figures: Figures = {}
-        for num_prompts in BATCHES:
-            figures |= simulated_steps(gradients, opposite, num_prompts=num_prompts, generator=generator)
-        return figures
 
-    def _generator(self, stream: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self.seed << 8) + stream)
+def _generator(seed: int, stream: int) -> Generator:
+    return Generator().manual_seed((seed << 8) + stream)

@@ -1,13 +1,12 @@
 """Pool of many rollouts per prompt: joined from batches, read from files of rewards, split into halves and groups."""
 
 import csv
-import io
 import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,23 +33,10 @@ class RolloutPool:
 
 
 def pool_of(batches: Sequence[PromptBatch]) -> RolloutPool:
-    """Join batches whose rollouts are attached, all with the same number a prompt.
-
-    Raises:
-        UserError: if there is no batch, a batch has no rollouts, or their numbers a prompt differ.
-    """
+    """Join batches whose rollouts are attached, all with the same number a prompt."""
     rollouts = [batch.rollouts.to("cpu") for batch in batches if batch.rollouts is not None]
-    sizes = {each.group_size for each in rollouts}
-    if not rollouts or len(rollouts) < len(batches) or len(sizes) != 1:
-        raise UserError(
-            f"a pool takes batches with the same number of rollouts a prompt: got {len(batches)} batches, "
-            f"{len(rollouts)} of them with rollouts, {sorted(sizes)} a prompt."
-        )
-    return RolloutPool(
-        ids=[prompt_id for batch in batches for prompt_id in batch.ids],
-        rewards=torch.cat([each.rewards.double() for each in rollouts]),
-        batches=rollouts,
-    )
+    ids = [prompt_id for batch in batches for prompt_id in batch.ids]
+    return RolloutPool(ids=ids, rewards=torch.cat([each.rewards.double() for each in rollouts]), batches=rollouts)
 
 
 # ---------------------------------------------------------------- files of rewards
@@ -64,21 +50,6 @@ def write_rewards(path: Path, pool: RolloutPool) -> None:
             file.write(json.dumps({"id": prompt_id, "rewards": scored}, ensure_ascii=False) + "\n")
 
 
-def read_run(folder: Path, which: Literal["before", "after"]) -> RolloutPool:
-    """Read the validation rewards of a run before or after training.
-
-    Raises:
-        UserError: if the run has not written them.
-    """
-    file = folder / f"rewards_{which}.jsonl"
-    if not file.is_file():
-        raise UserError(
-            f"{file}: no such file. The callback BestOfNReport writes it once a run has two validations "
-            "(trainer.num_sanity_val_steps=-1 makes the first one before training)."
-        )
-    return read_rewards(file)
-
-
 def read_rewards(path: Path) -> RolloutPool:
     """Read the rewards in a file; prompts may have different numbers of them, NaN fills up.
 
@@ -86,19 +57,16 @@ def read_rewards(path: Path) -> RolloutPool:
     - otherwise JSON lines: `{"rewards": [...], "id": ...}` a prompt, with `key` for `id`, or without either; null or
       NaN could not be scored.
 
-    Samples of one prompt are pooled wherever they stand.
-
-    Raises:
-        UserError: naming file and line, if it does not exist, or holds something else, or nothing.
+    Samples of one prompt are pooled wherever they stand. A UserError names file and line of anything else.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: this is not UTF-8 text: {error.reason}.") from None
     by_id: dict[str, list[float]] = {}
-    for prompt_id, rewards in (_csv_lines if path.suffix.lower() == ".csv" else _json_lines)(path, text):
+    for prompt_id, rewards in (_csv_lines if path.suffix.lower() == ".csv" else _json_lines)(path, lines):
         by_id.setdefault(prompt_id, []).extend(rewards)
     width = max(map(len, by_id.values()), default=0)
     if width == 0:
@@ -107,8 +75,8 @@ def read_rewards(path: Path) -> RolloutPool:
     return RolloutPool(ids=list(by_id), rewards=torch.tensor(rows, dtype=torch.float64))
 
 
-def _json_lines(path: Path, text: str) -> Iterator[tuple[str, list[float]]]:
-    for number, line in enumerate(text.split("\n"), 1):
+def _json_lines(path: Path, lines: Sequence[str]) -> Iterator[tuple[str, list[float]]]:
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"
@@ -125,8 +93,8 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[str, list[float]]]:
         yield str(prompt_id), [math.nan if value is None else float(value) for value in row["rewards"]]
 
 
-def _csv_lines(path: Path, text: str) -> Iterator[tuple[str, list[float]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+def _csv_lines(path: Path, lines: Sequence[str]) -> Iterator[tuple[str, list[float]]]:
+    reader = csv.DictReader(f"{line}\n" for line in lines)
     columns = reader.fieldnames or ()
     if {"prompt_id", "reward"} - set(columns):
         raise UserError(f"{path}, line 1: expected columns prompt_id and reward, got {columns or 'nothing'}.")
@@ -135,7 +103,7 @@ def _csv_lines(path: Path, text: str) -> Iterator[tuple[str, list[float]]]:
         if row["reward"] is None:
             raise UserError(f"{place}: expected {len(columns)} columns, as in line 1.")
         try:
-            yield row["prompt_id"], [float(row["reward"]) if row["reward"].strip() else math.nan]
+            yield row["prompt_id"], [float(row["reward"].strip() or "nan")]
         except ValueError:
             raise _not_a_reward(place, row["reward"]) from None
 
@@ -171,15 +139,10 @@ class Half:
         return torch.stack([each @ scores.double() for each, scores in zip(weights, self.scores, strict=True)])
 
 
-def half_size(rewards: Tensor, *, smallest: int) -> int:
+def half_size(rewards: Tensor, *, smallest: int = 0) -> int:
     """h, the size of the halves of every prompt's scored rollouts: half of what the prompt with the fewest has.
 
-    Args:
-        rewards: [Q, M] float; NaN = unscorable.
-        smallest: Smallest h: the larger of N and m.
-
-    Raises:
-        UserError: if h is smaller.
+    A UserError says what to change if it is below `smallest`, the larger of N and m.
     """
     size = int(torch.isfinite(rewards).sum(dim=1).min()) // 2
     if size < smallest:
@@ -191,14 +154,8 @@ def half_size(rewards: Tensor, *, smallest: int) -> int:
 
 
 def split_halves(rewards: Tensor, scores: Tensor, size: int, generator: torch.Generator) -> tuple[Half, Half]:
-    """Two disjoint random halves of `size` scored rollouts a prompt.
-
-    Args:
-        rewards: [Q, M] float; NaN = unscorable, in no half.
-        scores: [Q, M, D].
-        size: h.
-        generator: Source of the order.
-    """
+    """Two disjoint random halves of `size` scored rollouts a prompt, of rewards [Q, M] and scores [Q, M, D]; a NaN
+    reward is in neither."""
     order = torch.rand(rewards.shape, generator=generator).masked_fill(~torch.isfinite(rewards), 2.0).argsort(dim=1)
     halves = []
     for rows in (order[:, :size], order[:, size : 2 * size]):
@@ -208,12 +165,7 @@ def split_halves(rewards: Tensor, scores: Tensor, size: int, generator: torch.Ge
 
 
 class Groups:
-    """A half in G disjoint groups of m: neighbours make a group, the order of a half is random.
-
-    Args:
-        half: Where the rollouts come from.
-        m: Rollouts a group.
-    """
+    """A half in G disjoint groups of m: neighbours make a group, the order of a half is random."""
 
     def __init__(self, half: Half, m: int) -> None:
         self.half, self.m = half, m

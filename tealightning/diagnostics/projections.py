@@ -25,49 +25,37 @@ class LinearProjection:
     Weights of other modules (embeddings, norms, biases, `Conv1D`) are left out, and so are frozen ones: all gradients
     are compared on the subset of parameters that is covered. A weight that several modules share has one block. A head
     tied to the embedding counts with its part as a head.
-
-    Args:
-        policy: Module whose `nn.Linear` layers are projected.
-        size: k; D = k^2 times the number of different weights.
-        seed: Seed of U and V.
-
-    Raises:
-        UserError: if there is no trainable `nn.Linear`.
     """
 
     def __init__(self, policy: nn.Module, *, size: int = 8, seed: int = 0) -> None:
-        if size < 1:
-            raise UserError(f"projection must be at least 1, got {size}.")
-        self.size = size
         self.layers = {name: m for name, m in policy.named_modules() if isinstance(m, nn.Linear)}
         self.layers = {name: m for name, m in self.layers.items() if m.weight.requires_grad}
         if not self.layers:
             raise UserError("the policy has no trainable nn.Linear, which is what gradients are projected from.")
-        weights: dict[int, Tensor] = {}
-        self.matrices: dict[int, tuple[Tensor, Tensor]] = {}
+        self._blocks: dict[int, tuple[slice, Tensor, Tensor]] = {}
+        covered = 0
         for name, layer in self.layers.items():
-            key = id(layer.weight)
-            if key not in weights:
-                weights[key] = layer.weight
-                self.matrices[key] = _gaussians(layer.weight, size, f"{seed}\0{name}")
-        self._slots = {key: slot for slot, key in enumerate(weights)}
-        total = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
-        self.covered = sum(weight.numel() for weight in weights.values()) / total
+            if id(layer.weight) not in self._blocks:
+                first = len(self._blocks) * size**2
+                matrices = _gaussians(layer.weight, size, f"{seed}\0{name}")
+                self._blocks[id(layer.weight)] = (slice(first, first + size**2), *matrices)
+                covered += layer.weight.numel()
+        self.num_features = len(self._blocks) * size**2
+        """D."""
+        self.covered = covered / sum(each.numel() for each in policy.parameters() if each.requires_grad)
         """Share of the policy's trainable parameters."""
 
-    @property
-    def num_features(self) -> int:
-        """D."""
-        return len(self._slots) * self.size**2
+    def block(self, layer: nn.Linear) -> tuple[slice, Tensor, Tensor]:
+        """Where in the D features the layer's weight is, its U [out, k], and its V [in, k] divided by k."""
+        return self._blocks[id(layer.weight)]
 
-    def slot(self, layer: nn.Linear) -> slice:
-        """Where in the D features the layer's weight is."""
-        first = self._slots[id(layer.weight)] * self.size**2
-        return slice(first, first + self.size**2)
 
-    def matrices_of(self, layer: nn.Linear) -> tuple[Tensor, Tensor]:
-        """U [out, k] and V [in, k], V divided by k."""
-        return self.matrices[id(layer.weight)]
+def _gaussians(weight: Tensor, size: int, key: str) -> tuple[Tensor, Tensor]:
+    """U [out, k] and V [in, k] / k, from a seed that depends on the layer's name and not on the other layers."""
+    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 2
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.randn(side, size, generator=generator, dtype=torch.float64) for side in weight.shape)
+    return left.to(weight), (right / size).to(weight)
 
 
 def score_vectors(
@@ -78,20 +66,13 @@ def score_vectors(
     max_tokens: int = 16_384,
     on_progress: Callable[[int], Any] = lambda rows: None,
 ) -> Tensor:
-    """`s_i = P grad log pi(y_i | x)` for every rollout, under the distribution that it was sampled from.
+    """`s_i = P grad log pi(y_i | x)` [B, D] of every rollout, under the distribution that it was sampled from; float32
+    on the CPU (float64 for a float64 policy).
 
-    One forward and one backward pass per micro-batch: sequences never interact, so the gradients of the sum of their
-    log-probs by a layer's outputs are each rollout's own. No weight's gradient is computed.
-
-    Args:
-        policy: Run in eval mode, without gradient checkpointing, and restored afterwards.
-        rollouts: B rollouts; moved to the policy's device.
-        projection: Projection of this policy.
-        max_tokens: Padded tokens of a micro-batch: decides memory, not the result.
-        on_progress: Called with the number of rollouts that each micro-batch finished.
-
-    Returns:
-        [B, D] on the CPU, float32 (float64 for a float64 policy).
+    One forward and one backward pass per micro-batch of at most `max_tokens` padded tokens: sequences never interact,
+    so the gradients of the sum of their log-probs by a layer's outputs are each rollout's own. No weight's gradient is
+    computed. The policy runs in eval mode, without gradient checkpointing, and is restored afterwards. `on_progress`
+    is called with the number of rollouts that each micro-batch finished.
 
     Raises:
         UserError: if a layer's input does not keep rollouts apart: [rows, ..., in] is expected.
@@ -123,7 +104,7 @@ def _adding_to(sums: Tensor, projection: LinearProjection) -> Iterator[None]:
                 f"a Linear of the policy got an input of shape {tuple(activation.shape)}, and [{len(sums)}, tokens, "
                 f"{activation.shape[-1]}] was expected: policies that flatten or route tokens cannot be projected."
             )
-        left, right = projection.matrices_of(layer)
+        slot, left, right = projection.block(layer)
         seen = (activation @ right).flatten(1, -2)  # [rows, t, k]
         if not output.requires_grad:  # the first layers: no parameter before them requires a gradient now
             output.requires_grad_(True)
@@ -131,7 +112,7 @@ def _adding_to(sums: Tensor, projection: LinearProjection) -> Iterator[None]:
         def backward_hook(delta: Tensor) -> None:
             moved = (delta @ left).flatten(1, -2)
             block = torch.einsum("rti,rtj->rij", moved.to(sums.dtype), seen.to(sums.dtype))
-            sums[:, projection.slot(layer)] += block.flatten(1)
+            sums[:, slot] += block.flatten(1)
 
         output.register_hook(backward_hook)
 
@@ -158,11 +139,3 @@ def _only_activations(policy: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module in training:
             module.training = True
-
-
-def _gaussians(weight: Tensor, size: int, key: str) -> tuple[Tensor, Tensor]:
-    """U [out, k] and V [in, k] / k, from a seed that depends on the layer's name and not on the other layers."""
-    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 2
-    generator = torch.Generator().manual_seed(seed)
-    left, right = (torch.randn(side, size, generator=generator, dtype=torch.float64) for side in weight.shape)
-    return left.to(weight), (right / size).to(weight)

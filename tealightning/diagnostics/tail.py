@@ -1,25 +1,181 @@
-"""Check the upper tail of a reward and write the report: verdict, tables, plots."""
+"""Check the upper tail of a reward and write the report: verdict, estimator to use, tables, plots."""
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from scipy import stats
 from torch import Tensor
 
 from tealightning.diagnostics.fidelity import Row
 from tealightning.diagnostics.plots import plot_prediction, plot_qq
 from tealightning.diagnostics.pool import RolloutPool
-from tealightning.diagnostics.tail_verdict import Verdict, interval, judge_tail
 from tealightning.errors import UserError
 from tealightning.functional.statistics import mean_over_prompts
 from tealightning.functional.tail import tail_size
-from tealightning.functional.tail_checks import TailChecks, check_tail, summarise
+from tealightning.functional.tail_checks import MIN_TAIL, REJECTED_BELOW, TailChecks, check_tail, summarise
 from tealightning.functional.tail_shape import gaussian_tail_null
 from tealightning.reporting.provenance import provenance_lines
 from tealightning.reporting.tables import markdown_table, write_csv
+
+# ---------------------------------------------------------------- verdict
+
+TIED = 0.5
+FEW_VALUES = 10
+"""Discrete: more than the share `TIED` of a tail is tied, at no more than `FEW_VALUES` different values."""
+LARGEST_ATOM = 0.25
+"""Nearly discrete: on average more than this share of a prompt's tested rewards has one and the same value."""
+TWO_CLUSTERS = 0.9
+"""Two-pointed: in most prompts more than this share of the tested rewards' variance lies between two clusters. A
+uniform distribution has 0.75, two equal clusters with a gap as wide as each of them 0.92."""
+SIGNIFICANCE = 0.003
+"""Two-sided level of each test: a Gaussian reward is called something else in about 1% of the cases."""
+SMALLEST_SHAPE_DIFFERENCE = 0.05
+"""A smaller difference of the shape does not matter, however significant."""
+SMALLEST_PREDICTION_ERROR = 0.1
+"""The same for a prediction, in standard deviations of the reward."""
+LARGEST_SHAPE_ERROR = 0.06
+"""With a larger standard error a Student t with 5 degrees of freedom (0.22 above a Gaussian) could be missed."""
+MIN_PROMPTS = 10
+"""Fewer do not tell how much prompts differ."""
+LONG_TAIL = 16
+"""Rollouts in the tail of a training group from which a shape of its own pays. With fewer, a generalised Pareto fit is
+so noisy that a Gaussian tail comes closer in every analytic world (docs/results/gradient-fidelity.md)."""
+
+_EMPIRICAL = {"tail": "empirical"}
+ADVICE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "gaussian": ("optimal_tea", {}, "calibrated_tea"),
+    "heavier": ("tea", {}, "optimal_tea, less biased and noisier"),  # dividing by the group's spread tames outliers
+    "bounded": ("optimal_tea", {}, f"tea with tail: gpd, where groups have {LONG_TAIL} rollouts or more in the tail"),
+    "bounded_long": ("tea", {"tail": "gpd"}, "optimal_tea, more biased and less noisy"),
+    "discrete": ("tea", _EMPIRICAL, "max_at_k, if training samples as many as deployment"),
+    "nearly_discrete": ("tea", _EMPIRICAL, "max_at_k, or tail_rl"),
+    "two_pointed": (
+        "tea",
+        _EMPIRICAL,
+        "tail_rl; or pass_at_n, with a threshold between the clusters if they are the same for all prompts",
+    ),
+    "binary": ("pass_at_n", {}, ""),
+    "undecided": ("tea", _EMPIRICAL, "any of them; nothing is known of the tail"),
+}
+"""Estimator, its settings besides `target_n` and `alpha`, and what else fits, by what was found: what comes closest in
+the analytic worlds of that kind (docs/results/gradient-fidelity.md)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """One word on the tail, its reason in a sentence, and what to train with."""
+
+    name: str  # gaussian, heavier, bounded, discrete, two_pointed, binary or undecided
+    reason: str
+    estimator: str  # registered name
+    settings: dict[str, Any]  # of the estimator, besides `target_n` and `alpha`
+    alternative: str  # what else fits, in words
+
+
+def judge_tail(checks: TailChecks, *, training_tail: int = 4) -> Verdict:
+    """The verdict on checks of many samples a prompt: the first row of `_findings` that holds, with its advice.
+
+    `training_tail`, `ceil(alpha * m)` rollouts in the tail of a group in training, decides which estimator is named.
+    """
+    finding, reason = next((name, reason) for name, holds, reason in _findings(checks) if holds)
+    is_long = finding == "bounded" and training_tail >= LONG_TAIL
+    estimator, settings, alternative = ADVICE["bounded_long" if is_long else finding]
+    if finding == "binary":
+        low, high = float(checks.samples.min()), float(checks.samples.max())
+        settings = {} if low <= 0.5 < high else {"threshold": (low + high) / 2}
+    reason = reason[0].upper() + reason[1:]
+    name = finding.removeprefix("nearly_")
+    return Verdict(name=name, reason=reason, estimator=estimator, settings=settings, alternative=alternative)
+
+
+def _findings(checks: TailChecks) -> Iterator[tuple[str, bool, str]]:
+    """Rows (finding, whether it holds, reason): values first (too few, discrete, or two-pointed), then the shape, the
+    predictions, and the QQ line."""
+    part = f"{'all' if checks.tested_share == 1 else f'the upper {checks.tested_share:g}'} of a prompt's rewards"
+    with_spread = int((checks.distinct > 1).sum())
+    yield "undecided", with_spread == 0, "no prompt has two different rewards, so there is nothing to look at."
+    low, high = float(checks.samples.min()), float(checks.samples.max())
+    yield "binary", checks.distinct_in_all == 2, f"All rewards are one of two values, {low:g} and {high:g}."
+    ties, values = float(checks.ties.mean()), float(checks.distinct_in_tail.double().median())
+    reason = (
+        f"{ties:.0%} of the upper tail's samples share their value with another one of the prompt, and a tail has "
+        f"{values:.0f} different values (median): a coarse reward, or a policy that repeats its answers, far from "
+        "a Gaussian tail."
+    )
+    yield "discrete", ties > TIED and values <= FEW_VALUES, reason
+    atom = float(checks.atoms[checks.distinct > 1].mean())
+    reason = (
+        f"{atom:.0%} of {part} have one and the same value (mean over prompts): the reward is nearly discrete, far "
+        "from a Gaussian tail. A verifier's score, a clip, or a policy that repeats its answers."
+    )
+    yield "nearly_discrete", atom > LARGEST_ATOM, reason
+    clusters = checks.two_clusters[~checks.two_clusters.isnan()]
+    separate = clusters > TWO_CLUSTERS
+    share = float(separate.double().mean())
+    # as of a verifier with a little noise: a Gaussian would be extrapolated from the gap between
+    reason = (
+        f"Two clusters explain {clusters[separate].mean():.0%} of the variance of {part}, in {share:.0%} of the "
+        "prompts: the reward is nearly two-pointed, far from a Gaussian tail."
+    )
+    yield "two_pointed", share > 0.5, reason
+    size = checks.tested.shape[1]
+    reason = f"{part} are {size} samples, and {MIN_TAIL} are needed: sample more a prompt."
+    yield "undecided", checks.shape is None, reason
+    reason = f"{with_spread} prompts have different rewards, and {MIN_PROMPTS} are needed."
+    yield "undecided", with_spread < MIN_PROMPTS, reason
+    yield from _findings_on_the_shape(checks, part)
+
+
+def _findings_on_the_shape(checks: TailChecks, part: str) -> Iterator[tuple[str, bool, str]]:
+    assert checks.shape is not None and checks.qq_p is not None
+    mean, error, gaussian = (float(each) for each in checks.shape[:3])
+    prompts = int(checks.shape.num_prompts)
+    difference, gain = float(checks.shape.shape - checks.shape.gaussian), ""
+    described = f"the shape of {part} is {mean:.2f} ± {error:.2f}, that of Gaussian samples {gaussian:.2f}"
+    if checks.held_out is not None:
+        misses = mean_over_prompts(checks.held_out.error[:, -1])
+        budget = checks.held_out.ns[-1]
+        surplus = float(misses.mean - checks.held_out.gaussian_error[-1])  # beyond a Gaussian's
+        part_of_gain = abs(surplus) / float(mean_over_prompts(checks.held_out.measured[:, -1]).mean)
+        gain = f"; best-of-{budget} differs from a Gaussian's by {part_of_gain:.0%} of its gain"
+    is_clear = two_sided(difference, error, prompts) < SIGNIFICANCE and abs(difference) >= SMALLEST_SHAPE_DIFFERENCE
+    yield "heavier", is_clear and difference > 0, f"{described}, clearly above it{gain}."
+    yield "bounded", is_clear and difference < 0, f"{described}, clearly below it{gain}."
+    if checks.held_out is not None:
+        level = two_sided(surplus, float(misses.standard_error), int(misses.num_prompts))
+        reason = (
+            f"best-of-{budget} is predicted {abs(surplus):.2f} ± {float(misses.standard_error):.2f} reward standard "
+            f"deviations {'lower' if surplus < 0 else 'higher'}, relative to what is measured, than for Gaussian "
+            f"samples{gain}."
+        )
+        is_clear = level < SIGNIFICANCE and abs(surplus) >= SMALLEST_PREDICTION_ERROR
+        yield "heavier" if surplus < 0 else "bounded", is_clear, reason
+    levels = checks.qq_p[~checks.qq_p.isnan()]
+    rejected, total = int((levels < REJECTED_BELOW).sum()), len(levels)
+    reason = (
+        f"the shape is a Gaussian's on average, but {rejected / total:.0%} of the prompts have a tail that is not "
+        "straight (5% expected): a mixture, or prompts that differ; see the table of prompts."
+    )
+    yield "undecided", stats.binom.sf(rejected - 1, total, REJECTED_BELOW) < SIGNIFICANCE, reason
+    needed = prompts * (error / LARGEST_SHAPE_ERROR) ** 2
+    reason = f"{described}, too uncertain to tell: about {needed:.0f} prompts, or more samples a prompt, would do."
+    yield "undecided", error > LARGEST_SHAPE_ERROR, reason
+    yield "gaussian", True, f"{described}, and neither the QQ lines nor the predictions speak against it."
+
+
+def two_sided(difference: float, standard_error: float, num_prompts: int) -> float:
+    """p-value of a difference from 0 over prompts, by Student's t; a difference without any error is significant."""
+    if num_prompts < 2:
+        return 1.0
+    if standard_error == 0:
+        return 0.0 if difference != 0 else 1.0
+    return float(2 * stats.t.sf(abs(difference) / standard_error, num_prompts - 1))
+
+
+# ---------------------------------------------------------------- tables
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,11 +199,7 @@ def diagnose_pool(
     ns: Sequence[int] | None = None,
     seed: int = 0,
 ) -> TailDiagnosis:
-    """Check the upper tails of a pool; see `functional.tail_checks.check_tail` for the arguments.
-
-    Raises:
-        UserError: if the group is too small for a tail of 2, or a budget is larger than M - m.
-    """
+    """Check the upper tails of a pool; see `functional.tail_checks.check_tail` for the arguments."""
     try:
         checks = check_tail(pool.rewards, pool.valid, m=m, alpha=alpha, tested_share=tested_share, ns=ns, seed=seed)
     except ValueError as error:
@@ -65,8 +217,9 @@ def check_rows(diagnosis: TailDiagnosis) -> list[Row]:
     value = {name.removeprefix("tail_"): float(number) for name, number in summarise(checks).items()}
     rows: list[tuple[str, str, str]] = []
     if checks.shape is not None:
-        fit, null = checks.shape, gaussian_tail_null(size, tested)
-        low, high = interval(fit.shape, fit.standard_error, fit.num_prompts)
+        null = gaussian_tail_null(size, tested)
+        half = value["shape_se"] * float(stats.t.ppf(0.975, max(int(checks.shape.num_prompts) - 1, 1)))
+        low, high = value["shape"] - half, value["shape"] + half
         shape = f"{value['shape']:.3f} ± {value['shape_se']:.3f} (95%: {low:.2f} to {high:.2f})"
         clusters = f"variance of the {upper} between two clusters (median)"
         rows += [
@@ -114,24 +267,26 @@ def prediction_rows(diagnosis: TailDiagnosis) -> list[Row]:
 def prompt_rows(diagnosis: TailDiagnosis) -> list[Row]:
     """A row for each prompt; the shapes here are noisy and not corrected for their bias."""
     checks = diagnosis.checks
-    columns = {
+    columns: dict[str, Tensor | None] = {
         "ties": checks.ties,
         "most_frequent": checks.atoms,
         "two_clusters": checks.two_clusters,
-        "qq_r2": checks.qq_r2,
-        "qq_p": checks.qq_p,
-        "raw_shape": checks.shapes,
     }
+    columns |= {"qq_r2": checks.qq_r2, "qq_p": checks.qq_p, "raw_shape": checks.shapes}
+    if checks.held_out is not None:
+        n = checks.held_out.ns[-1]
+        columns |= {
+            f"prediction_error_{n}": checks.held_out.error[:, -1],
+            f"covered_{n}": checks.held_out.covered[:, -1],
+        }
     rows = []
     for index, prompt_id in enumerate(diagnosis.ids):
         row: Row = {"id": prompt_id, "samples": checks.samples.shape[1], "distinct": int(checks.distinct[index])}
-        row |= {name: float(values[index]) for name, values in columns.items() if values is not None}
-        if checks.held_out is not None:
-            n = checks.held_out.ns[-1]
-            row[f"prediction_error_{n}"] = float(checks.held_out.error[index, -1])
-            row[f"covered_{n}"] = float(checks.held_out.covered[index, -1])
-        rows.append(row)
+        rows.append(row | {name: float(values[index]) for name, values in columns.items() if values is not None})
     return rows
+
+
+# ---------------------------------------------------------------- report
 
 
 def verdict_text(diagnosis: TailDiagnosis) -> str:
@@ -151,15 +306,11 @@ def verdict_text(diagnosis: TailDiagnosis) -> str:
 def tables_text(diagnosis: TailDiagnosis) -> str:
     """Both tables as markdown."""
     text = markdown_table(check_rows(diagnosis))
-    lines = [
-        {
-            "n": row["n"],
-            **{name: f"{row[name]:.3f} ± {row[f'{name}_se']:.3f}" for name in ("predicted", "measured", "error")},
-            "Gaussian error": f"{row['gaussian_error']:.3f}",
-            "covered": f"{row['covered']:.1%}",
-        }
-        for row in prediction_rows(diagnosis)
-    ]
+    lines = []
+    for row in prediction_rows(diagnosis):
+        line = {"n": row["n"]}
+        line |= {key: f"{row[key]:.3f} ± {row[f'{key}_se']:.3f}" for key in ("predicted", "measured", "error")}
+        lines.append(line | {"Gaussian error": f"{row['gaussian_error']:.3f}", "covered": f"{row['covered']:.1%}"})
     if lines:
         text += (
             f"\n\nBest-of-n predicted from {diagnosis.m} samples and measured on the prompt's others, above its mean, "
@@ -171,34 +322,28 @@ def tables_text(diagnosis: TailDiagnosis) -> str:
 def write_diagnosis(folder: Path, diagnosis: TailDiagnosis, provenance: Mapping[str, str]) -> list[Path]:
     """Write `tail.md`, `.csv`, `.json` and the plots that M is large enough for; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
+    checks, predictions = diagnosis.checks, prediction_rows(diagnosis)
     texts = verdict_text(diagnosis), tables_text(diagnosis), provenance_lines(dict(provenance))
-    parts = ["# Tail of the reward", *texts]
-    (folder / "tail.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    write_csv(folder / "tail.csv", prompt_rows(diagnosis))
     record = {
         "verdict": asdict(diagnosis.verdict),
         "prompts": len(diagnosis.ids),
-        "samples": diagnosis.checks.samples.shape[1],
+        "samples": checks.samples.shape[1],
         "m": diagnosis.m,
         "alpha": diagnosis.alpha,
-        "tested_share": diagnosis.checks.tested_share,
-        "summary": {name: float(value) for name, value in summarise(diagnosis.checks).items()},
-        "predictions": prediction_rows(diagnosis),
+        "tested_share": checks.tested_share,
+        "summary": {name: float(value) for name, value in summarise(checks).items()},
+        "predictions": predictions,
         "provenance": dict(provenance),
     }
-    (folder / "tail.json").write_text(json.dumps(_without_nan(record), indent=2) + "\n", encoding="utf-8")
     files = [folder / "tail.md", folder / "tail.csv", folder / "tail.json"]
-    if diagnosis.checks.shape is not None and int(diagnosis.checks.shape.num_prompts) > 0:
-        files.append(plot_qq(diagnosis.checks, folder / "qq.png"))
-    if diagnosis.checks.held_out is not None:
-        files.append(plot_prediction(prediction_rows(diagnosis), diagnosis.m, folder / "prediction.png"))
+    files[0].write_text("\n\n".join(["# Tail of the reward", *texts]) + "\n", encoding="utf-8")
+    write_csv(files[1], prompt_rows(diagnosis))
+    without_nan = json.loads(json.dumps(record), parse_constant=lambda name: None)  # JSON has no NaN and no infinity
+    files[2].write_text(json.dumps(without_nan, indent=2) + "\n", encoding="utf-8")
+    if checks.shape is not None and int(checks.shape.num_prompts) > 0:
+        files.append(folder / "qq.png")
+        plot_qq(checks, files[-1])
+    if predictions:
+        files.append(folder / "prediction.png")
+        plot_prediction(predictions, diagnosis.m, files[-1])
     return files
-
-
-def _without_nan(value: Any) -> Any:
-    """NaN and infinity as null: JSON has neither."""
-    if isinstance(value, dict):
-        return {name: _without_nan(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,13 +2,6 @@
 
 A world draws groups of rollouts, their rewards and their scores (`S_i = grad log pi`, in a handful of directions), and
 computes the gradient of V_N by quadrature: what every estimator's `(1/m) * sum_i A_i S_i` is held against.
-
-At (0, 0) the scores are `z` and `z^2 - 1`. The best of N is `g(M)` with M the maximum of N normals (g never falls), so
-
-    grad V_N = integral of g(x) f(x) (u, x u - 1) dx,    f = N phi Phi^(N-1),   u = -f'/f = x - (N-1) phi/Phi
-
-which needs no derivative of g. For steps of height h_j at e_j it is a sum, `sum_j h_j f(e_j) (1, e_j)`.
-For `g = id` it is `(1, c_N)`.
 """
 
 import math
@@ -27,14 +20,12 @@ from torch import Generator, Tensor
 from tealightning.errors import UserError
 from tealightning.registry import did_you_mean
 
+Function = Callable[[np.ndarray], np.ndarray]
+"""Elementwise, of float64 arrays of any shape."""
+
 
 class World(ABC):
-    """A policy with d parameters and a reward.
-
-    Attributes:
-        name: Its name on the command line and in tables.
-        directions: What the d parameters are called.
-    """
+    """A policy with d parameters, called `directions`, and a reward."""
 
     name: str
     directions: tuple[str, ...]
@@ -66,59 +57,38 @@ def max_density(x: np.ndarray, n: int) -> np.ndarray:
     return n * np.exp(log_phi(x) + (n - 1) * log_ndtr(x))
 
 
-class Latent(World):
-    """A normal latent z with scores `(z, z^2 - 1)` and the reward `reward(z)`."""
+@dataclass(frozen=True, kw_only=True)
+class LatentWorld(World):
+    """A normal latent z with scores `(z, z^2 - 1)` and a reward `g(z)` that never falls.
 
+    The best of N is `g(M)` with M the maximum of N normals, so
+
+        grad V_N = integral of g(x) f(x) (u, x u - 1) dx,    f = N phi Phi^(N-1),   u = -f'/f = x - (N-1) phi/Phi
+
+    which needs no derivative of g. For steps of 1 at `edges` e_j it is a sum, `sum_j f(e_j) (1, e_j)`. For `g = id` it
+    is `(1, c_N)`.
+    """
+
+    name: str
+    reward: Function  # g, on [-14, 14]
+    edges: tuple[float, ...] = ()  # empty: g is smooth
     directions: tuple[str, ...] = ("location", "log-scale")
-    reward: Callable[[np.ndarray], np.ndarray]
 
     def sample(self, prompts: int, m: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """See `World.sample`; `scores[..., 0]` is the latent."""
         z = torch.randn(prompts, m, generator=generator, dtype=torch.float64)
         return torch.from_numpy(self.reward(z.numpy())), torch.stack([z, z * z - 1], dim=-1)
 
-
-@dataclass(frozen=True, kw_only=True)
-class SmoothWorld(Latent):
-    """`R = g(z)` for an increasing smooth g.
-
-    Args:
-        name: Its name.
-        reward: g, of float64 arrays of any shape, on [-14, 14].
-    """
-
-    name: str
-    reward: Callable[[np.ndarray], np.ndarray]
-
     def exact_gradient(self, target_n: int) -> Tensor:
         """See `World.exact_gradient`."""
+        if self.edges:
+            edges = np.asarray(self.edges)
+            density = max_density(edges, target_n)
+            return torch.tensor([np.sum(density), np.sum(density * edges)], dtype=torch.float64)
         x, weights = quadrature(-14.0, 14.0, 280)  # phi at 14 is 1e-43
         u = x - (target_n - 1) * np.exp(log_phi(x) - log_ndtr(x))
         values = weights * self.reward(x) * max_density(x, target_n)
         return torch.tensor([np.sum(values * u), np.sum(values * (x * u - 1))], dtype=torch.float64)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SteppedWorld(Latent):
-    """`R` = number of edges below z: whole numbers with many ties, as a judge's marks.
-
-    Args:
-        name: Its name.
-        edges: Where the reward steps up by 1, rising.
-    """
-
-    name: str
-    edges: tuple[float, ...]
-
-    def reward(self, z: np.ndarray) -> np.ndarray:  # type: ignore[override]
-        """0 .. len(edges)."""
-        return np.searchsorted(np.asarray(self.edges), z, side="right").astype(np.float64)
-
-    def exact_gradient(self, target_n: int) -> Tensor:
-        """See `World.exact_gradient`."""
-        edges = np.asarray(self.edges)
-        density = max_density(edges, target_n)
-        return torch.tensor([np.sum(density), np.sum(density * edges)], dtype=torch.float64)
 
 
 def gpd_quantile(z: np.ndarray, shape: float) -> np.ndarray:
@@ -127,64 +97,40 @@ def gpd_quantile(z: np.ndarray, shape: float) -> np.ndarray:
     return -log_survival if shape == 0 else np.expm1(-shape * log_survival) / shape
 
 
-def gpd_world(name: str, shape: float) -> SmoothWorld:
-    """The reward is generalised Pareto with this tail index: bounded below 0, exponential at 0, heavy above.
-
-    Raises:
-        UserError: for a shape of 0.5 or more (no variance) or below -2.
-    """
-    if not -2 <= shape < 0.5:
-        raise UserError(f"{name}: the shape must be in [-2, 0.5) (from 0.5 on a reward has no variance), got {shape}.")
-    return SmoothWorld(name=name, reward=partial(gpd_quantile, shape=shape))
-
-
 _GRID = np.linspace(-14.25, 14.25, 8193)
 
 
-def quantile_spline(quantiles: np.ndarray, density: Callable[[np.ndarray], np.ndarray]) -> CubicHermiteSpline:
-    """The quantile function at `Phi(z)`, interpolated in z with its exact slope `phi(z)/density`.
-
-    Args:
-        quantiles: Its values at z = `_GRID`.
-        density: The density of the reward.
-    """
+def quantile_spline(quantiles: np.ndarray, density: Function) -> CubicHermiteSpline:
+    """The quantile function at `Phi(z)`, interpolated in z between its values at `_GRID` with its exact slope
+    `phi(z)/density`."""
     return CubicHermiteSpline(_GRID, quantiles, np.exp(log_phi(_GRID)) / density(quantiles))
 
 
-def student_world(name: str, degrees: int) -> SmoothWorld:
-    """The reward is Student's t: symmetric, with tail index 1/degrees."""
+def student_quantile(degrees: int) -> CubicHermiteSpline:
+    """Quantile of Student's t at `Phi(z)`: symmetric, with tail index 1/degrees."""
     normaliser = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
-
-    def density(r: np.ndarray) -> np.ndarray:
-        return normaliser * (1 + r * r / degrees) ** (-(degrees + 1) / 2)
-
     # both tails from their small probability
     quantiles = np.sign(_GRID) * -stdtrit(degrees, ndtr(-np.abs(_GRID)))
-    return SmoothWorld(name=name, reward=quantile_spline(quantiles, density))
+    return quantile_spline(quantiles, lambda r: normaliser * (1 + r * r / degrees) ** (-(degrees + 1) / 2))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class NormalMixture:
-    """`sum_j weights_j N(means_j, sds_j^2)`."""
+    """`sum_j weight_j N(mean_j, sd_j^2)`."""
 
-    weights: tuple[float, ...]
-    means: tuple[float, ...]
-    sds: tuple[float, ...]
-
-    def _parts(self, r: np.ndarray) -> list[tuple[float, np.ndarray, float]]:
-        return [(w, (r - mu) / sd, sd) for w, mu, sd in zip(self.weights, self.means, self.sds, strict=True)]
+    parts: tuple[tuple[float, float, float], ...]  # (weight, mean, sd)
 
     def density(self, r: np.ndarray) -> np.ndarray:
-        """Its density."""
-        return sum((w / sd * np.exp(log_phi(x)) for w, x, sd in self._parts(r)), np.zeros_like(r))
+        """Density at r."""
+        return sum((w / sd * np.exp(log_phi((r - mean) / sd)) for w, mean, sd in self.parts), np.zeros_like(r))
 
     def below(self, r: np.ndarray) -> np.ndarray:
         """P(R <= r), accurate in the lower tail."""
-        return sum((w * ndtr(x) for w, x, _ in self._parts(r)), np.zeros_like(r))
+        return sum((w * ndtr((r - mean) / sd) for w, mean, sd in self.parts), np.zeros_like(r))
 
     def above(self, r: np.ndarray) -> np.ndarray:
         """P(R > r), accurate in the upper tail."""
-        return sum((w * ndtr(-x) for w, x, _ in self._parts(r)), np.zeros_like(r))
+        return sum((w * ndtr(-((r - mean) / sd)) for w, mean, sd in self.parts), np.zeros_like(r))
 
     def quantile(self, z: np.ndarray) -> np.ndarray:
         """The r with P(R <= r) = Phi(z), by bisection on whichever tail is the smaller."""
@@ -196,7 +142,7 @@ class NormalMixture:
         return (low + high) / 2
 
 
-MIXTURE = NormalMixture(weights=(0.85, 0.15), means=(0.0, 2.0), sds=(1.0, 0.5))
+MIXTURE = NormalMixture(((0.85, 0.0, 1.0), (0.15, 2.0, 0.5)))
 """A bulk and a narrow group of better answers: the upper tail is no Gaussian's until far out."""
 
 MEAN_B, SD_B = -1.406, 1.6
@@ -204,11 +150,7 @@ MEAN_B, SD_B = -1.406, 1.6
 
 
 def draw_rewards(arms: Tensor, generator: Generator) -> Tensor:
-    """A reward for each rollout.
-
-    Args:
-        arms: [...] float64, 1 where the rollout plays B and 0 where it plays A.
-    """
+    """A reward for each rollout; `arms` [...] float64 is 1 where it plays B and 0 where it plays A."""
     z = torch.randn(arms.shape, generator=generator, dtype=torch.float64)
     return z + arms * (MEAN_B + (SD_B - 1) * z)
 
@@ -218,19 +160,11 @@ class TwoArms(World):
     """A softmax policy over the two arms with one parameter, the logit of B.
 
     `S = 1{B} - p`. With `F = (1-p) F_A + p F_B` the gradient is `p (1-p) * integral of N F^(N-1) (F_A - F_B)`.
-
-    Args:
-        name: Its name.
-        probability: p, of B, in (0, 1).
     """
 
     name: str
-    probability: float
+    probability: float  # p, of B
     directions: tuple[str, ...] = ("logit of B",)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.probability < 1:
-            raise UserError(f"{self.name}: the probability of B must be in (0, 1), got {self.probability}.")
 
     def sample(self, prompts: int, m: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """See `World.sample`."""
@@ -251,31 +185,36 @@ class TwoArms(World):
         return torch.tensor([p * (1 - p) * integral], dtype=torch.float64)
 
 
-LATENT_WORLDS: dict[str, Callable[[], World]] = {
-    "gaussian": lambda: SmoothWorld(name="gaussian", reward=np.copy),
-    "student_t5": lambda: student_world("student_t5", 5),
-    "mixture": lambda: SmoothWorld(name="mixture", reward=quantile_spline(MIXTURE.quantile(_GRID), MIXTURE.density)),
-    "bounded": lambda: SmoothWorld(name="bounded", reward=np.tanh),
-    "discrete": lambda: SteppedWorld(name="discrete", edges=(-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5)),
+MARKS = (-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5)
+"""Edges of whole-number rewards with many ties, as a judge's marks."""
+LATENT_WORLDS: dict[str, Callable[[], Function]] = {
+    "gaussian": lambda: np.copy,
+    "student_t5": lambda: student_quantile(5),
+    "mixture": lambda: quantile_spline(MIXTURE.quantile(_GRID), MIXTURE.density),
+    "bounded": lambda: np.tanh,
+    "discrete": lambda: lambda z: np.searchsorted(MARKS, z, side="right").astype(np.float64),
 }
 NAMES = ("gaussian", "gpd_-0.3", "gpd_0", "gpd_0.2", "student_t5", "mixture", "bounded", "discrete", "two_arms")
 """The worlds that are measured unless others are asked for."""
 
 
 def build_world(name: str) -> World:
-    """Build a world: one of `NAMES`, `gpd_SHAPE` with any shape below 0.5, or `two_arms_P` with P the probability of
-    arm B (0.5 without it).
+    """Build a world: one of `NAMES`, `gpd_SHAPE` with any shape below 0.5 (the tail index of generalised Pareto
+    rewards: bounded below 0, exponential at 0, heavy above), or `two_arms_P` with P the probability of arm B.
 
     Raises:
         UserError: for an unknown name, with the nearest valid ones; for a shape or a probability out of range.
     """
     if name in LATENT_WORLDS:
-        return LATENT_WORLDS[name]()
-    if name == "two_arms":
-        return TwoArms(name=name, probability=0.5)
-    match = re.fullmatch(r"(gpd|two_arms)_(-?\d*\.?\d+)", name)
+        return LatentWorld(name=name, reward=LATENT_WORLDS[name](), edges=MARKS if name == "discrete" else ())
+    match = re.fullmatch(r"(gpd|two_arms)_(-?\d*\.?\d+)", "two_arms_0.5" if name == "two_arms" else name)
     if match is None:
         raise UserError(f"Unknown world {name!r}.{did_you_mean(name, [*NAMES, 'gpd_SHAPE', 'two_arms_P'])}")
+    value = float(match[2])
     if match[1] == "gpd":
-        return gpd_world(name, float(match[2]))
-    return TwoArms(name=name, probability=float(match[2]))
+        if not -2 <= value < 0.5:
+            raise UserError(f"{name}: the shape must be in [-2, 0.5) (there is no variance from 0.5 on), got {value}.")
+        return LatentWorld(name=name, reward=partial(gpd_quantile, shape=value))
+    if not 0 < value < 1:
+        raise UserError(f"{name}: the probability of B must be in (0, 1), got {value}.")
+    return TwoArms(name=name, probability=value)

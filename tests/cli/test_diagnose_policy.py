@@ -8,7 +8,7 @@ import torch
 from command_line import PROSE, run
 from run_records import quickstart_args
 
-from tealightning.cli.diagnose_policy import collect_pool, diagnose_policy_gradients
+from tealightning.cli.diagnose_policy import collect_pool
 from tealightning.errors import UserError
 from tealightning.estimators import estimator_names
 from tealightning.training.micro_batches import score_completions
@@ -80,9 +80,9 @@ def test_estimators_by_name_come_with_a_refusal_or_figures(playground, tmp_path)
     ("args", "message"),
     [
         (["--pool", "255"], "--pool must be at least 256"),
-        (["-m", "1"], "-m must be at least 2, got 1"),
-        (["--prompts", "1"], "--prompts must be at least 2"),
-        (["--projection", "0"], "--projection must be at least 1"),
+        (["-m", "1"], "-m: must be at least 2, got 1"),
+        (["--prompts", "1"], "--prompts: must be at least 2"),
+        (["--projection", "0"], "--projection: must be at least 1"),
         (["--estimators", "te"], "Did you mean 'tea'"),
         (["--rollout.grup_size=3"], "Unknown setting 'rollout.grup_size'"),
     ],
@@ -91,11 +91,6 @@ def test_errors_come_before_anything_is_sampled(args, message):
     result = measure("-c", PROSE, *args)
     assert result.status == 2
     assert message in result.err
-
-
-def test_a_config_is_needed():
-    with pytest.raises(ValueError, match=r"add -c configs/quickstart\.yaml"):
-        diagnose_policy_gradients(["--trainer.accelerator=cpu"])
 
 
 def test_help_lists_the_options_and_says_where_the_others_go():

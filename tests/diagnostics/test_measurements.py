@@ -54,10 +54,12 @@ def test_wrong_arguments_are_reported_before_the_work():
 
 
 def test_trial_knows_units_refusals_and_warnings():
-    assert try_out(build_estimator("direct"), 16).reward_units
-    assert not try_out(build_estimator("grpo"), 16).reward_units
-    assert "needs at least 8 rollouts" in try_out(build_estimator("max_at_k", k=8), 4).refusal
-    assert "the tail has 2 rollouts" in try_out(build_estimator("direct"), 8).warning
+    assert try_out(build_estimator("direct"), 16) == ("reward", "")
+    assert try_out(build_estimator("grpo"), 16) == ("own", "")
+    units, refusal = try_out(build_estimator("max_at_k", k=8), 4)
+    assert units == "" and "needs at least 8 rollouts" in refusal
+    units, warning = try_out(build_estimator("direct"), 8)
+    assert units == "reward" and "the tail has 2 rollouts" in warning
 
 
 def test_an_estimator_that_refuses_negative_rewards_is_measured_where_there_are_none():
@@ -152,7 +154,9 @@ def test_rows_hold_the_range_over_seeds_and_say_what_is_refused(monkeypatch):
         "tealightning.diagnostics.measurements.train_two_arms",
         lambda estimator, m, *, seeds: torch.tensor([0.2, 0.4, 0.9]),
     )
-    rows = measure_decisions(parse_estimators(["grpo", "max_at_k:k=9"]), settings=[(8, 128)], seeds=[0, 1, 2])
+    rows = measure_decisions(
+        parse_estimators(["grpo", "max_at_k:k=9"]), settings=[(8, 128)], alpha=0.25, seeds=[0, 1, 2]
+    )
     assert rows[0]["mean"] == pytest.approx(0.5)
     assert (rows[0]["lowest"], rows[0]["highest"], rows[0]["seeds"]) == (pytest.approx(0.2), pytest.approx(0.9), 3)
     assert "mean" not in rows[1]

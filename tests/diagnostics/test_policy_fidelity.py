@@ -8,6 +8,7 @@ gradients along the two are, in units of sd,
 """
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ from tealightning.diagnostics import policy_fidelity
 from tealightning.diagnostics.fidelity_report import ceiling_text, policy_table, write_policy_fidelity
 from tealightning.diagnostics.measurements import parse_estimators
 from tealightning.diagnostics.policy_fidelity import (
-    PolicyFidelity,
     cross_products,
     estimator_figures,
+    measure_on_policy,
     oracle_figures,
+    with_intervals,
 )
 from tealightning.diagnostics.pool import Groups, Half
 from tealightning.estimators import AdvantageEstimator, build_estimator
@@ -37,14 +39,25 @@ def world(seed: int, *, prompts: int = 6, pool: int = 512, features: int = 10, n
     return means + sd * z, scores
 
 
-def study(seed: int, m: int, **kwargs) -> PolicyFidelity:
-    return PolicyFidelity(*world(seed, **kwargs), target_n=N, group_sizes=[m], seed=seed)
+@dataclass
+class Built:
+    """An estimator as it is, in the place of a specification of one."""
+
+    estimator: AdvantageEstimator
+    label: str = "built"
+
+    def build(self, **settings) -> AdvantageEstimator:
+        return self.estimator
+
+
+def study(seed: int, m: int, specs: list, **kwargs) -> tuple[dict, list[dict]]:
+    return measure_on_policy(*world(seed, **kwargs), specs, target_n=N, group_sizes=[m], seed=seed)
 
 
 def measured(estimator: AdvantageEstimator, m: int, *, worlds: int = 20, **kwargs) -> dict[str, torch.Tensor]:
     """Each figure of independent worlds, without its interval: [worlds]."""
-    samples = [study(seed, m, **kwargs).measure([(estimator, m)])[1][0] for seed in range(worlds)]
-    names = [name for name in samples[0] if not name.endswith(("_low", "_high"))]
+    samples = [study(seed, m, [Built(estimator)], **kwargs)[1][0] for seed in range(worlds)]
+    names = [key for key, value in samples[0].items() if type(value) is float and not key.endswith(("_low", "_high"))]
     return {name: torch.tensor([each[name] for each in samples], dtype=torch.float64) for name in names}
 
 
@@ -131,8 +144,7 @@ def test_step_errors_are_those_of_fresh_steps():
 
 def test_step_cosine_is_what_simulated_steps_show_of_a_large_pool():
     """The simulated ones see a noisy oracle: the square root of the ceiling below."""
-    each = study(3, 8, pool=4096, prompts=4)
-    ceiling, (figures,) = each.measure([(build_estimator("grpo"), 8)])
+    ceiling, (figures,) = study(3, 8, [Built(build_estimator("grpo"))], pool=4096, prompts=4)
     for prompts in (1, 32):
         shown = figures[f"simulated_cosine_{prompts}"] / math.sqrt(ceiling["ceiling"])
         assert shown == pytest.approx(figures[f"step_cosine_{prompts}"], abs=0.04)
@@ -143,7 +155,7 @@ def test_spread_between_prompts_turns_single_steps_away():
     """Prompts with gradients along different coordinates and no noise: cosine 1/sqrt(4) of one prompt's step."""
     oracle = torch.eye(4, dtype=torch.float64)
     products = cross_products((oracle, oracle), (oracle, oracle), torch.zeros(4, dtype=torch.float64))
-    figures = estimator_figures(products, seed=0)
+    figures = with_intervals(estimator_figures, [products], seed=0)
     assert figures["cosine"] == pytest.approx(1)
     assert figures["step_cosine_1"] == pytest.approx(0.5)
 
@@ -151,7 +163,8 @@ def test_spread_between_prompts_turns_single_steps_away():
 def test_ceiling_is_the_cosine_of_the_two_oracles_and_admits_defeat():
     def oracle(first, second):
         oracles = [torch.tensor([row] * 2, dtype=torch.float64) for row in (first, second)]
-        return oracle_figures(cross_products(oracles, oracles, torch.zeros(2, dtype=torch.float64)), seed=0)
+        products = cross_products(oracles, oracles, torch.zeros(2, dtype=torch.float64))
+        return with_intervals(oracle_figures, [products], seed=0)
 
     agreeing = oracle([3.0, 4.0], [5.0, 0.0])
     assert agreeing["ceiling"] == pytest.approx(0.6)
@@ -166,7 +179,7 @@ def test_intervals_cover_the_truth():
     truth = 1 / math.sqrt(1 + C_N**2)
     hits = 0
     for seed in range(40):
-        _, (figures,) = study(seed, 8, prompts=12, pool=256).measure([(build_estimator("mean_reward"), 8)])
+        _, (figures,) = study(seed, 8, [Built(build_estimator("mean_reward"))], prompts=12, pool=256)
         hits += figures["cosine_low"] <= truth <= figures["cosine_high"]
     assert hits >= 33
 
@@ -175,7 +188,7 @@ def test_intervals_lie_around_their_figures():
     """Also those of raw cosines, where noise is most of the length: a prompt drawn twice must not bring it twice."""
     inside = []
     for seed in range(10):
-        ceiling, (figures,) = study(seed, 16, prompts=24, pool=64, noise=5.0).measure([(build_estimator("grpo"), 16)])
+        ceiling, (figures,) = study(seed, 16, [Built(build_estimator("grpo"))], prompts=24, pool=64, noise=5.0)
         for each, name in ((ceiling, "ceiling"), (figures, "cosine_raw")):
             low, high = each[f"{name}_low"], each[f"{name}_high"]
             inside.append((each[name] - low) / (high - low))
@@ -194,7 +207,7 @@ def test_averaging_splits_lowers_the_noise(monkeypatch):
 
 def test_study_shows_refusals_and_pairs_its_groups():
     specs = parse_estimators(["calibrated_tea", "max_at_k:k=9", "direct", "tea:scale=none"])
-    refused, too_large, direct, tea = study(0, 8).run(specs)[1]
+    refused, too_large, direct, tea = study(0, 8, specs)[1]
     assert "needs at least 9 rollouts" in refused["note"] and "lower k (now 9)" in too_large["note"]
     assert set(refused) == set(too_large) == {"estimator", "m", "units", "note"}
     assert direct["units"] == "reward"
@@ -203,15 +216,13 @@ def test_study_shows_refusals_and_pairs_its_groups():
     assert direct["cosine_low"] < direct["cosine"] < direct["cosine_high"]
 
 
-def test_study_is_reproducible_and_refuses_a_single_prompt():
+def test_study_is_reproducible():
     specs = parse_estimators(["grpo"])
-    assert study(0, 8).run(specs) == study(0, 8).run(specs)
-    with pytest.raises(ValueError, match="prompts must be at least 2"):
-        study(0, 8, prompts=1)
+    assert study(0, 8, specs) == study(0, 8, specs)
 
 
 def test_report_has_every_estimator_and_reasons(tmp_path):
-    ceiling, rows = study(0, 8).run(parse_estimators(["grpo", "mean_reward", "calibrated_tea"]))
+    ceiling, rows = study(0, 8, parse_estimators(["grpo", "mean_reward", "calibrated_tea"]))
     lines = policy_table(rows).splitlines()
     assert [line.split(" | ")[1] for line in lines[2:]] == ["grpo", "mean_reward", "calibrated_tea"]
     assert "refused: calibrated_tea needs at least 9" in lines[4]

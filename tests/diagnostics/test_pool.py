@@ -13,7 +13,6 @@ from tealightning.diagnostics.pool import (
     half_size,
     pool_of,
     read_rewards,
-    read_run,
     split_halves,
     write_rewards,
 )
@@ -30,12 +29,6 @@ def test_pool_of_joins_batches_in_order():
     assert pool.rewards[:, 0].tolist() == [1.0, 3.0, 5.0]
     assert pool.valid.tolist() == [[True, True], [True, False], [True, True]]
     assert [len(batch.rewards) for batch in pool.batches] == [1, 2]
-
-
-@pytest.mark.parametrize("batches", [[], [make_batch(make_rollouts([[1.0]])), make_batch(make_rollouts([[1.0, 2.0]]))]])
-def test_pool_of_refuses_nothing_and_different_sizes(batches):
-    with pytest.raises(ValueError, match="same number of rollouts a prompt"):
-        pool_of(batches)
 
 
 def test_write_rewards_has_a_line_a_prompt_and_null_for_unscorable(tmp_path):
@@ -98,11 +91,9 @@ def test_what_is_no_file_of_rewards_names_the_line(tmp_path, name, text, message
         read_rewards(tmp_path / name)
 
 
-def test_a_missing_file_and_a_run_without_rewards_are_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.jsonl: no such file"):
         read_rewards(tmp_path / "nowhere.jsonl")
-    with pytest.raises(ValueError, match=r"rewards_before\.jsonl: no such file\. The callback BestOfNReport writes it"):
-        read_run(tmp_path, "before")
 
 
 def test_bytes_that_are_no_text_are_named(tmp_path):

@@ -25,8 +25,8 @@ def projected(policy, rollouts, projection) -> torch.Tensor:
     rows = torch.zeros(len(rollouts.completion_ids), projection.num_features, dtype=torch.float64)
     for row, grads in enumerate(gradients(policy, rollouts)):
         for name, grad in grads.items():
-            left, right = projection.matrices_of(projection.layers[name])
-            rows[row, projection.slot(projection.layers[name])] = (left.T @ grad @ right).flatten()
+            slot, left, right = projection.block(projection.layers[name])
+            rows[row, slot] = (left.T @ grad @ right).flatten()
     return rows
 
 
@@ -77,8 +77,8 @@ def test_score_vectors_keep_inner_products_on_average(policy):
 def test_projection_is_seeded_and_covers_what_it_says(policy):
     one, same, other = (LinearProjection(policy, seed=seed) for seed in (1, 1, 2))
     head = policy.lm_head
-    assert torch.equal(one.matrices_of(head)[0], same.matrices_of(head)[0])
-    assert not torch.equal(one.matrices_of(head)[0], other.matrices_of(head)[0])
+    assert torch.equal(one.block(head)[1], same.block(head)[1])
+    assert not torch.equal(one.block(head)[1], other.block(head)[1])
     left_out = policy.model.embed_tokens.weight.numel() + 5 * 16  # embeddings, and a norm's weights five times
     assert one.covered == pytest.approx(1 - left_out / sum(p.numel() for p in policy.parameters()))
 
@@ -142,8 +142,3 @@ def test_layers_that_see_flat_tokens_are_refused(policy):
     policy.model.layers[0].mlp.up_proj.register_forward_pre_hook(flat)
     with pytest.raises(ValueError, match="policies that flatten or route tokens cannot be projected"):
         score_vectors(policy, ROLLOUTS, LinearProjection(policy))
-
-
-def test_projection_of_no_numbers_is_refused(policy):
-    with pytest.raises(ValueError, match="projection must be at least 1, got 0"):
-        LinearProjection(policy, size=0)

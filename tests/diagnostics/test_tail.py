@@ -14,12 +14,13 @@ from tealightning.diagnostics.pool import RolloutPool
 from tealightning.diagnostics.tail import (
     check_rows,
     diagnose_pool,
+    judge_tail,
     prediction_rows,
     prompt_rows,
+    two_sided,
     verdict_text,
     write_diagnosis,
 )
-from tealightning.diagnostics.tail_verdict import judge_tail, two_sided
 from tealightning.estimators import build_estimator
 from tealightning.functional.tail_checks import check_tail
 
