@@ -23,10 +23,9 @@ def check_choice(name: str, value: Name, choices: Sequence[str]) -> Name:
     return value
 
 
-def check_alpha(alpha: float) -> float:
-    """`alpha` if it is a tail level in (0, 1]."""
-    expected = "a number in (0, 1], the upper share of each group that counts"
-    return _check_number("alpha", alpha, expected, lambda number: 0 < number <= 1)
+def check_share(name: str, value: float) -> float:
+    """`value` if it is a share above 0, such as the tail level alpha or a probability mass."""
+    return _check_number(name, value, "a number in (0, 1]", lambda number: 0 < number <= 1)
 
 
 def check_finite(name: str, value: float) -> float:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tealightning.checks import check_integer, check_positive, check_share
 from tealightning.errors import UserError
 
 Split = Literal["train", "val", "test"]
@@ -47,14 +48,10 @@ class SamplingConfig:
     stop: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"sampling.max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if not 0 < self.temperature < math.inf:
-            raise UserError(f"sampling.temperature must be above 0, got {self.temperature}.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"sampling.top_p must be in (0, 1], got {self.top_p}.")
-        if self.top_k < 0:
-            raise UserError(f"sampling.top_k must be 0 (off) or more, got {self.top_k}.")
+        check_integer("sampling.max_new_tokens", self.max_new_tokens, 1)
+        check_positive("sampling.temperature", self.temperature)
+        check_share("sampling.top_p", self.top_p)
+        check_integer("sampling.top_k", self.top_k, 0)
         if "" in self.stop:
             raise UserError(f"sampling.stop must hold texts that are not empty, got {self.stop}.")
 

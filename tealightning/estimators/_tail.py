@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tealightning.checks import check_alpha, check_choice, check_integer
+from tealightning.checks import check_choice, check_integer, check_share
 from tealightning.estimators.base import AdvantageEstimator
 from tealightning.functional.tail import smallest_group, tail_size
 from tealightning.functional.tail_models import TAIL_MODELS, TailModel, tail_weights
@@ -26,7 +26,7 @@ class TailEstimator(AdvantageEstimator):
 
     def __init__(self, *, target_n: int = 128, alpha: float = 0.25) -> None:
         self.target_n = check_integer("target_n", target_n, 1)
-        self.alpha = check_alpha(alpha)
+        self.alpha = check_share("alpha", alpha)
         self._warned = False
 
     @property

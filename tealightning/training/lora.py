@@ -1,6 +1,5 @@
 """Low-rank adapters (LoRA) through peft: only small matrices beside the frozen linear layers are trained."""
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tealightning.checks import check_integer, check_positive
 from tealightning.errors import MissingPackageError, UserError
 
 _ADAPTER = "default"
@@ -37,10 +37,8 @@ class LoRA:
     rank_stabilized: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"lora.rank must be at least 1, got {self.rank}.")
-        if not 0 < self.alpha < math.inf:
-            raise UserError(f"lora.alpha must be above 0, got {self.alpha}.")
+        check_integer("lora.rank", self.rank, 1)
+        check_positive("lora.alpha", self.alpha)
         if not self.target_modules:
             raise UserError("lora.target_modules is empty: name modules, or all-linear.")
 

@@ -1,12 +1,13 @@
 """Settings of the policy-gradient loss and its value on a micro-batch."""
 
-import math
 import warnings
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from tealightning.checks import check_choice, check_not_negative, check_positive, check_share
 from tealightning.errors import UserError
 from tealightning.functional.losses import (
     KLEstimator,
@@ -45,20 +46,16 @@ class PolicyGradientLoss:
     importance_cap: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.clip_lower <= 1:
-            raise UserError(f"loss.clip_lower must be in (0, 1], got {self.clip_lower}.")
+        check_share("loss.clip_lower", self.clip_lower)
         if not self.clip_upper > 0:
             raise UserError(f"loss.clip_upper must be above 0, got {self.clip_upper}.")
-        if not 0 <= self.kl_coef < math.inf:
-            raise UserError(f"loss.kl_coef must be 0 or more, got {self.kl_coef}.")
-        if self.reduction not in ("token_mean", "sequence_mean", "constant"):
-            raise UserError(f"loss.reduction must be token_mean, sequence_mean or constant, got {self.reduction!r}.")
-        if self.kl_estimator not in ("k1", "k2", "k3"):
-            raise UserError(f"loss.kl_estimator must be k1, k2 or k3, got {self.kl_estimator!r}.")
-        if self.constant is not None and not 0 < self.constant < math.inf:
-            raise UserError(f"loss.constant must be above 0, got {self.constant}.")
-        if self.constant is not None and self.reduction != "constant":
-            warnings.warn(f"loss.constant has no effect with reduction={self.reduction!r}.", stacklevel=3)
+        check_not_negative("loss.kl_coef", self.kl_coef)
+        check_choice("loss.reduction", self.reduction, get_args(Reduction))
+        check_choice("loss.kl_estimator", self.kl_estimator, get_args(KLEstimator))
+        if self.constant is not None:
+            check_positive("loss.constant", self.constant)
+            if self.reduction != "constant":
+                warnings.warn(f"loss.constant has no effect with reduction={self.reduction!r}.", stacklevel=3)
         if self.importance_cap is not None and not self.importance_cap > 0:
             raise UserError(f"loss.importance_cap must be above 0, got {self.importance_cap}.")
 

@@ -26,6 +26,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from tealightning.checks import check_choice
 from tealightning.errors import UserError
 from tealightning.estimators import AdvantageEstimator
 from tealightning.reliability.progress import beat
@@ -119,16 +120,14 @@ class PostTrainingModule(PolicyModule):
         self._check_settings(inner_epoch_correction)
 
     def _check_settings(self, inner_epoch_correction: str) -> None:
-        if self.advantage_scale not in ("none", "batch_rms"):
-            raise UserError(f"advantage_scale must be none or batch_rms, got {self.advantage_scale!r}.")
+        check_choice("advantage_scale", self.advantage_scale, ("none", "batch_rms"))
         optional = {"micro_batch_tokens": self._micro_batch_tokens, "micro_batch_size": self.micro_batch_size}
         for name, value in ({"inner_epochs": self.inner_epochs} | optional).items():
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1{' or null' if name in optional else ''}, got {value}.")
         if self.gradient_clip_norm is not None and not self.gradient_clip_norm > 0:
             raise UserError(f"gradient_clip_norm must be above 0 or null, got {self.gradient_clip_norm}.")
-        if inner_epoch_correction not in ("clip", "exact"):
-            raise UserError(f"inner_epoch_correction must be clip or exact, got {inner_epoch_correction!r}.")
+        check_choice("inner_epoch_correction", inner_epoch_correction, ("clip", "exact"))
         if not self.is_exact_off_policy:
             return
         if not self.estimator.has_off_policy_form:

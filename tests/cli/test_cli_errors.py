@@ -164,12 +164,15 @@ def fit_args(playground, tmp_path):
 @pytest.mark.parametrize(
     ("option", "told"),
     [
-        ("rollout.sampling.temperature=0", "error: rollout.sampling.temperature must be above 0, got 0.0."),
+        (
+            "rollout.sampling.temperature=0",
+            "error: rollout.sampling.temperature must be a finite number above 0, got 0.0.",
+        ),
         (
             "model.estimator.alpha=3",
-            "error: model.estimator.alpha must be a number in (0, 1], the upper share of each group that counts, got",
+            "error: model.estimator.alpha must be a number in (0, 1], got 3.0.",
         ),
-        ("model.loss.kl_coef=-1", "error: model.loss.kl_coef must be 0 or more, got -1.0."),
+        ("model.loss.kl_coef=-1", "error: model.loss.kl_coef must be a finite number of at least 0, got -1.0."),
         (
             "model.ns=[0,4]",
             "error: model.ns must hold different integers of at least 1, for example [1, 4, 16]; got [0, 4].",
@@ -298,7 +301,7 @@ def test_rows_of_other_lengths_inside_the_package_are_no_error_of_the_user(monke
 
 
 def test_a_defect_in_a_constructor_keeps_its_traceback(fit_args, monkeypatch):
-    monkeypatch.setattr("tealightning.estimators._tail.check_alpha", None)
+    monkeypatch.setattr("tealightning.estimators._tail.check_share", None)
     with pytest.raises(TypeError, match="not callable") as raised:
         run(*fit_args)
     assert raised.traceback[-1].path.name == "_tail.py"

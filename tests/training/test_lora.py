@@ -71,8 +71,8 @@ def adapted(seed=0, model=None, **settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, r"lora\.rank must be at least 1, got 0"),
-        ({"alpha": 0.0}, r"lora\.alpha must be above 0, got 0\.0"),
+        ({"rank": 0}, r"lora\.rank must be an integer of at least 1, got 0"),
+        ({"alpha": 0.0}, r"lora\.alpha must be a finite number above 0, got 0\.0"),
         ({"target_modules": []}, r"lora\.target_modules is empty"),
     ],
 )

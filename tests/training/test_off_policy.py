@@ -92,7 +92,7 @@ def test_unscorable_rollouts_take_no_part(policy):
         ("grpo", {}, "inner_epoch_correction=exact needs an estimator with an off-policy form"),
         (("max_at_k", {"k": 2, "scale": "group_std"}), {}, r"max_at_k with scale=none\), got MaxAtK\(k=2"),
         ("max_at_k", {"importance_cap": 2.0}, "set one of them only"),
-        ("max_at_k", {"correction": "exactly"}, "inner_epoch_correction must be clip or exact"),
+        ("max_at_k", {"correction": "exactly"}, "inner_epoch_correction must be one of clip, exact"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(policy, estimator, settings, message):
