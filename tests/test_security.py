@@ -24,7 +24,7 @@ from tealightning.data.sources import read_rows
 from tealightning.pretrained import load_policy
 from tealightning.rewards import SequenceClassifierReward
 from tealightning.rollouts.vllm_client import ServerError, VLLMClient
-from tealightning.rollouts.vllm_serve import check_serve_args, serve_command, serve_environment
+from tealightning.rollouts.vllm_server import check_serve_args, serve_command, serve_environment
 from tealightning.text.chat import ChatFormatter
 
 ROOT = Path(__file__).parents[1]
@@ -142,7 +142,7 @@ def test_safetensors_are_asked_for_whatever_the_hub_offers(monkeypatch):
     with pytest.raises(ValueError, match="has no safetensors weights"):
         load_policy("org/model")
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *a, **k: SimpleNamespace(num_labels=1))
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *a, **k: None)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *a, **k: SimpleNamespace(pad_token_id=0))
     with pytest.raises(ValueError):
         SequenceClassifierReward("org/model", chat_template=False).setup(torch.device("cpu"))
     assert asked and all(kwargs["use_safetensors"] and not kwargs["trust_remote_code"] for kwargs in asked)

@@ -16,6 +16,9 @@ from tealightning.types import Prompt, RewardScores
 
 REWARDS = Registry("reward")
 
+Metadata = Sequence[dict[str, Any]]
+"""Of each completion: the other columns of its prompt in the data set."""
+
 Row = TypeVar("Row")
 
 
@@ -40,13 +43,11 @@ class Reward(ABC):
 
     @abstractmethod
     def score(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Sequence[dict[str, Any]]
+        self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Metadata
     ) -> Tensor | Sequence[float]:
         """One float per completion; the three arguments have the same length B."""
 
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Sequence[dict[str, Any]]
-    ) -> RewardScores:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Metadata) -> RewardScores:
         """`score`, checked: B values, as float64.
 
         Raises:
@@ -109,15 +110,11 @@ class WeightedReward(Reward):
         for reward in self.rewards.values():
             reward.setup(device)
 
-    def score(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Sequence[dict[str, Any]]
-    ) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Metadata) -> Tensor:
         """[B] float64 weighted totals."""
         return self(prompts, completions, metadata).total
 
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Sequence[dict[str, Any]]
-    ) -> RewardScores:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Metadata) -> RewardScores:
         """The weighted total and every component unweighted."""
         scores = {key: reward(prompts, completions, metadata) for key, reward in self.rewards.items()}
         components = {key: one.total for key, one in scores.items()}

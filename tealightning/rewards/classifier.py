@@ -1,19 +1,21 @@
 """Reward model with one label, scored exactly: no truncation, no squashing, no dependence on the batch."""
 
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tealightning.checks import check_choice, check_integer
 from tealightning.errors import UserError
 from tealightning.pretrained import check_weights, load_tokenizer, refuse_pickled_weights
 from tealightning.registry import register
-from tealightning.rewards.base import Reward
+from tealightning.rewards.base import Metadata, Reward
 from tealightning.text.chat import ChatFormatter, ChatTemplate, check_template
-from tealightning.training.micro_batches import tokens_of_a_pass
+from tealightning.training.micro_batches import split_rows, tokens_of_a_pass
 from tealightning.types import Prompt
 
 
@@ -103,27 +105,27 @@ class SequenceClassifierReward(Reward):
                 )
         self._model.to(device)
 
-    def score(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Sequence[dict[str, Any]]
-    ) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Metadata) -> Tensor:
         """[B] float64 logits; NaN where prompt and completion together are longer than `max_length`."""
         if self._model is None or self._formatter is None:
             raise RuntimeError("SequenceClassifierReward.setup(device) must be called before the first score.")
         sequences = self._formatter.encode_answers(prompts, completions)
         scores = torch.full((len(sequences),), float("nan"), dtype=torch.float64)
-        scorable = [i for i, ids in enumerate(sequences) if 0 < len(ids) <= (self.max_length or len(ids))]
-        if not self.too_long and len(scorable) < len(sequences):
+        lengths = torch.tensor([len(ids) for ids in sequences], dtype=torch.int64)
+        scorable = ((lengths > 0) & (lengths <= (self.max_length or math.inf))).nonzero()[:, 0]
+        unscorable = len(sequences) - len(scorable)
+        if unscorable and not self.too_long:
             warnings.warn(
-                f"{len(sequences) - len(scorable)} completions are longer than the {self.max_length} tokens that "
+                f"{unscorable} completions are longer than the {self.max_length} tokens that "
                 f"reward model {self.model_path!r} takes (prompt included): they are unscorable (NaN), and so will "
                 "later ones be, without this warning.",
                 stacklevel=2,
             )
-        self.too_long += len(sequences) - len(scorable)
+        self.too_long += unscorable
         vocabulary = self._model.get_input_embeddings().num_embeddings
-        rows_limit = min(self.batch_size, vocabulary - 1)
-        tokens_limit = self.batch_tokens or tokens_of_a_pass(self._model.device)
-        for rows in _micro_batches(scorable, [len(s) for s in sequences], rows_limit, tokens_limit):
+        max_tokens = self.batch_tokens or tokens_of_a_pass(self._model.device)
+        max_rows = min(self.batch_size, vocabulary - 1)
+        for rows in split_rows(torch.zeros_like(lengths), lengths, scorable, max_tokens=max_tokens, max_rows=max_rows):
             scores[rows] = _last_token_logits(self._model, [sequences[i] for i in rows], vocabulary)
         return scores
 
@@ -142,9 +144,7 @@ class SequenceClassifierReward(Reward):
         except (OSError, ValueError) as error:
             raise self._unusable(str(error)) from error
         if config.num_labels != 1:
-            raise self._unusable(
-                f"it has {config.num_labels} labels, and a reward model has 1 (num_labels in config.json)"
-            )
+            raise self._unusable(f"it has {config.num_labels} labels, and a reward model 1 (num_labels in config.json)")
         return config
 
     def _load_model(self) -> Any:
@@ -165,17 +165,14 @@ class SequenceClassifierReward(Reward):
             refuse_pickled_weights(self.model_path, "model", error)
             raise self._unusable(str(error)) from error
         if info["missing_keys"]:
-            raise self._unusable(
-                f"it lacks {', '.join(sorted(info['missing_keys']))}, which would be random numbers. Is it a reward "
-                "model?"
-            )
+            missing = ", ".join(sorted(info["missing_keys"]))
+            raise self._unusable(f"it lacks {missing}, which would be random numbers. Is it a reward model?")
         model.config.use_cache = False  # one pass: keys and values would only take memory
         return model.requires_grad_(False).eval()
 
     def _load_formatter(self) -> ChatFormatter:
-        tokenizer = load_tokenizer(
-            self.tokenizer_path, trust_remote_code=self.trust_remote_code, argument="reward model"
-        )
+        path, trusted = self.tokenizer_path, self.trust_remote_code
+        tokenizer = load_tokenizer(path, trust_remote_code=trusted, argument="reward model")
         return ChatFormatter(tokenizer, self.chat_template)
 
     def _unusable(self, reason: str) -> UserError:
@@ -191,18 +188,7 @@ def _last_token_logits(model: Any, sequences: list[list[int]], vocabulary: int) 
     ends = {s[-1] for s in sequences}
     pad = next(i for i in range(vocabulary) if i not in ends)
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad
-    ids = torch.full((len(sequences), int(lengths.max())), pad)
-    for row, sequence in zip(ids, sequences, strict=True):
-        row[: len(sequence)] = torch.tensor(sequence)
+    ids = pad_sequence([torch.tensor(s) for s in sequences], batch_first=True, padding_value=pad)
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
     logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
     return logits[:, 0].float().cpu().double()
-
-
-def _micro_batches(rows: list[int], lengths: list[int], max_rows: int, max_tokens: int) -> Iterator[list[int]]:
-    """Rows sorted by length, longest first, cut so that a padded batch keeps to `max_rows` and `max_tokens`."""
-    rows = sorted(rows, key=lambda i: -lengths[i])
-    while rows:
-        count = max(1, min(max_rows, max_tokens // lengths[rows[0]]))
-        yield rows[:count]
-        rows = rows[count:]

@@ -20,7 +20,7 @@ from tealightning.errors import UserError
 from tealightning.registry import register
 from tealightning.reliability.processes import ChildProcess
 from tealightning.rewards import user_function
-from tealightning.rewards.base import Reward, as_scores, bisect_failures
+from tealightning.rewards.base import Metadata, Reward, as_scores, bisect_failures
 from tealightning.types import Prompt, RewardScores
 
 _TIMEOUTS_OF_A_DEADLINE = 10.0  # enough to find one completion in 500 that hangs
@@ -105,7 +105,7 @@ class FunctionReward(Reward):
         if self._path:
             self._running_process()
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Any:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Metadata) -> Any:
         """What the function returns.
 
         Raises:
@@ -120,9 +120,7 @@ class FunctionReward(Reward):
         except Exception as error:  # whatever the user's code raises gets the context that its traceback lacks
             raise FunctionRaisedError(self.name, type(error).__name__, len(completions), str(error)) from error
 
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Sequence[dict[str, Any]]
-    ) -> RewardScores:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Metadata) -> RewardScores:
         """The scores, checked. In a process of its own, or with `on_error="unscored"`, a failure costs only the
         completions that cause it.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from tealightning.checks import check_integer, check_not_negative, check_positive
 from tealightning.errors import UserError
 from tealightning.registry import register
-from tealightning.rewards.base import Reward, bisect_failures
+from tealightning.rewards.base import Metadata, Reward, bisect_failures
 from tealightning.rewards.http_client import (
     FailedAnswerError,
     RequestTimeoutError,
@@ -30,7 +30,7 @@ from tealightning.rewards.http_client import (
 from tealightning.types import Prompt, RewardScores
 
 _RETRIES_OF_HALVES = 1
-_SHARE_OF_DEADLINE_IN_OUTAGE = 0.05
+_SHARE_IN_OUTAGE = 0.05  # of the deadline
 _LOOK_SECONDS = 1.0
 _LONG_SECONDS = 10.0
 
@@ -87,20 +87,16 @@ class HTTPReward(Reward):
         self.max_backoff_seconds = check_not_negative("max_backoff_seconds", max_backoff_seconds)
         self.metadata_keys = metadata_keys
         self.client = RewardClient(url, token_env=token_env, timeout_seconds=timeout_seconds, ca_file=ca_file)
-        self.outage = OutageClock(deadline_seconds)
-        self.slots = threading.BoundedSemaphore(concurrency)
+        self.gone_since: float | None = None  # time of the first failure after the last score, over all calls
+        self.slots = threading.BoundedSemaphore(concurrency)  # of which a request takes one
         self._series, self._numbers = uuid.uuid4().hex, itertools.count()
         self._call: ScoringCall | None = None
 
-    def score(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Sequence[dict[str, Any]]
-    ) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Metadata) -> Tensor:
         """[B] float64; NaN = the server could not score it, or gave no score in time."""
         return self(prompts, completions, metadata).total
 
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Sequence[dict[str, Any]]
-    ) -> RewardScores:
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Metadata) -> RewardScores:
         """The scores, and how often there were retries, timeouts, errors, and completions without a score.
 
         Raises:
@@ -138,46 +134,12 @@ class HTTPReward(Reward):
             ) from error
 
 
-class OutageClock:
-    """Since when a server has given no scores, over all calls: a server that is gone is waited for once, not in every
-    call."""
-
-    def __init__(self, most_seconds: float) -> None:
-        self._most_seconds = most_seconds
-        self._since: float | None = None
-        self._reported = False
-
-    def start(self) -> None:
-        if self._since is None:
-            self._since = time.monotonic()
-
-    def stop(self) -> None:
-        self._since, self._reported = None, False
-
-    def report(self, problem: str) -> None:
-        """Warn, once an outage, when it is a long one."""
-        if self._since is not None and not self._reported and time.monotonic() - self._since > _LONG_SECONDS:
-            self._reported = True
-            warnings.warn(
-                f"No scores for {_LONG_SECONDS:g} s: {problem}. Asking again, for up to {self._most_seconds:g} s.",
-                stacklevel=2,
-            )
-
-    def deadline(self, started: float) -> float:
-        """Until when a call that began at `started` goes on."""
-        usual, since = started + self._most_seconds, self._since
-        if since is None:
-            return usual
-        return min(usual, max(since + self._most_seconds, started + _SHARE_OF_DEADLINE_IN_OUTAGE * self._most_seconds))
-
-
 class ScoringCall:
     """Scores items, given as JSON by their id, in threads. They are daemons: a request that does not end keeps no
     process alive.
 
-    `reward` says how to go on after failures; its outage clock and slots, of which a request takes one, are shared by
-    all calls. `counts` are of retries, of failures of each kind, and of completions without a score; `problem` is why
-    these were given up.
+    `counts` are of retries, of failures of each kind, and of completions without a score; `problem` is why these were
+    given up.
     """
 
     def __init__(self, reward: HTTPReward, items: Mapping[str, str]) -> None:
@@ -205,11 +167,16 @@ class ScoringCall:
         """
         for _ in range(self._threads_left):
             threading.Thread(target=self._work, name="reward requests", daemon=True).start()
+        is_told = False
         try:
             with self._changed:
                 while self._threads_left and self._error is None and self._goes_on():
                     self._changed.wait(min(_LOOK_SECONDS, max(0.0, self._seconds_left())))
-                    self._reward.outage.report(self._last_error)
+                    gone_since = self._reward.gone_since
+                    if not is_told and gone_since is not None and time.monotonic() - gone_since > _LONG_SECONDS:
+                        is_told = True
+                        message = f"No scores for {_LONG_SECONDS:g} s: {self._last_error}. Asking again."
+                        warnings.warn(message, stacklevel=3)
         finally:
             self._over.set()
         with self._changed:
@@ -229,7 +196,12 @@ class ScoringCall:
         return not self._over.is_set() and self._seconds_left() > 0
 
     def _seconds_left(self) -> float:
-        return self._reward.outage.deadline(self._started) - time.monotonic()
+        """Until the deadline; a server that is gone is waited for once, not in every call."""
+        longest, gone_since = self._reward.deadline_seconds, self._reward.gone_since
+        deadline = self._started + longest
+        if gone_since is not None:
+            deadline = min(deadline, max(gone_since + longest, self._started + _SHARE_IN_OUTAGE * longest))
+        return deadline - time.monotonic()
 
     # ---------------------------------------------------------------- in the threads
 
@@ -260,9 +232,13 @@ class ScoringCall:
                     self._ask(connection, missing)
                     break
                 except (UnavailableError, FailedAnswerError) as error:
-                    self._record(error)
+                    self._reward.gone_since = self._reward.gone_since or time.monotonic()
+                    self._last_error = str(error)
+                    self._count("timeouts" if isinstance(error, RequestTimeoutError) else "errors")
                     failures_left -= isinstance(error, FailedAnswerError)  # only the deadline ends the others
-                    delay = getattr(error, "retry_after", 0.0) + self._backoff(waits)
+                    # Full jitter: uniform below a limit that doubles with each wait, so that many clients spread out.
+                    longest = self._reward.backoff_seconds * 2.0 ** min(waits, 60)
+                    delay = error.retry_after + self._rng.uniform(0.0, min(self._reward.max_backoff_seconds, longest))
                 if failures_left < 0 or delay >= self._seconds_left() or self._over.wait(delay):
                     self.problem = self._last_error
                     return None
@@ -270,11 +246,6 @@ class ScoringCall:
             return [self._scores.get(key, math.nan) for key in keys]
 
         bisect_failures(batch, attempt, self._goes_on)
-
-    def _backoff(self, waits: int) -> float:
-        """Full jitter: uniform below a limit that doubles with each wait, so that many clients spread out."""
-        longest = self._reward.backoff_seconds * 2.0 ** min(waits, 60)
-        return self._rng.uniform(0.0, min(self._reward.max_backoff_seconds, longest))
 
     def _ask(self, connection: httpx.HTTPTransport, keys: Sequence[str]) -> None:
         """One request; keeps what it scored."""
@@ -288,16 +259,11 @@ class ScoringCall:
             self._reward.slots.release()
         scores = scores_by_id(content, keys)
         if scores:
-            self._reward.outage.stop()
+            self._reward.gone_since = None
         with self._changed:
             self._scores |= scores
         if len(scores) < len(keys):
             raise FailedAnswerError("the server left completions out")
-
-    def _record(self, error: Exception) -> None:
-        self._reward.outage.start()
-        self._count("timeouts" if isinstance(error, RequestTimeoutError) else "errors")
-        self._last_error = str(error)
 
     def _count(self, kind: str) -> None:
         with self._changed:

@@ -32,6 +32,8 @@ class UnavailableError(RuntimeError):
 class FailedAnswerError(RuntimeError):
     """The server failed at this batch, or nothing of its answer can be used."""
 
+    retry_after = 0.0
+
 
 class RequestTimeoutError(FailedAnswerError):
     """No whole answer in time."""

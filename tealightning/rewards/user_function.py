@@ -51,12 +51,10 @@ def _import_module(module_name: str, function_name: str) -> ModuleType:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module exists and imports something that does not: its own message is the right one
         file = Path(*module_name.split(".")).with_suffix(".py")
-        hint = (
-            f"Did you mean {str(file)!r}, written as {file}:{function_name}?"
-            if file.is_file()
-            else f"Install the package that holds it, or name its file: path/to/file.py:{function_name}."
-        )
-        raise _user_error(f"function: there is no module {module_name!r} to import. {hint}") from error
+        raise _user_error(
+            f"function: there is no module {module_name!r} to import. Install the package that holds it, or name its "
+            f"file: {file}:{function_name}."
+        ) from error
 
 
 def _import_file(file: Path) -> ModuleType:
@@ -139,11 +137,9 @@ def _user_error(message: str) -> ValueError:
 
 
 def serve(channel: Connection) -> None:
-    """Import the function that the first message names, and answer each later one, keyword arguments, with its values.
-
-    The answers are `("ready",)`, `("scores", list of float or None)`, `("invalid", what came instead of numbers)` and
-    `("raised", type, message, traceback)`.
-    """
+    """Import the function that the first message names, and answer each later one, keyword arguments, with its values:
+    `("scores", list of float or None)`, `("invalid", what came instead of numbers)` or `("raised", type, message,
+    traceback)`."""
     setup = channel.recv()
     sys.path[:] = setup["sys_path"]
     try:
@@ -172,19 +168,14 @@ def _raised(error: Exception) -> tuple[str, ...]:
     return "raised", type(error).__name__, str(error), traceback.format_exc()[-_TRACEBACK_CHARACTERS:]
 
 
-def main(channel: int) -> None:
-    """Serve the requests of a file descriptor, and end without waiting for threads of the function."""
+if __name__ == "__main__":
     code = 1
     try:
-        serve(Connection(channel))
+        serve(Connection(int(sys.argv[1])))
         code = 0
     except SystemExit as error:  # of the function
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:  # the last frame of this process
         traceback.print_exc()
     finally:
-        os._exit(code)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
+        os._exit(code)  # without waiting for threads of the function

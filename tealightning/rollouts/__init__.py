@@ -1,7 +1,5 @@
 """Rollouts: engines that sample completions, and the collector that scores and pads them."""
 
-from typing import Any
-
 from tealightning.registry import register
 from tealightning.rollouts.base import ENGINES, EngineContext, RolloutEngine
 from tealightning.rollouts.collector import RolloutCollector, rollout_metrics
@@ -26,16 +24,8 @@ __all__ = [
     "rollout_metrics",
 ]
 
+build_engine = ENGINES.build
+"""The engine of a name (its class name, or that in snake_case), built with keyword arguments."""
 
-def build_engine(name: str, **kwargs: Any) -> RolloutEngine:
-    """The engine called `name` (its class name, or that in snake_case), built with `kwargs`.
-
-    Raises:
-        ValueError: for an unknown name or parameter, with the valid ones.
-    """
-    return ENGINES.build(name, **kwargs)
-
-
-def engine_names() -> list[str]:
-    """The names that `build_engine` knows, sorted."""
-    return ENGINES.names()
+engine_names = ENGINES.names
+"""The names that `build_engine` knows, sorted."""

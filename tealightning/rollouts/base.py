@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 ENGINES = Registry("engine")
 
+TokenIds = Sequence[Sequence[int]]
+"""Of each of P prompts."""
+
 _SIGNS_OF_FULL_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "memoryerror")
 
 
@@ -58,23 +61,13 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def generate(
-        self,
-        prompt_token_ids: Sequence[Sequence[int]],
-        *,
-        num_samples: int,
-        sampling: SamplingConfig,
-        seeds: Sequence[int],
+        self, prompt_token_ids: TokenIds, *, num_samples: int, sampling: SamplingConfig, seeds: Sequence[int]
     ) -> list[list[Completion]]:
         """`num_samples` completions for each of P prompts; `seeds[p]` alone decides the samples of prompt p given the
         weights, where the engine can promise that (its docstring says). Leaves the global RNG streams as they were."""
 
     def generate_each(
-        self,
-        prompt_token_ids: Sequence[Sequence[int]],
-        *,
-        num_samples: int,
-        sampling: SamplingConfig,
-        seeds: Sequence[int],
+        self, prompt_token_ids: TokenIds, *, num_samples: int, sampling: SamplingConfig, seeds: Sequence[int]
     ) -> Iterator[tuple[int, list[Completion]]]:
         """`generate`, prompt by prompt: `(p, completions of prompt p)` as soon as all of them are there. An engine that
         has no earlier ones gives them all at the end."""
@@ -98,18 +91,8 @@ class EngineError(RuntimeError):
 
 @contextmanager
 def engine_phase(name: str, phase: str, memory_hint: str, on_failure: Callable[[], None]) -> Iterator[None]:
-    """Turn every exception but a ValueError, which is about the request, into an EngineError: the engine cannot be used
-    any more.
-
-    Args:
-        name: Name of the engine, for the message.
-        phase: What the engine is doing.
-        memory_hint: What to change if it was out of memory.
-        on_failure: Called before the error is raised.
-
-    Raises:
-        EngineError: with the phase.
-    """
+    """Turn every exception but a ValueError, which is about the request, into an EngineError that names the phase,
+    after calling `on_failure`: the engine cannot be used any more."""
     try:
         yield
     except ValueError:

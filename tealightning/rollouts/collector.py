@@ -6,23 +6,20 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from torch import Tensor
 
 from tealightning.errors import UserError
 from tealightning.functional.tail_checks import tied
 from tealightning.reliability.progress import Activity, beat, during
 from tealightning.rewards.base import Reward, summed_counts
 from tealightning.rollouts.base import RolloutEngine
+from tealightning.rollouts.generation_request import padded
 from tealightning.types import Completion, PromptBatch, RewardScores, RolloutBatch, SamplingConfig
 
 
 class RolloutCollector:
-    """Runs engine and reward over a batch of prompts.
+    """Runs a started engine and a reward that has been set up over a batch of prompts.
 
     Args:
-        engine: Engine that has been started.
-        reward: Reward that has been set up.
-        sampling: How completions are sampled.
         pad_token_id: Token id beyond the lengths; any id will do, masks come from the lengths.
         vocab_size: Upper bound of the token ids, exclusive; None = not checked.
         score_as_finished: Score each prompt's completions in a thread while others are still being generated, prompt by
@@ -50,25 +47,22 @@ class RolloutCollector:
     ) -> tuple[RolloutBatch, dict[str, float]]:
         """Completions of every prompt with their rewards, on the CPU, and the seconds that each part took.
 
-        Args:
-            batch: P prompts.
-            num_samples: Number m of completions per prompt.
-            seeds: P seeds, far apart (see `prompt_seed`).
-            weights_version: Number of optimizer steps that the engine's weights have seen.
-
-        Returns:
-            The rollouts and `{"generate": seconds, "reward": seconds}`.
+        `seeds` are P, far apart (see `prompt_seed`); `weights_version` is the number of optimizer steps that the
+        engine's weights have seen.
 
         Raises:
             ValueError: if the engine or the reward broke its contract.
         """
         grouped, scores, seconds = self._generate_and_score(batch, num_samples, seeds)
         completions = [completion for group in grouped for completion in group]
-        prompts = [token_ids for token_ids in batch.token_ids for _ in range(num_samples)]
         shape = (len(batch), num_samples)
         rollouts = RolloutBatch(
-            **_prompt_tensors(prompts, self.pad_token_id),
-            **_completion_tensors(completions, self.pad_token_id),
+            prompt_ids=padded(batch.token_ids, self.pad_token_id, side="left").repeat_interleave(num_samples, dim=0),
+            prompt_lengths=torch.tensor([len(ids) for ids in batch.token_ids for _ in range(num_samples)]),
+            completion_ids=padded([completion.token_ids for completion in completions], self.pad_token_id),
+            completion_lengths=torch.tensor([len(completion.token_ids) for completion in completions]),
+            rollout_log_probs=padded([completion.log_probs for completion in completions], 0.0),
+            truncated=torch.tensor([completion.truncated for completion in completions]),
             rewards=scores.total.reshape(shape),
             reward_components={name: values.reshape(shape) for name, values in scores.components.items()},
             reward_counts={f"{name}_{key}": n for name, of in scores.counts.items() for key, n in of.items()},
@@ -96,27 +90,24 @@ class RolloutCollector:
                     beat()
                     if self.score_as_finished:
                         self._check([group], num_prompts=1, num_samples=num_samples)
-                        pending[p] = thread.submit(self._score, batch, [p], [group])
+                        pending[p] = thread.submit(self._score, batch, {p: group})
             generated = time.perf_counter()
             grouped = [groups[p] for p in sorted(groups)]
             self._check(grouped, num_prompts=len(batch), num_samples=num_samples)
             with during(Activity.SCORING):
                 parts = [pending[p].result() for p in sorted(pending)]
-                parts = parts or [self._score(batch, range(len(batch)), grouped)]
+                parts = parts or [self._score(batch, dict(enumerate(grouped)))]
         finally:  # without waiting: after an error, what is being scored is of no use
             thread.shutdown(wait=False, cancel_futures=True)
         seconds = {"generate": generated - started, "reward": time.perf_counter() - generated}
         return grouped, _joined(parts), seconds
 
-    def _score(
-        self, batch: PromptBatch, prompts: Sequence[int], groups: Sequence[Sequence[Completion]]
-    ) -> RewardScores:
-        """Scores of the completions of some prompts."""
-        times = [len(group) for group in groups]
-        texts = [completion.text for group in groups for completion in group]
-        repeated = [p for p, count in zip(prompts, times, strict=True) for _ in range(count)]
+    def _score(self, batch: PromptBatch, groups: dict[int, list[Completion]]) -> RewardScores:
+        """Scores of the completions of some prompts, which are keyed by their place in the batch."""
+        rows = [(p, completion.text) for p, group in groups.items() for completion in group]
+        prompts, metadata = [batch.prompts[p] for p, _ in rows], [batch.metadata[p] for p, _ in rows]
         with during(Activity.SCORING):
-            return self.reward([batch.prompts[p] for p in repeated], texts, [batch.metadata[p] for p in repeated])
+            return self.reward(prompts, [text for _, text in rows], metadata)
 
     def _check(self, grouped: Sequence[Sequence[Completion]], *, num_prompts: int, num_samples: int) -> None:
         engine = f"rollout engine {self.engine.name!r}"
@@ -156,9 +147,10 @@ def rollout_metrics(rollouts: RolloutBatch) -> dict[str, float]:
     lowest = rewards.masked_fill(~valid, math.inf).amin(dim=1)
     highest = rewards.masked_fill(~valid, -math.inf).amax(dim=1)
     scored = rewards[valid]
+    stds = [row[mask].std() for row, mask in zip(rewards, valid, strict=True) if mask.sum() >= 2]
     metrics = {
         "reward_mean": scored.mean(),
-        "reward_std": _within_prompt_std(rewards, valid),
+        "reward_std": torch.stack(stds).mean() if stds else torch.tensor(math.nan),
         "reward_max": scored.max() if len(scored) else torch.tensor(math.nan),
         "completion_length_mean": lengths.mean(),
         "completion_length_max": lengths.max(),
@@ -173,36 +165,10 @@ def rollout_metrics(rollouts: RolloutBatch) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _within_prompt_std(rewards: Tensor, valid: Tensor) -> Tensor:
-    stds = [row[mask].std() for row, mask in zip(rewards, valid, strict=True) if mask.sum() >= 2]
-    return torch.stack(stds).mean() if stds else torch.tensor(math.nan)
-
-
 def _joined(parts: Sequence[RewardScores]) -> RewardScores:
-    names = parts[0].components
+    first = parts[0]
     return RewardScores(
         total=torch.cat([part.total for part in parts]),
-        components={name: torch.cat([part.components[name] for part in parts]) for name in names},
-        counts={name: summed_counts(part.counts.get(name, {}) for part in parts) for name in parts[0].counts},
+        components={name: torch.cat([part.components[name] for part in parts]) for name in first.components},
+        counts={name: summed_counts(part.counts.get(name, {}) for part in parts) for name in first.counts},
     )
-
-
-def _prompt_tensors(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tensor]:
-    """`prompt_ids` [B, Tp], left-padded, and `prompt_lengths` [B]."""
-    width = max(len(ids) for ids in prompts)
-    padded = [[pad_token_id] * (width - len(ids)) + list(ids) for ids in prompts]
-    return {"prompt_ids": torch.tensor(padded), "prompt_lengths": torch.tensor([len(ids) for ids in prompts])}
-
-
-def _completion_tensors(completions: Sequence[Completion], pad_token_id: int) -> dict[str, Tensor]:
-    """The tensors [B, T] (right-padded) and [B] of `RolloutBatch` that describe completions."""
-    lengths = [len(completion.token_ids) for completion in completions]
-    width = max(lengths)
-    token_ids = [c.token_ids + [pad_token_id] * (width - len(c.token_ids)) for c in completions]
-    log_probs = [c.log_probs + [0.0] * (width - len(c.log_probs)) for c in completions]
-    return {
-        "completion_ids": torch.tensor(token_ids),
-        "completion_lengths": torch.tensor(lengths),
-        "rollout_log_probs": torch.tensor(log_probs, dtype=torch.float32),
-        "truncated": torch.tensor([completion.truncated for completion in completions]),
-    }

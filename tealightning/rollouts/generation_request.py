@@ -5,8 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
 from tealightning.errors import UserError
-from tealightning.rollouts.base import EngineContext
+from tealightning.rollouts.base import EngineContext, TokenIds
 from tealightning.types import SamplingConfig
 
 if TYPE_CHECKING:
@@ -22,12 +26,7 @@ class EndRule:
 
 
 def check_requests(
-    prompt_token_ids: Sequence[Sequence[int]],
-    *,
-    num_samples: int,
-    sampling: SamplingConfig,
-    seeds: Sequence[int],
-    max_model_len: int,
+    prompt_token_ids: TokenIds, num_samples: int, sampling: SamplingConfig, seeds: Sequence[int], max_model_len: int
 ) -> None:
     """Refuse what an engine cannot serve, before any work is done.
 
@@ -84,13 +83,8 @@ def vllm_sampling(sampling: SamplingConfig, rule: EndRule, *, num_samples: int, 
 
 
 def vllm_arguments(context: EngineContext, *, dtype: str, on_cpu: bool) -> dict[str, Any]:
-    """The arguments of `vllm.LLM`, the same as those of `vllm serve`, that the engines' promises rest on.
-
-    Args:
-        context: What the engine is started with.
-        dtype: Data type of weights and activations; "auto" = the policy's.
-        on_cpu: Whether vLLM runs on a CPU.
-    """
+    """The arguments of `vllm.LLM`, the same as those of `vllm serve`, that the engines' promises rest on; "auto" is the
+    policy's data type."""
     arguments: dict[str, Any] = {
         "tokenizer": context.tokenizer.name_or_path or context.policy_path,
         "dtype": str(context.policy.dtype).removeprefix("torch.") if dtype == "auto" else dtype,
@@ -108,9 +102,7 @@ def vllm_arguments(context: EngineContext, *, dtype: str, on_cpu: bool) -> dict[
     return arguments
 
 
-def completion_texts(
-    tokenizer: "PreTrainedTokenizerBase", completions: Sequence[Sequence[int]], rule: EndRule
-) -> list[str]:
+def completion_texts(tokenizer: "PreTrainedTokenizerBase", completions: TokenIds, rule: EndRule) -> list[str]:
     """The text of each completion: without special tokens, cut before the first stop string."""
     ends = set(rule.token_ids)
     kept = [list(ids[:-1]) if ids and ids[-1] in ends else list(ids) for ids in completions]
@@ -121,6 +113,11 @@ def completion_texts(
 def first_match(text: str, strings: Sequence[str]) -> int | None:
     """Where the earliest of `strings` begins in `text`; None = nowhere."""
     return min((at for s in strings if (at := text.find(s)) >= 0), default=None)
+
+
+def padded(rows: Sequence[Sequence[float]], value: float, side: str = "right") -> Tensor:
+    """[rows, longest] of rows of token ids or log-probs, filled up with `value`."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side=side)
 
 
 def prompt_seed(run_seed: int, phase: str, step: int, prompt_id: str) -> int:

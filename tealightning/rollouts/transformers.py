@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from tealightning.checks import check_integer
 from tealightning.errors import UserError
 from tealightning.functional.log_probs import filter_logits
 from tealightning.registry import register
-from tealightning.rollouts.base import EngineContext, RolloutEngine
-from tealightning.rollouts.generation_request import EndRule, check_requests, completion_texts, end_rule, first_match
+from tealightning.rollouts import generation_request as request
+from tealightning.rollouts.base import EngineContext, RolloutEngine, TokenIds
 from tealightning.training.policy_weights import is_sharded
 from tealightning.types import Completion, SamplingConfig
 
@@ -32,9 +33,7 @@ class TransformersEngine(RolloutEngine):
     shares_weights = True
 
     def __init__(self, *, batch_size: int = 256) -> None:
-        if batch_size < 1:
-            raise UserError(f"rollout.engine.batch_size must be at least 1, got {batch_size}.")
-        self.batch_size = batch_size
+        self.batch_size = check_integer("rollout.engine.batch_size", batch_size, 1)
         self._context: EngineContext | None = None
 
     def start(self, context: EngineContext) -> None:
@@ -51,28 +50,17 @@ class TransformersEngine(RolloutEngine):
         self._context = context
 
     def generate(
-        self,
-        prompt_token_ids: Sequence[Sequence[int]],
-        *,
-        num_samples: int,
-        sampling: SamplingConfig,
-        seeds: Sequence[int],
+        self, prompt_token_ids: TokenIds, *, num_samples: int, sampling: SamplingConfig, seeds: Sequence[int]
     ) -> list[list[Completion]]:
         context = self._context
         if context is None:
             raise RuntimeError("TransformersEngine.generate was called before start().")
-        check_requests(
-            prompt_token_ids,
-            num_samples=num_samples,
-            sampling=sampling,
-            seeds=seeds,
-            max_model_len=context.max_model_len,
-        )
-        rule = end_rule(context, sampling)
+        request.check_requests(prompt_token_ids, num_samples, sampling, seeds, context.max_model_len)
+        rule = request.end_rule(context, sampling)
         by_length = sorted(range(len(seeds)), key=lambda p: len(prompt_token_ids[p]))  # little padding
         rows = [(p, i) for p in by_length for i in range(num_samples)]
         completions: dict[tuple[int, int], Completion] = {}
-        with torch.no_grad(), _eval_mode(context.policy):
+        with torch.no_grad(), eval_mode(context.policy):
             for first in range(0, len(rows), self.batch_size):
                 chunk = rows[first : first + self.batch_size]
                 uniforms = torch.stack([_uniforms(seeds[p] + i, sampling.max_new_tokens) for p, i in chunk])
@@ -87,15 +75,17 @@ class TransformersEngine(RolloutEngine):
         self._context = None
 
 
+def _uniforms(seed: int, count: int) -> Tensor:
+    return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
 def _complete(
-    context: EngineContext,
-    prompts: Sequence[Sequence[int]],
-    uniforms: Tensor,
-    sampling: SamplingConfig,
-    rule: EndRule,
+    context: EngineContext, prompts: TokenIds, uniforms: Tensor, sampling: SamplingConfig, rule: request.EndRule
 ) -> list[Completion]:
     """One completion for each of R prompts; `uniforms` [R, max_new_tokens] float64 decide the tokens."""
-    input_ids, attention_mask = _left_padded(prompts, pad_token_id=_pad_token_id(context, rule), device=context.device)
+    policy, pad = context.policy, context.tokenizer.pad_token_id
+    if not isinstance(pad, int) or pad >= policy.get_input_embeddings().num_embeddings:
+        pad = next(iter(rule.token_ids), 0)  # masked, so any id will do
     sampler = _Sampler(uniforms.to(context.device), sampling)
     stopping = _StopStrings(context.tokenizer, rule.strings, sampler)
     config = GenerationConfig(
@@ -103,37 +93,40 @@ def _complete(
         do_sample=False,  # the sampler has chosen already
         num_beams=1,
         eos_token_id=rule.token_ids or None,
-        pad_token_id=_pad_token_id(context, rule),
+        pad_token_id=pad,
         use_cache=True,
     )
-    with _only_config(context.policy, config):
-        context.policy.generate(  # type: ignore[operator]
-            input_ids,
-            attention_mask=attention_mask,
+    # `generate` fills in from the model folder's defaults what a caller leaves unset.
+    defaults, policy.generation_config = policy.generation_config, config
+    try:
+        policy.generate(  # type: ignore[operator]
+            request.padded(prompts, pad, side="left").to(context.device),
+            attention_mask=request.padded([[1] * len(ids) for ids in prompts], 0, side="left").to(context.device),
             generation_config=config,
             logits_processor=LogitsProcessorList([sampler]),
             stopping_criteria=StoppingCriteriaList([stopping] if rule.strings else []),
         )
+    finally:
+        policy.generation_config = defaults
     return _cut(sampler, stopping.ended_at, context, rule)
 
 
-def _cut(sampler: "_Sampler", ended_at: list[int], context: EngineContext, rule: EndRule) -> list[Completion]:
+def _cut(sampler: "_Sampler", ended_at: list[int], context: EngineContext, rule: request.EndRule) -> list[Completion]:
     """The completions in what was recorded: a row runs on with the batch after its end."""
     ends = set(rule.token_ids)
-    token_ids, log_probs = sampler.token_ids.tolist(), sampler.log_probs.tolist()
     kept: list[list[int]] = []
-    for ids, end in zip(token_ids, ended_at, strict=True):
+    for ids, end in zip(sampler.token_ids.tolist(), ended_at, strict=True):
         by_token = next((t + 1 for t, token in enumerate(ids[: sampler.steps]) if token in ends), sampler.steps)
         kept.append(ids[: min(by_token, end)])
-    texts = completion_texts(context.tokenizer, kept, rule)
+    texts = request.completion_texts(context.tokenizer, kept, rule)
     return [
         Completion(
             token_ids=ids,
-            log_probs=row_log_probs[: len(ids)],
+            log_probs=log_probs[: len(ids)],
             text=text,
             truncated=ids[-1] not in ends and len(ids) < end,
         )
-        for ids, row_log_probs, text, end in zip(kept, log_probs, texts, ended_at, strict=True)
+        for ids, log_probs, text, end in zip(kept, sampler.log_probs.tolist(), texts, ended_at, strict=True)
     ]
 
 
@@ -169,14 +162,9 @@ class _Sampler(LogitsProcessor):
 
 
 def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """The smallest v with `sum(probs[:v + 1]) > u * sum(probs)`; never one of probability 0.
+    """[R] int64, the smallest v with `sum(probs[:v + 1]) > u * sum(probs)`; never one of probability 0.
 
-    Args:
-        probs: [R, V].
-        uniforms: [R] float64 in [0, 1).
-
-    Returns:
-        [R] int64.
+    `probs` are [R, V], `uniforms` [R] float64 in [0, 1).
     """
     cdf = probs.cumsum(dim=-1, dtype=torch.float64)
     total = cdf[:, -1:]
@@ -201,32 +189,13 @@ class _StopStrings(StoppingCriteria):
         steps = self.sampler.steps
         recent = self.sampler.token_ids[:, max(0, steps - self.window) : steps]
         texts = self.tokenizer.batch_decode(recent, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        found = [first_match(text, self.strings) is not None for text in texts]
-        self.ended_at = [min(end, steps) if hit else end for end, hit in zip(self.ended_at, found, strict=True)]
-        return torch.tensor(found, device=input_ids.device)
-
-
-def _uniforms(seed: int, count: int) -> Tensor:
-    return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def _pad_token_id(context: EngineContext, rule: EndRule) -> int:
-    pad, vocabulary = context.tokenizer.pad_token_id, context.policy.get_input_embeddings().num_embeddings
-    return (
-        pad if isinstance(pad, int) and pad < vocabulary else next(iter(rule.token_ids), 0)
-    )  # masked, so any id will do
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], *, pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """[R, Tp] int64 token ids and their mask."""
-    width = max(len(ids) for ids in prompts)
-    rows = torch.tensor([[pad_token_id] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    return rows, mask
+        hits = [request.first_match(text, self.strings) is not None for text in texts]
+        self.ended_at = [min(end, steps) if hit else end for end, hit in zip(self.ended_at, hits, strict=True)]
+        return torch.tensor(hits, device=input_ids.device)
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """No dropout; afterwards each module is in the mode that it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -235,13 +204,3 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def _only_config(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """Hide the model folder's generation defaults: `generate` fills in from them what a caller leaves unset."""
-    saved, model.generation_config = model.generation_config, config
-    try:
-        yield
-    finally:
-        model.generation_config = saved

@@ -20,14 +20,8 @@ from torch import Tensor
 from tealightning.checks import check_integer
 from tealightning.errors import MissingPackageError, UserError
 from tealightning.registry import register
-from tealightning.rollouts.base import EngineContext, RolloutEngine, engine_phase
-from tealightning.rollouts.generation_request import (
-    check_requests,
-    completion_texts,
-    end_rule,
-    vllm_arguments,
-    vllm_sampling,
-)
+from tealightning.rollouts import generation_request as request
+from tealightning.rollouts.base import EngineContext, RolloutEngine, TokenIds, engine_phase
 from tealightning.training.policy_weights import checked_off, policy_weights, refuse_partial_push, weight_names
 from tealightning.types import Completion, SamplingConfig
 
@@ -90,13 +84,12 @@ class VLLMEngine(RolloutEngine):
             raise UserError(f"rollout.engine.kv_cache_gib must be above 0 or null, got {kv_cache_gib}.")
         if not 0 < gpu_memory_utilization <= 1:
             raise UserError(f"rollout.engine.gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization}.")
-        check_integer("rollout.engine.max_num_seqs", max_num_seqs, 1)
         if taken := _OWN_ARGS.intersection(extra_args or {}):
             raise UserError(f"rollout.engine.extra_args may not hold {sorted(taken)}: the engine sets them itself.")
         self.dtype = dtype
         self.kv_cache_gib = kv_cache_gib
         self.gpu_memory_utilization = gpu_memory_utilization
-        self.max_num_seqs = max_num_seqs
+        self.max_num_seqs = check_integer("rollout.engine.max_num_seqs", max_num_seqs, 1)
         self.enforce_eager = enforce_eager
         self.enable_prefix_caching = enable_prefix_caching
         self.sleep = sleep
@@ -136,38 +129,37 @@ class VLLMEngine(RolloutEngine):
         self.sync_weights(policy_weights(context.policy))  # they may have moved on from those in the folder
 
     def generate(
-        self,
-        prompt_token_ids: Sequence[Sequence[int]],
-        *,
-        num_samples: int,
-        sampling: SamplingConfig,
-        seeds: Sequence[int],
+        self, prompt_token_ids: TokenIds, *, num_samples: int, sampling: SamplingConfig, seeds: Sequence[int]
     ) -> list[list[Completion]]:
         context = self._started()
-        check_requests(
-            prompt_token_ids,
-            num_samples=num_samples,
-            sampling=sampling,
-            seeds=seeds,
-            max_model_len=context.max_model_len,
-        )
+        request.check_requests(prompt_token_ids, num_samples, sampling, seeds, context.max_model_len)
         if not prompt_token_ids:
             return []
-        rule = end_rule(context, sampling)
-        prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_token_ids]
+        rule = request.end_rule(context, sampling)
         # vLLM compiles a one-line helper for log-probs, which takes longer on a CPU than it can ever save.
         compiles_not = self.enforce_eager is not False and _runs_on_cpu()
         stance = torch.compiler.set_stance("force_eager") if compiles_not else nullcontext()
         with isolated(context.device), stance, self._phase("generating"):
             from vllm import SamplingParams
 
-            fields = [vllm_sampling(sampling, rule, num_samples=num_samples, seed=seed) for seed in seeds]
+            fields = [request.vllm_sampling(sampling, rule, num_samples=num_samples, seed=seed) for seed in seeds]
             params = [SamplingParams(**of_prompt) for of_prompt in fields]
             self._wake_up()
-            outputs = self._llm.generate(prompts, params, use_tqdm=False)
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": list(ids)} for ids in prompt_token_ids], params, use_tqdm=False
+            )
         raw = [sample for output in outputs for sample in sorted(output.outputs, key=lambda sample: sample.index)]
-        texts = completion_texts(context.tokenizer, [list(sample.token_ids) for sample in raw], rule)
-        completions = [_completion(sample, text) for sample, text in zip(raw, texts, strict=True)]
+        token_ids = [list(sample.token_ids) for sample in raw]
+        texts = request.completion_texts(context.tokenizer, token_ids, rule)
+        completions = [
+            Completion(
+                token_ids=ids,
+                log_probs=[entry[token].logprob for token, entry in zip(ids, sample.logprobs, strict=True)],
+                text=text,
+                truncated=sample.finish_reason == "length",
+            )
+            for sample, ids, text in zip(raw, token_ids, texts, strict=True)
+        ]
         return [completions[first : first + num_samples] for first in range(0, len(completions), num_samples)]
 
     def sync_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -223,10 +215,14 @@ class VLLMEngine(RolloutEngine):
 
     def _llm_args(self, context: EngineContext) -> dict[str, Any]:
         on_cpu = _runs_on_cpu()
-        args = {"model": context.policy_path, **vllm_arguments(context, dtype=self.dtype, on_cpu=on_cpu)}
-        args |= {
+        if self.sleep and on_cpu:
+            raise UserError("rollout.engine.sleep=true needs vLLM on a GPU: its CPU build has no sleep mode.")
+        args = {
+            "model": context.policy_path,
+            **request.vllm_arguments(context, dtype=self.dtype, on_cpu=on_cpu),
             "max_num_seqs": self.max_num_seqs,
             "enable_prefix_caching": self.enable_prefix_caching,
+            "enable_sleep_mode": self.sleep,
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }
@@ -236,17 +232,7 @@ class VLLMEngine(RolloutEngine):
             args["kv_cache_memory_bytes"] = int(self.kv_cache_gib * 2**30)
         elif not on_cpu:
             args["gpu_memory_utilization"] = self.gpu_memory_utilization
-        if self.sleep and on_cpu:
-            raise UserError("rollout.engine.sleep=true needs vLLM on a GPU: its CPU build has no sleep mode.")
-        if self.sleep:
-            args["enable_sleep_mode"] = True
         return args | placement(context.device) | self.extra_args
-
-
-def _completion(sample: Any, text: str) -> Completion:
-    token_ids = list(sample.token_ids)
-    log_probs = [entry[token].logprob for token, entry in zip(token_ids, sample.logprobs, strict=True)]
-    return Completion(token_ids=token_ids, log_probs=log_probs, text=text, truncated=sample.finish_reason == "length")
 
 
 def _load(args: dict[str, Any], device: torch.device) -> Any:
@@ -314,14 +300,8 @@ def _runs_on_cpu() -> bool:
 def nccl_sender(
     client: Any, weights: Callable[[], list[tuple[str, Tensor]]], *, host: str, port: int, world_size: int
 ) -> Any:
-    """The trainer's end of vLLM's NCCL weight transfer to a server, connected; `send_weights()` is one round.
-
-    Args:
-        client: Drives the server; `VLLMClient`.
-        weights: What the next round sends.
-        host: Address of this machine, which the server's workers connect to.
-        port: Free, on this machine.
-        world_size: The server's workers and this process.
+    """The trainer's end of vLLM's NCCL weight transfer to the server of a `VLLMClient`, whose workers connect to
+    `host:port`; `send_weights()` is one round with what `weights` returns then.
 
     Raises:
         ImportError: if the installed vLLM has no trainer side of weight transfer.

@@ -1,16 +1,23 @@
-"""HTTP client of a `vllm serve` process: generation and weight updates over its public routes."""
+"""HTTP client of a `vllm serve` process: generation and weight updates over its public routes, and checks of both."""
 
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import torch
 
 from tealightning.errors import UserError
+from tealightning.functional.log_probs import token_log_probs
+from tealightning.rollouts.base import EngineContext, RolloutEngine
+from tealightning.rollouts.transformers import eval_mode
+from tealightning.types import SamplingConfig
 
 _CONNECT_SECONDS = 10.0
 _FLAG_OF_ROUTE = {
@@ -24,12 +31,11 @@ class ServerError(RuntimeError):
 
 
 class VLLMClient:
-    """One server. Safe to use from several threads.
+    """One server at `http://host:port`. Safe to use from several threads.
 
     Has the four methods with which vLLM's own weight-transfer backends drive a server (`VLLMWeightSyncClient`).
 
     Args:
-        url: `http://host:port`.
         api_key: Sent as a bearer token; None = none.
         timeout_seconds: Longest wait for an answer.
         connections: Most requests at a time.
@@ -58,8 +64,6 @@ class VLLMClient:
             trust_env=False,
         )
 
-    # ---------------------------------------------------------------- state
-
     def is_healthy(self) -> bool:
         """Whether it answers and its engine lives."""
         try:
@@ -75,8 +79,6 @@ class VLLMClient:
         """Number of its workers, over all GPUs and replicas."""
         return int(self._call("GET", "/get_world_size", "asking for its world size")["world_size"])
 
-    # ---------------------------------------------------------------- generation
-
     def generate(self, bodies: list[dict[str, Any]]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         """(number of the request, its choices in order of their index) of each request to `/inference/v1/generate`, as
         they are answered.
@@ -85,33 +87,28 @@ class VLLMClient:
             ServerError: for the first request that fails; those not yet sent are not sent.
         """
         threads = ThreadPoolExecutor(max_workers=min(self._connections, len(bodies)))
-        numbers = {threads.submit(self._generate, body): number for number, body in enumerate(bodies)}
+        ask = partial(self._call, "POST", "/inference/v1/generate", "generating")
+        numbers = {threads.submit(ask, body): number for number, body in enumerate(bodies)}
         try:
             for future in as_completed(numbers):
-                yield numbers[future], future.result()
+                yield numbers[future], sorted(future.result()["choices"], key=lambda choice: choice["index"])
         finally:  # without waiting: after an error, the others may take until their timeout
             threads.shutdown(wait=False, cancel_futures=True)
-
-    def _generate(self, body: dict[str, Any]) -> list[dict[str, Any]]:
-        choices = self._call("POST", "/inference/v1/generate", "generating", body)["choices"]
-        return sorted(choices, key=lambda choice: choice["index"])
 
     # ---------------------------------------------------------------- weights
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """While in it, nothing is generated: what was being generated has ended, and what comes waits."""
+        resume = partial(self._call, "POST", "/resume", "resuming it after a weight update")
         self._call("POST", "/pause?mode=wait", "waiting for its last requests before a weight update")
         try:
             yield
         except BaseException:
             with suppress(ServerError):  # the first error tells more
-                self._resume()
+                resume()
             raise
-        self._resume()
-
-    def _resume(self) -> None:
-        self._call("POST", "/resume", "resuming it after a weight update")
+        resume()
 
     def reload_weights(self, folder: Path) -> None:
         """Have every worker load the safetensors files in `folder`, a path on the server's own file system."""
@@ -145,20 +142,15 @@ class VLLMClient:
     # ---------------------------------------------------------------- transport
 
     def _call(self, method: str, route: str, phase: str, body: dict[str, Any] | None = None) -> Any:
-        """The JSON answer (None if there is none).
-
-        Raises:
-            ServerError: with the phase, and what the server says.
-        """
+        """The JSON answer, None if there is none. A ServerError names the phase and what the server says."""
         where = f"The vLLM server at {self.url}"
         try:
             answer = self._http.request(method, self.url + route, json=body)
         except httpx.TimeoutException as error:
             raise ServerError(f"{where} did not answer within {self.timeout_seconds:g} s while {phase}.") from error
         except httpx.TransportError as error:
-            raise ServerError(
-                f"{where} cannot be reached while {phase} ({type(error).__name__}).{self._why()}"
-            ) from error
+            reason = f"{where} cannot be reached while {phase} ({type(error).__name__})."
+            raise ServerError(f"{reason} {self._explain()}".rstrip()) from error
         if answer.status_code == 404:
             raise ServerError(
                 f"{where} has no {route}: {_FLAG_OF_ROUTE.get(route, 'start it with VLLM_SERVER_DEV_MODE=1')}?"
@@ -166,12 +158,9 @@ class VLLMClient:
         if answer.status_code == 401:
             raise ServerError(f"{where} refuses the API key: set rollout.engine.api_key_env.")
         if not answer.is_success:
-            raise ServerError(f"{where} answered {answer.status_code} while {phase}: {_message(answer)}{self._why()}")
+            reason = f"{where} answered {answer.status_code} while {phase}: {_message(answer)}"
+            raise ServerError(f"{reason} {self._explain()}".rstrip())
         return answer.json() if answer.content else None
-
-    def _why(self) -> str:
-        reason = self._explain()
-        return f" {reason}" if reason else ""
 
 
 def _message(answer: httpx.Response) -> str:
@@ -189,11 +178,74 @@ def is_local(url: str | None) -> bool:
 
 
 def api_key_from(variable: str | None) -> str | None:
-    """The key in an environment variable.
-
-    Raises:
-        ValueError: if the variable is not set.
-    """
+    """The key in an environment variable, which must be set."""
     if variable is not None and not os.environ.get(variable):
         raise UserError(f"rollout.engine.api_key_env names {variable}, and that variable is not set.")
     return None if variable is None else os.environ[variable]
+
+
+# ---------------------------------------------------------------- checks
+
+_PROMPT = [1, 2, 3, 4]  # ids that every model has; 0 is often the padding, whose embedding is 0
+
+
+def check_length(client: VLLMClient, context: EngineContext) -> None:
+    """Refuse, with a ServerError, a server that takes shorter sequences than `max_model_len`."""
+    length = client.max_model_len()
+    if length < context.max_model_len:
+        raise ServerError(
+            f"The vLLM server at {client.url} serves {length} tokens and rollout.max_model_len is "
+            f"{context.max_model_len}: start it with --max-model-len {context.max_model_len}."
+        )
+
+
+def check_log_probs_mode(client: VLLMClient) -> None:
+    """Refuse, with a ServerError, a server whose log-probs are not those that it samples with, after temperature and
+    top-k."""
+    warm, cold = (_log_probs_of_two(client, temperature) for temperature in (2.0, 1.0))
+    normalised = all(abs(math.fsum(map(math.exp, values)) - 1) < 1e-2 for values in (warm, cold))
+    gaps = [values[0] - values[-1] for values in (warm, cold)]
+    if not normalised or abs(2 * gaps[0] - gaps[1]) > 0.02 * (1 + gaps[1]):
+        raise ServerError(
+            f"The vLLM server at {client.url} does not return the log-probs that it samples with (of the likeliest "
+            f"tokens under top_k=2, at temperature 2: {warm}, at 1: {cold}): start it with --logprobs-mode "
+            "processed_logprobs."
+        )
+
+
+def _log_probs_of_two(client: VLLMClient, temperature: float) -> list[float]:
+    """Of the 2 tokens that top-k leaves, the likeliest first; of more, if they are tied, as happens in bfloat16. Their
+    probabilities sum to 1, and their differences are inversely proportional to the temperature."""
+    sampling = {"top_k": 2, "logprobs": 8, "max_tokens": 1, "ignore_eos": True, "seed": 0, "temperature": temperature}
+    ((_, (choice,)),) = client.generate([{"token_ids": _PROMPT, "sampling_params": sampling}])
+    (token,) = choice["logprobs"]["content"]
+    by_id = {entry["token_id"]: entry["logprob"] for entry in token["top_logprobs"]}
+    return sorted((value for value in by_id.values() if value > -1000), reverse=True)  # the others have -9999
+
+
+def check_policy(engine: RolloutEngine, context: EngineContext) -> None:
+    """Refuse, with a ServerError, a server that runs another model, 0.5 nats a token off the policy: coarsely, because
+    rounding is no error, and training measures at every step."""
+    sampling = SamplingConfig(max_new_tokens=max(1, min(8, context.max_model_len - len(_PROMPT))))
+    ((completion,),) = engine.generate([_PROMPT], num_samples=1, sampling=sampling, seeds=[0])
+    policy = context.policy
+    ids = torch.tensor([[*_PROMPT, *completion.token_ids]], device=next(policy.parameters()).device)
+    with torch.no_grad(), eval_mode(policy):
+        expected = token_log_probs(policy(ids).logits[0, len(_PROMPT) - 1 : -1].float(), ids[0, len(_PROMPT) :]).cpu()
+    difference = float((expected - torch.tensor(completion.log_probs)).abs().mean())
+    if not difference < 0.5:
+        raise ServerError(
+            f"With the policy's weights, the vLLM server's log-probs are off by {difference:.2f} nats a token: it "
+            f"serves another model than {context.policy_path}, or some of its weights did not change."
+        )
+
+
+def check_versions(client: VLLMClient, choices: Sequence[dict[str, Any]], expected: str) -> None:
+    """Refuse, with a ServerError, completions of other weights than those labelled `expected`, the last pushed."""
+    for choice in choices:
+        versions = {span["version"] for span in choice["weight_versions"] or []}
+        if versions != {expected}:
+            raise ServerError(
+                f"The vLLM server at {client.url} sampled with weights labelled {sorted(versions)} instead of "
+                f"{expected!r}: was it restarted, or does another trainer use it?"
+            )

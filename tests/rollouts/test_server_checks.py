@@ -9,15 +9,16 @@ from stub_server import choice, stub_server
 from tiny_policies import engine_context, save_policy
 
 from tealightning.rollouts import VLLMServerEngine
-from tealightning.rollouts.vllm_client import ServerError, VLLMClient, is_local
-from tealightning.rollouts.vllm_serve import (
+from tealightning.rollouts.vllm_client import (
+    ServerError,
+    VLLMClient,
     check_length,
     check_log_probs_mode,
     check_policy,
     check_versions,
-    serve_command,
-    serve_environment,
+    is_local,
 )
+from tealightning.rollouts.vllm_server import serve_command, serve_environment
 from tealightning.rollouts.weight_push import FilePush, NCCLPush
 from tealightning.types import Completion
 
@@ -157,13 +158,15 @@ def test_engine_without_a_server_says_so_fast(context):
 
 
 def test_engine_whose_server_ends_at_once_shows_its_log(context, monkeypatch):
-    monkeypatch.setattr("tealightning.rollouts.vllm_serve._program", lambda: ["sh", "-c", "echo no such model; exit 7"])
+    monkeypatch.setattr(
+        "tealightning.rollouts.vllm_server._program", lambda: ["sh", "-c", "echo no such model; exit 7"]
+    )
     with pytest.raises(ServerError, match=r"could not start. It ended with exit code 7.*\nno such model"):
         VLLMServerEngine().start(context)
 
 
 def test_engine_gives_up_on_a_server_that_does_not_get_ready(context, monkeypatch):
-    monkeypatch.setattr("tealightning.rollouts.vllm_serve._program", lambda: ["sh", "-c", "echo loading; sleep 600"])
+    monkeypatch.setattr("tealightning.rollouts.vllm_server._program", lambda: ["sh", "-c", "echo loading; sleep 600"])
     with pytest.raises(ServerError, match=r"not ready within rollout.engine.start_timeout_seconds=1\. It still runs"):
         VLLMServerEngine(start_timeout_seconds=1).start(context)
 

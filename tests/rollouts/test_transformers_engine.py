@@ -44,7 +44,7 @@ def test_transformers_batch_size_changes_nothing(folder, batch_size):
 
 
 def test_transformers_refuses_an_empty_batch():
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
         TransformersEngine(batch_size=0)
 
 

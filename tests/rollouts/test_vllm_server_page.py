@@ -10,7 +10,7 @@ from command_line import PROSE, resolved
 from tiny_policies import engine_context, save_policy
 
 from tealightning.rollouts import VLLMServerEngine
-from tealightning.rollouts.vllm_serve import serve_command, serve_environment
+from tealightning.rollouts.vllm_server import serve_command, serve_environment
 
 PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "vllm-server.md").read_text(encoding="utf-8")
 CONFIGS = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.S | re.M)
