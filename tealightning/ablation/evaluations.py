@@ -40,14 +40,8 @@ class EvaluationData:
         return best_of_n(self.rewards, ns, ~self.rewards.isnan())
 
 
-@dataclass(kw_only=True, slots=True)
-class Runs:
-    """The finished runs of one variant on one split, seed by seed."""
-
-    seeds: list[int]
-    finals: list[EvaluationData]
-    starts: list[EvaluationData]  # of the same seed
-    all_points: list[list[EvaluationData]]  # that of the starting policy, and those during training by step
+Runs = dict[int, list[EvaluationData]]
+"""Of a variant on a split: seed -> the evaluation of the starting policy, then those of the finished run by step."""
 
 
 def read_evaluations(folder: Path, split: str) -> list[EvaluationData]:
@@ -107,18 +101,15 @@ class Estimator:
 
     def __call__(self, values: Tensor) -> Estimates:
         """C estimates of [S, Q, C] values."""
-        return rows_of(self.interval(values))
+        return _rows(self.interval(values))
 
-    def curve(self, values: Tensor) -> Estimates:
+    def curve(self, values: Tensor, *, p_values: bool = False) -> Estimates:
         """An estimate for each n of [S, Q, len(ns)] values."""
-        return [{"n": n} | row for n, row in zip(self.ns, self(values), strict=True)]
-
-    def differences(self, values: Tensor) -> Estimates:
-        """The same with p-values."""
         interval = self.interval(values)
-        p_values = json_numbers(interval.p_value)
-        rows = zip(self.ns, rows_of(interval), p_values, strict=True)
-        return [{"n": n} | row | {"p_value": p_value} for n, row, p_value in rows]
+        rows: Estimates = [{"n": n} | row for n, row in zip(self.ns, _rows(interval), strict=True)]
+        for row, p_value in zip(rows, json_numbers(interval.p_value) if p_values else (), strict=p_values):
+            row["p_value"] = p_value
+        return rows
 
     def best_of_n(self, evaluations: Sequence[EvaluationData]) -> Estimates:
         """The best-of-n curve of one evaluation of each seed."""
@@ -132,7 +123,7 @@ class Estimator:
         return self.curve(torch.stack(golds))
 
 
-def rows_of(interval: Interval) -> Estimates:
+def _rows(interval: Interval) -> Estimates:
     """The interval's columns, one dict each."""
     keys = {"mean": "mean", "low": "low", "high": "high", "se": "standard_error"}
     lists = [json_numbers(getattr(interval, name)) for name in keys.values()]

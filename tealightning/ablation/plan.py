@@ -26,7 +26,6 @@ class Variant:
 
     name: str  # as in tables: "tea" or "tea[m=16,n=64]"
     base: str  # as in the spec: "tea"
-    point: dict[str, Any]  # the grid's values that it uses
     settings: dict[str, Any]  # by dotted key
     reference: str | None  # name of the variant that it is compared with; None = it is a reference itself
 
@@ -67,54 +66,48 @@ class Plan:
 
 
 def expand(spec: AblationSpec) -> list[Variant]:
-    """The variants at every point of the grid that they use.
-
-    Raises:
-        UserError: if the reference is no variant, or uses an axis that another variant does not.
-    """
+    """The variants at every point of the grid that they use; a UserError if they cannot be compared."""
     if spec.reference not in spec.variants:
         raise UserError(f"reference must be one of the variants {', '.join(spec.variants)}, got {spec.reference!r}.")
+
+    def named(base: str, point: Mapping[str, Any]) -> str:
+        return f"{base}[{','.join(f'{axis}={value}' for axis, value in point.items())}]" if point else base
+
     merged = {name: {**spec.settings, **settings} for name, settings in spec.variants.items()}
     axes = {name: [a for a in spec.grid if a in placeholders(settings)] for name, settings in merged.items()}
     reference_axes = axes[spec.reference]
     variants = []
-    for name, settings in merged.items():
-        if missing := [axis for axis in reference_axes if axis not in axes[name]]:
+    for base, settings in merged.items():
+        if missing := [axis for axis in reference_axes if axis not in axes[base]]:
             raise UserError(
-                f"the reference {spec.reference} differs along {{{missing[0]}}} and {name} does not: there is nothing "
+                f"the reference {spec.reference} differs along {{{missing[0]}}} and {base} does not: there is nothing "
                 "to compare it with."
             )
-        for point in _points(spec, axes[name]):
-            reference = _named(spec.reference, {axis: point[axis] for axis in reference_axes})
-            own = _named(name, point)
-            variants.append(
-                Variant(
-                    name=own,
-                    base=name,
-                    point=point,
-                    settings=filled(settings, point),
-                    reference=None if own == reference else reference,
-                )
-            )
+        for values in itertools.product(*(spec.grid[axis] for axis in axes[base])):
+            point = dict(zip(axes[base], values, strict=True))
+            name, reference = named(base, point), named(spec.reference, {axis: point[axis] for axis in reference_axes})
+            other = None if name == reference else reference
+            own = filled(settings, point)
+            variants.append(Variant(name=name, base=base, settings=own, reference=other))
     return variants
 
 
 def make_plan(spec: AblationSpec, resolve: Resolve, notify: Callable[[Variant], None] = lambda variant: None) -> Plan:
-    """Resolve and check every variant, before anything runs.
+    """Resolve and check every variant, before anything runs; an error names the variant.
 
     Args:
-        spec: What to compare.
-        resolve: From arguments of `fit` to a configuration.
         notify: Called before each variant.
-
-    Raises:
-        UserError: for a variant that cannot be run, with its name.
     """
-    variants = expand(spec)
-    jobs: dict[tuple[str, int], Job] = {}
-    starts: dict[tuple[str, int], Job] = {}
+    plan = Plan(spec=spec, variants=expand(spec), jobs={}, starts={})
     fingerprints: dict[str, str] = {}
-    for variant in variants:
+
+    def job(kind: Literal["fit", "start"], variant: str, seed: int, config: dict[str, Any]) -> Job:
+        digest = config_hash(config, fingerprints)
+        name = re.sub(r"[^A-Za-z0-9.+-]+", "_", variant).strip("_") if kind == "fit" else "start"
+        folder = spec.folder / "runs" / name / f"seed{seed}-{digest}"
+        return Job(kind=kind, variant=variant, seed=seed, config=config, hash=digest, folder=folder)
+
+    for variant in plan.variants:
         notify(variant)
         try:
             config = run_config(spec, resolve(arguments(spec, variant)))
@@ -125,89 +118,58 @@ def make_plan(spec: AblationSpec, resolve: Resolve, notify: Callable[[Variant], 
             raise
         for seed in spec.seeds:
             seeded = with_seed(config, seed)
-            jobs[variant.name, seed] = _job(spec, "fit", variant.name, seed, seeded, fingerprints)
-            starts[variant.name, seed] = _job(spec, "start", variant.name, seed, start_config(seeded), fingerprints)
-    return Plan(spec=spec, variants=variants, jobs=jobs, starts=starts)
+            plan.jobs[variant.name, seed] = job("fit", variant.name, seed, seeded)
+            plan.starts[variant.name, seed] = job("start", variant.name, seed, start_config(seeded))
+    return plan
 
 
 def arguments(spec: AblationSpec, variant: Variant) -> list[str]:
     """Arguments of `tealightning fit` for the variant, without what the ablation imposes."""
-    configs = [part for path in spec.base for part in ("-c", path)]
-    return [*configs, *(f"--{key}={_text(value)}" for key, value in variant.settings.items())]
-
-
-def _job(
-    spec: AblationSpec,
-    kind: Literal["fit", "start"],
-    variant: str,
-    seed: int,
-    config: dict[str, Any],
-    fingerprints: dict[str, str],
-) -> Job:
-    digest = config_hash(config, fingerprints)
-    name = re.sub(r"[^A-Za-z0-9.+-]+", "_", variant).strip("_") if kind == "fit" else "start"
-    folder = spec.folder / "runs" / name / f"seed{seed}-{digest}"
-    return Job(kind=kind, variant=variant, seed=seed, config=config, hash=digest, folder=folder)
-
-
-def _points(spec: AblationSpec, axes: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for values in itertools.product(*(spec.grid[axis] for axis in axes)):
-        yield dict(zip(axes, values, strict=True))
-
-
-def _named(base: str, point: Mapping[str, Any]) -> str:
-    return f"{base}[{','.join(f'{axis}={value}' for axis, value in point.items())}]" if point else base
-
-
-def _text(value: Any) -> str:
-    """A value as the command line takes it."""
-    return value if isinstance(value, str) else json.dumps(value)
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in variant.settings.items()}
+    return [*(part for path in spec.base for part in ("-c", path)), *(f"--{key}={text}" for key, text in texts.items())]
 
 
 def run_config(spec: AblationSpec, config: dict[str, Any]) -> dict[str, Any]:
-    """`config` with the ablation's evaluation and budget; loggers and seeds come later.
-
-    Raises:
-        UserError: if rollouts_per_step does not divide, or the group is too small.
-    """
+    """`config` with the ablation's evaluation and budget; loggers and seeds come later."""
     config = copy.deepcopy(config)
-    evaluation = spec.evaluation
+    evaluation, what = spec.evaluation, spec.equal_what
     model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
-    model["ns"] = list(evaluation.ns)
-    model["extrapolate_ns"] = []
+    model |= {"ns": list(evaluation.ns), "extrapolate_ns": []}
     data["val_batch_size"] = evaluation.batch_size
     if (per_step := spec.equal.get("rollouts_per_step")) is not None:
         group_size = config["rollout"]["group_size"]
         if per_step % group_size:
             raise UserError(f"equal.rollouts_per_step={per_step} is no multiple of rollout.group_size={group_size}.")
         data["batch_size"] = per_step // group_size
-    what = spec.equal_what
+
+    def batches(prompts: int | None) -> int | float:
+        """Lightning's limit: batches, or the whole split."""
+        return 1.0 if prompts is None else prompts // evaluation.batch_size
+
     limits = {} if what == "optimizer_steps" else {what: spec.equal[what]}
-    trainer |= {
+    recorded = {name: getattr(evaluation, name) for name in ("gold", "kl_samples", "diversity_samples")}
+    kept = [
+        own for own in trainer.get("callbacks") or [] if not own["class_path"].endswith((".BestOfNReport", ".Budget"))
+    ]
+    config["trainer"] = trainer | {
         "max_steps": spec.equal[what] if what == "optimizer_steps" else -1,
         "max_epochs": -1,
         "max_time": None,
         "num_sanity_val_steps": 0,
-        "val_check_interval": evaluation.every,
-        "check_val_every_n_epoch": None,
-        "limit_val_batches": _batches(evaluation.prompts, evaluation.batch_size),
-        "limit_test_batches": _batches(evaluation.held_out_prompts, evaluation.batch_size),
+        "val_check_interval": 1.0 if evaluation.every is None else evaluation.every,
+        "check_val_every_n_epoch": 10**9 if evaluation.every is None else None,
+        "limit_val_batches": batches(evaluation.prompts),
+        "limit_test_batches": batches(evaluation.held_out_prompts),
         "log_every_n_steps": 1,
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "fast_dev_run": False,
+        "callbacks": [
+            *kept,
+            {"class_path": "tealightning.Budget", "init_args": limits},
+            {"class_path": "tealightning.EvaluationRecord", "init_args": recorded},
+        ],
     }
-    if evaluation.every is None:
-        trainer |= {"val_check_interval": 1.0, "check_val_every_n_epoch": 10**9}
-    imposed = (".BestOfNReport", ".Budget")
-    trainer["callbacks"] = [
-        *(own for own in trainer.get("callbacks") or [] if not own["class_path"].endswith(imposed)),
-        {"class_path": "tealightning.Budget", "init_args": limits},
-        {
-            "class_path": "tealightning.EvaluationRecord",
-            "init_args": {name: getattr(evaluation, name) for name in ("gold", "kl_samples", "diversity_samples")},
-        },
-    ]
     return config
 
 
@@ -226,9 +188,9 @@ def start_config(config: dict[str, Any]) -> dict[str, Any]:
     needed = ("policy", "reference", "dtype", "trust_remote_code", "ns", "micro_batch_tokens", "micro_batch_size")
     init_args = config["model"]["init_args"]
     config["model"]["init_args"] = {key: init_args[key] for key in needed if key in init_args} | {
-        "estimator": {"class_path": "tealightning.estimators.MeanReward"}
+        "estimator": {"class_path": "tealightning.estimators.MeanReward"},
+        "reference": None,
     }
-    config["model"]["init_args"]["reference"] = None
     config["data"]["init_args"] |= {"batch_size": config["data"]["init_args"]["val_batch_size"]}
     config["rollout"]["group_size"] = 16
     record = config["trainer"]["callbacks"][-1]
@@ -238,7 +200,6 @@ def start_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def with_folder(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """`config` with the run's own folder as that of its first logger; loggers elsewhere (wandb) come behind it."""
-    config = copy.deepcopy(config)
     there = config["trainer"].get("logger")
     others = [logger for logger in (there if isinstance(there, list) else [there]) if isinstance(logger, dict)]
     remote = [logger for logger in others if not logger["class_path"].endswith(("CSVLogger", "TensorBoardLogger"))]
@@ -246,27 +207,22 @@ def with_folder(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         "class_path": "lightning.pytorch.loggers.CSVLogger",
         "init_args": {"save_dir": str(folder), "name": "", "version": ""},
     }
-    config["trainer"]["logger"] = [own, *remote]
-    return config
+    return config | {"trainer": config["trainer"] | {"logger": [own, *remote]}}
 
 
 def config_hash(config: Mapping[str, Any], fingerprints: dict[str, str]) -> str:
     """12 hex digits of the configuration and of the local files that it names.
 
     Args:
-        config: As `run_config` gives it.
         fingerprints: Digests of files and folders seen before, by path; filled.
     """
     read = [config["model"], config["data"], config["rollout"], config["trainer"]["callbacks"]]  # no folder of a logger
     paths = sorted({text for text in _texts(read) if _is_local(text)})
-    inputs = {path: fingerprints.setdefault(path, _fingerprint(Path(path))) for path in paths}
+    for path in paths:
+        fingerprints[path] = fingerprints.get(path) or _fingerprint(Path(path))
+    inputs = {path: fingerprints[path] for path in paths}
     settings = {key: value for key, value in config.items() if key not in _CHANGES_NO_RESULT}
     return hashlib.sha256(json.dumps([settings, inputs], sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def _batches(prompts: int | None, batch_size: int) -> int | float:
-    """Lightning's limit: batches, or the whole split."""
-    return 1.0 if prompts is None else prompts // batch_size
 
 
 def _texts(value: Any) -> Iterator[str]:

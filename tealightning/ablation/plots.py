@@ -1,24 +1,21 @@
 """Plots of an ablation with their captions: over n, over KL, over training, differences, completions, rewards."""
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tealightning.ablation.tables import DIAGNOSTICS, START, Results, ResultsView, Row, split_name
+from tealightning.ablation.tables import DIAGNOSTICS, START, ResultsView, Row, split_name
 from tealightning.reporting import style
 from tealightning.reporting.page import Plot
 from tealightning.reporting.style import Curve, Style
 
-OVERLAID = 7
-"""Bands of more curves on one pair of axes hide each other: beyond, there are lines without bands."""
-
-CROWD = 15
-"""More curves than this say nothing as grey lines in every panel, and make files of megabytes."""
-
+OVERLAID = 7  # bands of more curves on one pair of axes hide each other: beyond, there are lines without bands
+CROWD = 15  # more curves than this say nothing as grey lines in every panel, and make files of megabytes
 BARS = ("completion_length", "distinct_2", "self_similarity", "reward_std")
 TRAINING_METRICS = {
     "reward_mean": "mean reward of the rollouts",
@@ -31,7 +28,7 @@ TRAINING_METRICS = {
 }
 
 
-def all_plots(results: Results) -> list[Plot]:
+def all_plots(results: dict[str, Any]) -> list[Plot]:
     """Every plot that the results have the numbers for; names are unique."""
     view = ResultsView(results)
     with matplotlib.rc_context({"text.parse_math": False}):  # a dollar sign in a label is one
@@ -39,7 +36,7 @@ def all_plots(results: Results) -> list[Plot]:
         return [*plots, *_kl_plots(view), *_training_plots(view)]
 
 
-def styles_of(results: Results) -> dict[str, Style]:
+def styles_of(results: dict[str, Any]) -> dict[str, Style]:
     """A style for every variant: the reference black, the policy before training grey and dashed."""
     start = Style(color="#7F7F7F", marker="", line=(0, (4, 2)))
     return style.styles(results["variants"], results["reference"]) | {START: start}
@@ -94,27 +91,27 @@ def _split_plots(view: ResultsView, split: str) -> Iterator[Plot]:
 
 def _kl_plots(view: ResultsView) -> Iterator[Plot]:
     """Reward against the distance from the start, over the evaluations of training."""
-    n, count = view.headline_n, len(view.names)
-    bands = f" Bands: {view.interval} intervals." if count <= OVERLAID else ""
-    xlabel = "KL to the start, nats a completion"
-    golds, best = over_kl(view, n, "gold_best_of_n"), over_kl(view, n)
+    n, bands = view.headline_n, f" Bands: {view.interval} intervals." if len(view.names) <= OVERLAID else ""
+    best, means, golds = over_kl(view, n), over_kl(view, 1) if n != 1 else {}, over_kl(view, n, "gold_best_of_n")
+
+    def figure(panels: Mapping[str, Mapping[str, Curve]], title: str) -> Figure:
+        size = (9.4 / len(panels), 4.4 + 0.06 * len(view.names))
+        return _overlay(view, panels, "KL to the start, nats a completion", size, title=title)
+
     if best:
-        means = {"mean reward (n = 1)": over_kl(view, 1)} if n != 1 else {}
-        panels = {name: curves for name, curves in ({f"best-of-{n}": best} | means).items() if curves}
-        size = (9.4 / len(panels), 4.4 + 0.06 * count)
+        panels = {f"best-of-{n}": best} | ({"mean reward (n = 1)": means} if means else {})
         yield Plot(
             name="best_of_n_against_kl",
-            figure=_overlay(view, panels, xlabel, size, title="Reward against KL to the start"),
+            figure=figure(panels, "Reward against KL to the start"),
             caption="Every evaluation of training, from the start (KL 0) to the final policy: the curve on top gets "
             f"more reward for the same distance.{bands}",
             alt=f"Best-of-{n} and mean reward against KL to the start for every variant.",
         )
     if golds:
         panels = {f"training reward, best-of-{n}": best, f"gold reward, best-of-{n}": golds}
-        size = (9.4 / len(panels), 4.4 + 0.06 * count)
         yield Plot(
             name="gold_against_kl",
-            figure=_overlay(view, panels, xlabel, size, title="Training reward and gold reward against KL"),
+            figure=figure(panels, "Training reward and gold reward against KL"),
             caption="Where the left curves go on rising and the right ones fall, the training reward is "
             f"over-optimised.{bands}",
             alt=f"Best-of-{n} by the training reward and by the gold reward against KL for every variant.",
@@ -162,16 +159,12 @@ def _training_plots(view: ResultsView) -> Iterator[Plot]:
 
 def _curve(xs: Sequence[float], columns: Mapping[str, Sequence[float | None]]) -> Curve:
     """`mean`, `low` and `high` over `xs`; None becomes NaN."""
-    values = {key: [_known(value) for value in columns[key]] for key in ("mean", "low", "high")}
+    values = {key: np.array(columns[key], dtype=float).tolist() for key in ("mean", "low", "high")}
     return Curve(x=[float(x) for x in xs], **values)
 
 
 def _curve_of(xs: Sequence[float], rows: Sequence[Row]) -> Curve:
-    return _curve(xs, {key: [row.get(key) for row in rows] for key in ("mean", "low", "high")})
-
-
-def _known(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+    return _curve(xs, {key: [row[key] for row in rows] for key in ("mean", "low", "high")})
 
 
 def over_n(view: ResultsView, split: str, quantity: str) -> dict[str, Curve]:
@@ -182,10 +175,10 @@ def over_n(view: ResultsView, split: str, quantity: str) -> dict[str, Curve]:
 def over_kl(view: ResultsView, n: int, quantity: str = "best_of_n") -> dict[str, Curve]:
     """Reward against KL to the start over the evaluations of training, where at least two of them know both."""
     curves = {}
-    for name in view.names:
-        points = [point for point in (view.results.get("checkpoints") or {}).get(name) or () if point["kl"]]
-        pairs = [(point["kl"]["mean"], row) for point in points for row in point.get(quantity) or () if row["n"] == n]
-        known = [(kl, row) for kl, row in pairs if row["mean"] is not None]
+    for name in view.names if view.results["checkpoints"] else ():
+        points = view.results["checkpoints"][name]
+        pairs = [(point["kl"], row) for point in points for row in point[quantity] or () if row["n"] == n]
+        known = [(kl["mean"], row) for kl, row in pairs if kl and row["mean"] is not None]
         if len(known) > 1:
             curves[name] = _curve_of([kl for kl, _ in known], [row for _, row in known])
     return curves
@@ -271,8 +264,8 @@ def _interval_rows(
     for axes, (xlabel, rows) in zip(grid, columns.items(), strict=True):
         for place, name in enumerate(names):
             if name in rows:
-                low, high = _known(rows[name]["low"]), _known(rows[name]["high"])
-                axes.plot([low, high], [place, place], color=looks[name].color, linewidth=2)
+                bounds = np.array([rows[name]["low"], rows[name]["high"]], dtype=float)
+                axes.plot(bounds, [place, place], color=looks[name].color, linewidth=2)
                 axes.plot(rows[name]["mean"], place, "o", color=looks[name].color, ms=6)
         axes.set_yticks(range(len(names)), [view.label(name) for name in names], fontsize=9)
         axes.set_ylim(-0.7, len(names) - 0.3)

@@ -16,21 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import progress
+from rich.console import Console
 
 from tealightning.ablation.plan import Job
-from tealightning.ablation.progress import Display
 from tealightning.ablation.worker import Send, describe, read_record
 
 Target = Callable[[Job, Send], Any]
 """Does a job, in a process of its own; a function of a module, so that it can be sent there."""
 
 STOP_SECONDS = 10.0
-_IMPORTED_BY_ALL = (
-    "tealightning.cli.training",
-    "tealightning.ablation.worker",
-    "datasets",
-    "transformers.models.llama",
-)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,13 +37,14 @@ class Outcome:
     record: dict[str, Any] = field(default_factory=dict)  # run.json
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(slots=True)
 class _Running:
     job: Job
+    attempt: int
+    environment: dict[str, str]
     process: Any
     connection: Connection
-    slot: int
-    attempt: int
+    task: progress.TaskID  # its bar
     error: str | None = None
 
 
@@ -71,93 +67,90 @@ def environments_of(workers: int | None) -> list[dict[str, str]]:
     Args:
         workers: Runs at a time; None = one a GPU, or one a core with one thread each.
     """
-    gpus = torch.cuda.device_count()
-    if gpus:
+    if gpus := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         names = visible if len(visible) == gpus else [str(i) for i in range(gpus)]
         return [{"CUDA_VISIBLE_DEVICES": names[i % gpus]} for i in range(workers or gpus)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = workers or cores
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // workers))
-    return [{"OMP_NUM_THREADS": threads} for _ in range(workers)]
+    return [{"OMP_NUM_THREADS": threads}] * workers
 
 
 def modules_to_preload(jobs: Sequence[Job]) -> list[str]:
     """Modules that the runs import anyway: seconds each, once for all of them."""
+    modules = ["tealightning.cli.training", "tealightning.ablation.worker", "datasets", "transformers.models.llama"]
     engines = {job.config["rollout"]["engine"]["class_path"].rpartition(".")[2] for job in jobs}
-    return [*_IMPORTED_BY_ALL, *(["vllm"] if "VLLMEngine" in engines else [])]
+    return [*modules, *(["vllm"] if "VLLMEngine" in engines else [])]
 
 
 def run_jobs(
     jobs: Sequence[Job],
     target: Target,
     *,
-    workers: int,
+    environments: Sequence[dict[str, str]],
     retries: int = 0,
-    environments: Sequence[dict[str, str]] = (),
     preload: Sequence[str] = (),
-    display: Display | None = None,
 ) -> dict[Path, Outcome]:
-    """Run the jobs, `workers` at a time; one that fails is tried again `retries` times and never stops the others.
+    """Run the jobs in order; one that fails is tried again `retries` times and never stops the others.
 
     Processes are forked from one that has imported `preload` already, which saves the imports of every run. They end
-    when this process does, however it ends.
+    when this process does, however it ends. A KeyboardInterrupt ends them; runs that had finished count.
 
     Args:
-        jobs: In this order.
-        target: Does one job.
-        workers: How many at a time.
-        retries: Further attempts of a job that failed.
-        environments: Environment variables of each worker, such as the device that it may use.
-        preload: Modules.
-        display: Shows progress.
+        environments: Of each run at a time, environment variables such as the device that it may use.
 
     Returns:
         Outcome of each job, by its folder.
-
-    Raises:
-        KeyboardInterrupt: after the processes were ended; runs that had finished count.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
-    queue = deque((job, 1) for job in jobs)
-    slots = deque(range(workers))
+    queue, free = deque((job, 1) for job in jobs), deque(environments)
     running: list[_Running] = []
     outcomes: dict[Path, Outcome] = {}
-    display = display or Display(jobs, workers)
     try:
-        with display:
+        with _bars() as bars:
+            all_runs = bars.add_task("all runs", total=len(jobs), note="")
             while queue or running:
-                while queue and slots:
+                while queue and free:
                     job, attempt = queue.popleft()
-                    slot = slots.popleft()
-                    environment = environments[slot % len(environments)] if environments else {}
-                    running.append(_start(context, job, target, slot, attempt, environment))
-                    display.started(job)
-                for done in _watch(running, display):
+                    environment = free.popleft()
+                    ours, theirs = context.Pipe()
+                    process = context.Process(target=_child, args=(job, target, theirs, environment), daemon=False)
+                    process.start()
+                    theirs.close()
+                    task = bars.add_task(f"  {job.title}", total=None, note="starting")
+                    running.append(_Running(job, attempt, environment, process, ours, task))
+                for done in _watch(running, bars):
                     running.remove(done)
-                    slots.append(done.slot)
+                    free.append(done.environment)
+                    bars.remove_task(done.task)
                     outcome = _outcome(done)
-                    if outcome.status != "finished" and done.attempt <= retries:
-                        queue.appendleft((done.job, done.attempt + 1))
-                        display.retrying(done.job, outcome.error or "")
-                        continue
+                    result = f"{outcome.record.get('wall_seconds', 0.0):.0f} s"
+                    if outcome.status != "finished":
+                        result = f"FAILED: {outcome.error}"
+                        if done.attempt <= retries:
+                            queue.appendleft((done.job, done.attempt + 1))
+                            bars.console.print(f"{done.job.title}: tried again, {result}", soft_wrap=True)
+                            continue
                     outcomes[done.job.folder] = outcome
-                    display.ended(done.job, outcome.status, outcome.error, outcome.record.get("wall_seconds"))
+                    bars.update(all_runs, completed=len(outcomes))
+                    bars.console.print(f"[{len(outcomes)}/{len(jobs)}] {done.job.title}: {result}", soft_wrap=True)
     finally:
         _stop(running)
     return outcomes
 
 
-def _start(context: Any, job: Job, target: Target, slot: int, attempt: int, environment: dict[str, str]) -> _Running:
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_child, args=(job, target, theirs, environment), daemon=False)
-    process.start()
-    theirs.close()
-    return _Running(job=job, process=process, connection=ours, slot=slot, attempt=attempt)
+def _bars() -> progress.Progress:
+    """A bar for all runs and one for each that is running, on a terminal."""
+    console = Console(file=sys.stdout, markup=False, highlight=False)
+    title, note = (progress.TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[note]}"))
+    columns = (title, progress.BarColumn(bar_width=30), progress.MofNCompleteColumn(), progress.TimeElapsedColumn())
+    remaining = progress.TimeRemainingColumn()
+    return progress.Progress(*columns, remaining, note, console=console, disable=not console.is_terminal)
 
 
-def _watch(running: Sequence[_Running], display: Display) -> list[_Running]:
+def _watch(running: Sequence[_Running], bars: progress.Progress) -> list[_Running]:
     """Pass on the messages of the processes; returns those that have ended."""
     wait([r.process.sentinel for r in running] + [r.connection for r in running if not r.connection.closed], 1.0)
     for one in running:
@@ -165,20 +158,21 @@ def _watch(running: Sequence[_Running], display: Display) -> list[_Running]:
             while not one.connection.closed and one.connection.poll():
                 message = one.connection.recv()
                 one.error = message.get("error", one.error)
-                display.progress(one.job, message)
+                if "done" in message:
+                    reward = f", reward {message['reward']:.3f}" if "reward" in message else ""
+                    note = message["phase"] + reward
+                    bars.update(one.task, completed=message["done"], total=message["total"], note=note)
         except (EOFError, OSError):
             one.connection.close()
-    display.tick()
     return [one for one in running if one.process.exitcode is not None]
 
 
 def _outcome(done: _Running) -> Outcome:
     done.process.join()
     done.connection.close()
-    outcome = outcome_of(done.job)
-    if done.process.exitcode == 0 and outcome.status == "finished":
+    outcome, code = outcome_of(done.job), done.process.exitcode
+    if code == 0 and outcome.status == "finished":
         return outcome
-    code = done.process.exitcode
     ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     error = done.error or (outcome.error if outcome.status == "failed" else None)
     return Outcome(status="failed", error=error or f"The process was {ended}; see {done.job.folder / 'log.txt'}.")
@@ -196,7 +190,7 @@ def _stop(running: Sequence[_Running]) -> None:
 
 
 def _child(job: Job, target: Target, connection: Connection, environment: dict[str, str]) -> None:
-    """The process of a run."""
+    """The process of a run; what it prints goes to the run's `log.txt`."""
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its runs itself
     threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
@@ -206,7 +200,10 @@ def _child(job: Job, target: Target, connection: Connection, environment: dict[s
             connection.send(message)
 
     try:
-        _log_to(job.folder)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        log = os.open(job.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
         target(job, send)
     except BaseException as error:  # whatever it was, the parent hears of it, and goes on with the others
         send({"error": describe(error)})
@@ -224,11 +221,3 @@ def _end_with_parent(connection: Connection) -> None:
     with contextlib.suppress(EOFError, OSError):
         connection.recv()
     os._exit(1)
-
-
-def _log_to(folder: Path) -> None:
-    """Everything that the process prints goes to the run's `log.txt`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)

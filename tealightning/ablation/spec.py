@@ -1,10 +1,11 @@
 """Ablation spec: the YAML file behind `tealightning compare -c FILE`, parsed and checked."""
 
+import inspect
 import re
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,86 +14,60 @@ from tealightning.errors import UserError
 from tealightning.registry import did_you_mean
 from tealightning.strict_yaml import load_yaml
 
-_TYPE_NAMES = {
-    int: ("an integer", "integers"),
-    float: ("a number", "numbers"),
-    str: ("a text", "texts"),
-    bool: ("true or false", "values"),
-    type(None): ("null", "values"),
-    Any: ("anything", "values"),
-}
-
-
-def check_type(key: str, value: Any, hint: Any) -> None:
-    """Check a setting against a type: a plain one, a union, a list or a mapping; other classes are not looked into.
-
-    Raises:
-        UserError: naming key, type and value; of a mapping the entry that is wrong.
-    """
-    if typing.get_origin(hint) is dict and isinstance(value, Mapping):
-        for name, inner in value.items():
-            check_type(f"{key}.{name}", inner, typing.get_args(hint)[1])
-    if not _is_of_type(value, hint):
-        raise UserError(f"{key} must be {_type_name(hint)}, got {value!r}.")
-
-
-def _is_of_type(value: Any, hint: Any) -> bool:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return any(_is_of_type(value, one) for one in inner)
-    if origin is list:
-        return isinstance(value, list) and all(_is_of_type(one, inner[0]) for one in value)
-    if origin is dict:
-        return isinstance(value, Mapping) and all(
-            _is_of_type(one, kind) for item in value.items() for one, kind in zip(item, inner, strict=True)
-        )
-    if hint in (int, float):
-        return isinstance(value, int | hint) and not isinstance(value, bool)
-    return hint not in _TYPE_NAMES or hint is Any or isinstance(value, hint)
-
-
-def _type_name(hint: Any, *, plural: bool = False) -> str:
-    """`list[int] | None` -> `a list of integers or null`."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(_type_name(one) for one in inner)
-    if origin is dict:
-        return "mappings" if plural else f"a mapping of names to {_type_name(inner[1], plural=True)}"
-    if origin is list:
-        return "values" if plural else f"a list of {_type_name(inner[0], plural=True)}"
-    return _TYPE_NAMES.get(hint, ("a mapping", "values"))[plural]
-
-
 EQUAL = ("optimizer_steps", "rollouts", "generated_tokens", "trained_tokens")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
+def _check_type(key: str, value: Any, hint: Any) -> None:
+    """Check a setting against a plain type, a union, a list or a mapping; other classes are not looked into."""
+    if typing.get_origin(hint) is dict and isinstance(value, Mapping):
+        for entry, inner in value.items():
+            _check_type(f"{key}.{entry}", inner, typing.get_args(hint)[1])
+    if not _is_of_type(value, hint):
+        name = inspect.formatannotation(hint).replace("typing.", "")
+        raise UserError(f"{key} must be {name}, got {value!r}.")
+
+
+def _is_of_type(value: Any, hint: Any) -> bool:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return any(_is_of_type(value, one) for one in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_is_of_type(one, inner[0]) for one in value)
+    if origin is dict:
+        pairs = value.items() if isinstance(value, Mapping) else [(None, None)]
+        return all(_is_of_type(name, inner[0]) and _is_of_type(one, inner[1]) for name, one in pairs)
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return hint not in (str, types.NoneType) or isinstance(value, hint)
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 @dataclass(kw_only=True, slots=True)
 class EvaluationSpec:
-    """How every policy is evaluated; the same prompts and sampling seeds for all variants.
+    """How every policy is evaluated; the same prompts and sampling seeds for all variants."""
 
-    Args:
-        ns: Best-of-n budgets; `max(ns)` completions are sampled a prompt.
-        headline_n: The n that p-values are corrected at and plots over training show; None = the largest.
-        prompts: Validation prompts, a multiple of `batch_size`; None = all. They make the main tables.
-        held_out_prompts: Test prompts, likewise, evaluated once after training; 0 = none.
-        batch_size: Prompts of a batch.
-        every: Rollout steps between evaluations during training; None = only the final one.
-        gold: A second reward that is only measured: a registered name, or `class_path` and `init_args`.
-        kl_samples: Samples a prompt for the KL to the starting policy; 0 = none, None = 16 (at most max(ns)).
-        diversity_samples: Samples a prompt whose diversity is measured; None = likewise.
-        equal_kls: Where variants are compared at equal KL, in nats a completion; None = chosen from the runs.
-    """
-
+    # Best-of-n budgets; `max(ns)` completions are sampled a prompt.
     ns: list[int] = field(default_factory=lambda: [1, 4, 16, 64, 128])
+    # The n that p-values are corrected at and plots over training show; None = the largest.
     headline_n: int | None = None
+    # Validation prompts, a multiple of `batch_size`; None = all. They make the main tables.
     prompts: int | None = None
+    # Test prompts, likewise, evaluated once after training; 0 = none.
     held_out_prompts: int | None = 0
-    batch_size: int = 8
+    batch_size: int = 8  # prompts
+    # Rollout steps between evaluations during training; None = only the final one.
     every: int | None = None
+    # A second reward that is only measured: a registered name, or `class_path` and `init_args`.
     gold: Any = None
+    # Samples a prompt for the KL to the starting policy; 0 = none, None = 16 (at most max(ns)).
     kl_samples: int | None = None
+    # Samples a prompt whose diversity is measured; None = likewise.
     diversity_samples: int | None = None
+    # Where variants are compared at equal KL, in nats a completion; None = chosen from the runs.
     equal_kls: list[float] | None = None
 
     def __post_init__(self) -> None:
@@ -104,7 +79,14 @@ class EvaluationSpec:
         if self.headline_n not in self.ns:
             raise UserError(f"evaluation.headline_n must be one of ns {self.ns}, got {self.headline_n}.")
         check_integer("evaluation.batch_size", self.batch_size, 1)
-        self._settle_samples()
+        for name, least in (("kl_samples", 0), ("diversity_samples", 2)):
+            most = max(least, self.ns[-1])
+            value = min(16, most) if getattr(self, name) is None else getattr(self, name)
+            if not _is_count(value, least) or value > most:
+                raise UserError(
+                    f"evaluation.{name} must be an integer from {least} to max(evaluation.ns)={most}, got {value!r}."
+                )
+            setattr(self, name, value)
         for name in ("prompts", "held_out_prompts"):
             value = getattr(self, name)
             if value is not None and (not _is_count(value, 0) or value % self.batch_size):
@@ -114,81 +96,62 @@ class EvaluationSpec:
                 )
         if self.prompts == 0:
             raise UserError("evaluation.prompts must not be 0: there would be nothing to compare.")
-        if self.equal_kls is not None and not all(isinstance(kl, int | float) and kl > 0 for kl in self.equal_kls):
+        if self.equal_kls is not None and not all(kl > 0 for kl in self.equal_kls):
             raise UserError(f"evaluation.equal_kls must hold numbers above 0, got {self.equal_kls}.")
-        if self.every is not None and not _is_count(self.every, 1):
-            raise UserError(f"evaluation.every must be at least 1 or null, got {self.every!r}.")
-
-    def _settle_samples(self) -> None:
-        """No measure takes more samples of a prompt than there are."""
-        for name, least in (("kl_samples", 0), ("diversity_samples", 2)):
-            most = max(least, self.ns[-1])
-            value = min(16, most) if getattr(self, name) is None else getattr(self, name)
-            if not _is_count(value, least) or value > most:
-                raise UserError(
-                    f"evaluation.{name} must be an integer from {least} to max(evaluation.ns)={most}, got {value!r}."
-                )
-            setattr(self, name, value)
+        if self.every is not None:
+            check_integer("evaluation.every", self.every, 1)
 
 
 @dataclass(kw_only=True, slots=True)
 class AblationSpec:
-    """An ablation: variants of a base run, each trained with several seeds.
+    """An ablation: variants of a base run, each trained with several seeds."""
 
-    Args:
-        name: Of the ablation; letters, digits, `_ . + -`.
-        base: Config files of `tealightning fit`; later ones win.
-        variants: name -> settings by dotted key, as on the command line (`model.estimator: tea`), values of any kind.
-            `{m}` in a value stands for a grid's value.
-        reference: The variant that differences are taken to.
-        seeds: Training seeds, of sampling and of the order of the prompts. The same for all variants.
-        equal: What every run gets: exactly one of optimizer_steps, rollouts, generated_tokens, trained_tokens; and
-            optionally rollouts_per_step, from which `data.batch_size` follows as rollouts_per_step / group_size.
-        out: Folder of runs and results; None = `runs/ablations/<name>`.
-        title: Of the report; None = the name.
-        description: A paragraph for the report.
-        settings: Settings of every variant.
-        grid: name -> values. A variant that names `{m}` in its settings is run with every value of `m`.
-        labels: name -> how tables and plots call a variant.
-        playgrounds: Options of `tealightning playground`, built first where missing, such as
-            `{world: prose, out: runs/prose}`.
-        evaluation: How policies are evaluated.
-        retries: How often a failed run is tried again before it is reported.
-        confidence: Of the intervals.
-        bootstrap_samples: Resamples behind them.
-    """
-
-    name: str
-    base: list[str]
+    name: str  # letters, digits, `_ . + -`
+    base: list[str]  # config files of `tealightning fit`; later ones win
+    # name -> settings by dotted key, as on the command line (`model.estimator: tea`), values of any kind. `{m}` in a
+    # value stands for a grid's value.
     variants: dict[str, dict[str, Any]]
-    reference: str
-    seeds: list[int]
+    reference: str  # the variant that differences are taken to
+    seeds: list[int]  # of sampling and of the order of the prompts, the same for all variants
+    # What every run gets: exactly one of optimizer_steps, rollouts, generated_tokens, trained_tokens; and optionally
+    # rollouts_per_step, from which `data.batch_size` follows as rollouts_per_step / group_size.
     equal: dict[str, int]
-    out: str | None = None
-    title: str | None = None
-    description: str | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
+    out: str | None = None  # folder of runs and results; None = `runs/ablations/<name>`
+    title: str | None = None  # of the report; None = the name
+    description: str | None = None  # a paragraph for the report
+    settings: dict[str, Any] = field(default_factory=dict)  # of every variant
+    # name -> values. A variant that names `{m}` in its settings is run with every value of `m`.
     grid: dict[str, list[Any]] = field(default_factory=dict)
-    labels: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)  # name -> how tables and plots call a variant
+    # Options of `tealightning playground`, built first where missing, such as `{world: prose, out: runs/prose}`.
     playgrounds: list[dict[str, Any]] = field(default_factory=list)
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
-    retries: int = 0
-    confidence: float = 0.95
-    bootstrap_samples: int = 4000
+    retries: int = 0  # how often a failed run is tried again before it is reported
+    confidence: float = 0.95  # of the intervals
+    bootstrap_samples: int = 4000  # resamples behind them
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
-            raise UserError(f"name must be made of letters, digits and _ . + -, got {self.name!r}.")
-        if not self.base:
-            raise UserError("base must name at least one config file.")
-        self._check_variants()
+        for what, name in (("name", self.name), *(("a variant's name", name) for name in self.variants)):
+            if not _NAME.fullmatch(name):
+                raise UserError(f"{what} must be made of letters, digits and _ . + -, got {name!r}.")
+        for what in ("base", "variants"):
+            if not getattr(self, what):
+                raise UserError(f"{what} must name at least one {'config file' if what == 'base' else 'variant'}.")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or not all(_is_count(s, 0) for s in self.seeds):
             raise UserError(f"seeds must be different integers of at least 0, got {self.seeds}.")
-        self._check_equal()
         if not 0.5 < self.confidence < 1:
             raise UserError(f"confidence must be between 0.5 and 1, got {self.confidence!r}.")
         check_integer("retries", self.retries, 0)
         check_integer("bootstrap_samples", self.bootstrap_samples, 100)
+        self._check_grid()
+        chosen = [name for name in EQUAL if name in self.equal]
+        if len(chosen) != 1 or self.equal.keys() - {*EQUAL, "rollouts_per_step"}:
+            raise UserError(
+                f"equal must hold exactly one of {', '.join(EQUAL)} (and, if wanted, rollouts_per_step), got "
+                f"{self.equal}."
+            )
+        for name, value in self.equal.items():
+            check_integer(f"equal.{name}", value, 1)
 
     @property
     def folder(self) -> Path:
@@ -200,40 +163,19 @@ class AblationSpec:
         """The name of what is held equal."""
         return next(name for name in EQUAL if name in self.equal)
 
-    def _check_variants(self) -> None:
-        if not self.variants:
-            raise UserError("variants must name at least one variant.")
+    def _check_grid(self) -> None:
         for name, values in self.grid.items():
             if not values:
                 raise UserError(f"grid.{name} must be a list of values, got {values!r}.")
-        for name in self.variants:
-            if not _NAME.fullmatch(name):
-                raise UserError(f"a variant's name must be made of letters, digits and _ . + -, got {name!r}.")
-        used = {axis for settings in [self.settings, *self.variants.values()] for axis in placeholders(settings)}
+        used = placeholders([self.settings, *self.variants.values()])
         if unknown := sorted(used - self.grid.keys()):
             raise UserError(f"{{{unknown[0]}}} is used in settings, and grid has no {unknown[0]!r}.")
         if unused := sorted(self.grid.keys() - used):
             raise UserError(f"grid.{unused[0]} has no effect: no setting contains {{{unused[0]}}}.")
 
-    def _check_equal(self) -> None:
-        chosen = [name for name in EQUAL if name in self.equal]
-        extra = self.equal.keys() - {*EQUAL, "rollouts_per_step"}
-        if len(chosen) != 1 or extra:
-            raise UserError(
-                f"equal must hold exactly one of {', '.join(EQUAL)} (and, if wanted, rollouts_per_step), got "
-                f"{self.equal}."
-            )
-        for name, value in self.equal.items():
-            check_integer(f"equal.{name}", value, 1)
 
-
-def load_spec(path: Path | str) -> AblationSpec:
-    """The ablation in a YAML file.
-
-    Raises:
-        UserError: naming the file, the setting, what was expected and what came.
-    """
-    path = Path(path)
+def load_spec(path: Path) -> AblationSpec:
+    """The ablation in a YAML file; a UserError names the file, the setting, what was expected and what came."""
     if not path.is_file():
         raise UserError(f"there is no ablation at {path}; configs/ablations/ has examples.")
     try:
@@ -247,46 +189,11 @@ def load_spec(path: Path | str) -> AblationSpec:
 
 
 def parse_spec(settings: Any) -> AblationSpec:
-    """The ablation that a YAML document describes.
-
-    Raises:
-        UserError: naming the setting, what was expected and what came.
-    """
+    """The ablation that a YAML document describes."""
     spec = _checked(settings, AblationSpec, "an ablation")
     if "evaluation" in spec:
         spec["evaluation"] = EvaluationSpec(**_checked(spec["evaluation"], EvaluationSpec, "evaluation", "evaluation."))
     return AblationSpec(**spec)
-
-
-def spec_dict(spec: AblationSpec) -> dict[str, Any]:
-    """The spec as plain values, defaults included."""
-    return asdict(spec)
-
-
-def placeholders(value: Any) -> set[str]:
-    """The names in braces in any text inside `value`."""
-    if isinstance(value, str):
-        return set(re.findall(r"\{(\w+)\}", value))
-    if isinstance(value, Mapping):
-        return {name for inner in value.values() for name in placeholders(inner)}
-    if isinstance(value, list):
-        return {name for inner in value for name in placeholders(inner)}
-    return set()
-
-
-def filled(value: Any, point: Mapping[str, Any]) -> Any:
-    """`value` with every `{name}` replaced; a text that is nothing but `{name}` becomes the value itself."""
-    if isinstance(value, str):
-        for name, replacement in point.items():
-            if value == f"{{{name}}}":
-                return replacement
-            value = value.replace(f"{{{name}}}", str(replacement))
-        return value
-    if isinstance(value, Mapping):
-        return {key: filled(inner, point) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [filled(inner, point) for inner in value]
-    return value
 
 
 def _checked(settings: Any, cls: type, what: str, prefix: str = "") -> dict[str, Any]:
@@ -301,9 +208,27 @@ def _checked(settings: Any, cls: type, what: str, prefix: str = "") -> dict[str,
     if missing := [name for name in needed if settings.get(name) is None]:
         raise UserError(f"{what} needs {', '.join(missing)}.")
     for name, value in settings.items():
-        check_type(f"{prefix}{name}", value, hints[name])
+        _check_type(f"{prefix}{name}", value, hints[name])
     return dict(settings)
 
 
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def placeholders(value: Any) -> set[str]:
+    """The names in braces in any text inside `value`."""
+    if isinstance(value, str):
+        return set(re.findall(r"\{(\w+)\}", value))
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return {name for one in inner for name in placeholders(one)}
+
+
+def filled(value: Any, point: Mapping[str, Any]) -> Any:
+    """`value` with every `{name}` replaced; a text that is nothing but `{name}` becomes the value itself."""
+    if isinstance(value, Mapping):
+        return {key: filled(inner, point) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [filled(inner, point) for inner in value]
+    if isinstance(value, str):
+        for name, replacement in point.items():
+            if value == f"{{{name}}}":
+                return replacement
+            value = value.replace(f"{{{name}}}", str(replacement))
+    return value

@@ -1,12 +1,12 @@
 """Results of an ablation (`results.json`, docs/ablations-results.md) as flat rows, and its tables made from them."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from tealightning.reporting.tables import Table, TableCell, csv_text, latex_table
 
-Results = Mapping[str, Any]
 Row = dict[str, Any]  # one estimate, of CSV_COLUMNS those that it has; what is not known is None
 
 START = "(start)"  # the policy before training, where a variant's name would stand; no variant can be called so
@@ -21,11 +21,6 @@ DIAGNOSTICS = {
     "reward_std": "reward spread",
     "unscorable_fraction": "unscorable",
 }
-DIAGNOSTICS_NOTE = (
-    "Distinct-1 and -2: share of different tokens and pairs of tokens among all of a prompt's completions; "
-    "self-similarity: mean overlap (Jaccard) of the token pairs of two of them; reward spread: standard deviation "
-    "within a prompt; truncated and unscorable: fractions of completions."
-)
 BUDGETS = {
     "optimizer_steps": "optimizer steps",
     "rollouts": "rollouts",
@@ -37,8 +32,8 @@ CSV_COLUMNS = ("split", "variant", "quantity", "n", "mean", "low", "high", "se",
 
 
 def split_name(split: str) -> str:
-    """`val` -> `validation prompts`; other keys name themselves."""
-    return {"val": "validation prompts", "test": "held-out prompts"}.get(split, f"{split} prompts")
+    """`val` -> `validation prompts`."""
+    return {"val": "validation prompts", "test": "held-out prompts"}[split]
 
 
 class ResultsView:
@@ -47,30 +42,28 @@ class ResultsView:
     `quantity` is a key of results.json, with a dot where it is a part of another: `against_reference.win_rate`.
     """
 
-    def __init__(self, results: Results) -> None:
+    def __init__(self, results: dict[str, Any]) -> None:
         self.results = results
         self.names: list[str] = results["variants"]
-        self.splits = list(results.get("splits") or {})
-        self.main_split = self.splits[0] if self.splits else None
+        self.splits = list(results["splits"])
+        self.main_split = self.splits[0]
         self.headline_n: int = results["headline_n"]
         self.reference = self.label(results["reference"])
         self.interval = f"{100 * results['confidence']:g}%"
-        self.equal_kls: list[float] = (results.get("equal_kl") or {}).get("kls", [])
+        self.equal_kls: list[float] = (results["equal_kl"] or {"kls": []})["kls"]
         self.rows = list(self._rows())
-        self._by_quantity: dict[tuple[str | None, str], dict[str, list[Row]]] = {}
+        self._by_quantity: defaultdict[Any, dict[str, list[Row]]] = defaultdict(dict)
         for row in self.rows:
-            of_variant = self._by_quantity.setdefault((row.get("split"), row["quantity"]), {})
-            of_variant.setdefault(row["variant"], []).append(row)
+            self._by_quantity[row["split"], row["quantity"]].setdefault(row["variant"], []).append(row)
 
     def label(self, variant: str) -> str:
         """How a variant is called in tables and plots."""
-        labels = {START: "before training"} | (self.results.get("labels") or {})
-        return str(labels.get(variant, variant))
+        return str({START: "before training", **(self.results["labels"] or {})}.get(variant, variant))
 
-    def policies(self, split: str) -> dict[str, Mapping[str, Any]]:
+    def policies(self, split: str) -> dict[str, dict[str, Any]]:
         """Every policy that was evaluated on a split: before training, then the variants in the order of the spec."""
         content = self.results["splits"][split]
-        policies: dict[str, Any] = {START: content.get("start"), **(content.get("variants") or {})}
+        policies = {START: content["start"], **content["variants"]}
         return {name: policies[name] for name in (START, *self.names) if policies.get(name)}
 
     def curves(self, split: str | None, quantity: str) -> dict[str, list[Row]]:
@@ -92,34 +85,31 @@ class ResultsView:
         return {name for name, p in p_values.items() if p is not None and p < 1 - self.results["confidence"]}
 
     def _rows(self) -> Iterator[Row]:
+        def row(split: str | None, variant: str, quantity: str, estimate: Row, **place: float) -> Row:
+            numbers = {key: estimate[key] for key in CSV_COLUMNS if key in estimate}
+            return {"split": split, "variant": variant, "quantity": quantity, **place, **numbers}
+
         for split in self.splits:
             for name, policy in self.policies(split).items():
-                yield from ({"split": split, "variant": name} | row for row in _policy_rows(policy))
-        for name, points in (self.results.get("equal_kl") or {"variants": {}})["variants"].items():
-            for point in filter(None, points or ()):
-                place = {"split": self.main_split, "variant": name, "kl": point["kl"]}
+                for quantity in ("best_of_n", "gold_best_of_n", "against_reference", "against_start"):
+                    for one in policy.get(quantity) or ():
+                        yield row(split, name, quantity, one)
+                        for part in ("probability_of_improvement", "win_rate"):
+                            if part in one:
+                                yield row(split, name, f"{quantity}.{part}", one[part], n=one["n"])
+                for key in DIAGNOSTICS:
+                    if estimate := policy["diagnostics"].get(key):
+                        yield row(split, name, f"diagnostics.{key}", estimate)
+        for name, points in (self.results["equal_kl"] or {"variants": {}})["variants"].items():
+            for point in filter(None, points):
                 for quantity in ("best_of_n", "against_reference"):
-                    yield from (place | _row(f"equal_kl.{quantity}", one) for one in point.get(quantity) or ())
-        for name, spent in (self.results.get("budgets") or {}).items():
-            yield from ({"variant": name, "quantity": f"budgets.{key}", "mean": spent.get(key)} for key in BUDGETS)
+                    for one in point[quantity] or ():
+                        yield row(self.main_split, name, f"equal_kl.{quantity}", one, kl=point["kl"])
+        for name, spent in self.results["budgets"].items():
+            yield from (row(None, name, f"budgets.{key}", {"mean": spent[key]}) for key in BUDGETS)
 
 
-def _policy_rows(policy: Mapping[str, Any]) -> Iterator[Row]:
-    """The rows of one policy on one split."""
-    for quantity in ("best_of_n", "gold_best_of_n", "against_reference", "against_start"):
-        for one in policy.get(quantity) or ():
-            yield _row(quantity, one)
-            parts = [part for part in ("probability_of_improvement", "win_rate") if one.get(part)]
-            yield from ({"n": one["n"]} | _row(f"{quantity}.{part}", one[part]) for part in parts)
-    diagnostics = policy.get("diagnostics") or {}
-    yield from (_row(f"diagnostics.{key}", diagnostics[key]) for key in DIAGNOSTICS if diagnostics.get(key))
-
-
-def _row(quantity: str, estimate: Mapping[str, Any]) -> dict[str, Any]:
-    return {"quantity": quantity} | {key: estimate[key] for key in CSV_COLUMNS if key in estimate}
-
-
-def to_csv(results: Results) -> str:
+def to_csv(results: dict[str, Any]) -> str:
     """Every estimate of the tables, with every digit: reading a number back gives that of results.json."""
     return csv_text(ResultsView(results).rows, CSV_COLUMNS)
 
@@ -137,7 +127,7 @@ def to_latex(tables: Sequence[Table]) -> str:
     return "\n".join(parts)
 
 
-def all_tables(results: Results) -> list[Table]:
+def all_tables(results: dict[str, Any]) -> list[Table]:
     """Every table of an ablation: those of each split, then equal KL, budgets and runs. Empty ones are left out."""
     view = ResultsView(results)
     tables = [table for split in view.splits for table in _split_tables(view, split)]
@@ -156,7 +146,12 @@ def _numbers(rows: Mapping[str, Row], stars: Iterable[str] = (), *, mark_best: b
 
 
 def _table(
-    view: ResultsView, names: Iterable[str], columns: Mapping[str, Mapping[str, TableCell]], **texts: str
+    view: ResultsView,
+    names: Iterable[str],
+    columns: Mapping[str, Mapping[str, TableCell]],
+    title: str,
+    note: str,
+    key: str,
 ) -> Table:
     """A row for each of `names`; a cell that a column has not is not known."""
     unknown = TableCell(kind="number")
@@ -164,12 +159,12 @@ def _table(
         [TableCell(text=view.label(name)), *(column.get(name, unknown) for column in columns.values())]
         for name in names
     ]
-    return Table(columns=["variant", *columns], rows=rows, **texts)
+    return Table(columns=["variant", *columns], rows=rows, title=title, note=note, key=key)
 
 
 def _split_tables(view: ResultsView, split: str) -> list[Table]:
-    n, means = view.headline_n, "Mean over prompts and seeds with its {} interval; the highest of each column is bold."
-    means = means.format(view.interval)
+    n = view.headline_n
+    means = f"Mean over prompts and seeds with its {view.interval} interval; the highest of each column is bold."
     star = f"A star at n = {n}: differs from {view.reference} after the correction for multiple comparisons."
     gold = "The gold reward of the sample that the training reward picks among n."
     paired = f"Paired differences of best-of-n with {view.interval} intervals. A star at n = {n}: {_star_note(view)}"
@@ -181,8 +176,8 @@ def _split_tables(view: ResultsView, split: str) -> list[Table]:
             stars = view.significant(view.at(split, starred_by, n))
             heading = "mean reward (n = 1)" if n == 1 and is_mean else f"n = {n}"
             columns[heading] = _numbers(view.at(split, quantity, n), stars, mark_best=is_mean)
-        key, title = f"{quantity}_{split}", f"{title}, {split_name(split)}"
-        return _table(view, view.curves(split, quantity), columns, key=key, title=title, note=note)
+        title = f"{title}, {split_name(split)}"
+        return _table(view, view.curves(split, quantity), columns, title, note, f"{quantity}_{split}")
 
     others = {"against_reference": view.reference, "against_start": "the policy before training"}
     return [
@@ -209,72 +204,63 @@ def _reference_table(view: ResultsView, split: str) -> Table:
     }
     for key, heading in {"p_value": "p", "p_adjusted": "p, Holm"}.items():
         columns[heading] = {name: TableCell(kind="p_value", value=row.get(key)) for name, row in rows.items()}
-    return _table(
-        view,
-        rows,
-        columns,
-        key=f"reference_{split}",
-        title=f"Differences to {reference} at n = {n}, {split_name(split)}",
-        note=f"Paired differences of best-of-{n} with {view.interval} intervals. Probability of improvement: the share "
-        f"of (seed, prompt) pairs on which best-of-{n} is higher than {reference}'s. Win rate: how often the variant's "
-        f"best of {n} beats {reference}'s, ties split. A star: {_star_note(view)}",
+    title = f"Differences to {reference} at n = {n}, {split_name(split)}"
+    note = (
+        f"Paired differences of best-of-{n} with {view.interval} intervals. Probability of improvement: the share of "
+        f"(seed, prompt) pairs on which best-of-{n} is higher than {reference}'s. Win rate: how often the variant's "
+        f"best of {n} beats {reference}'s, ties split. A star: {_star_note(view)}"
     )
+    return _table(view, rows, columns, title, note, f"reference_{split}")
 
 
 def _diagnostics_table(view: ResultsView, split: str) -> Table:
     """KL, length, diversity and spread of every policy; columns that nobody has are left out."""
     columns = {title: _numbers(view.at(split, f"diagnostics.{key}")) for key, title in DIAGNOSTICS.items()}
     known = {title: column for title, column in columns.items() if column}
-    return _table(
-        view,
-        view.policies(split) if known else (),
-        known,
-        key=f"diagnostics_{split}",
-        title=f"Completions, {split_name(split)}",
-        note=f"Means with {view.interval} intervals. {DIAGNOSTICS_NOTE}",
+    note = (
+        f"Means with {view.interval} intervals. Distinct-1 and -2: share of different tokens and pairs of tokens among "
+        "all of a prompt's completions; self-similarity: mean overlap (Jaccard) of the token pairs of two of them; "
+        "reward spread: standard deviation within a prompt; truncated and unscorable: fractions of completions."
     )
+    title, names = f"Completions, {split_name(split)}", view.policies(split) if known else ()
+    return _table(view, names, known, title, note, f"diagnostics_{split}")
 
 
 def _equal_kl_tables(view: ResultsView) -> list[Table]:
     """Best-of-n where every variant has moved equally far from the start, and differences to the reference there."""
-    if not view.equal_kls or view.main_split is None:
+    split, n, kls = view.main_split, view.headline_n, view.equal_kls
+    if not kls:
         return []
-    split, n, unit = view.main_split, view.headline_n, view.results["equal_kl"].get("unit", "nats")
-    against = "equal_kl.against_reference"
-    values = {
-        f"KL {kl:g}, n = {each}": _numbers(view.at(split, "equal_kl.best_of_n", each, kl), mark_best=True)
-        for kl in view.equal_kls
+    values, differences = "equal_kl.best_of_n", "equal_kl.against_reference"
+    columns = {
+        f"KL {kl:g}, n = {each}": _numbers(view.at(split, values, each, kl), mark_best=True)
+        for kl in kls
         for each in dict.fromkeys([1, n])
     }
+    at_kls = {f"KL {kl:g}": _numbers(view.at(split, differences, n, kl)) for kl in kls}
+    unit, where = view.results["equal_kl"]["unit"], split_name(split)
+    note = (
+        f"Interpolated linearly in the square root of the KL between evaluations; KL to the start in {unit}. A dash: "
+        "the variant never moved that far. The highest of each column is bold."
+    )
+    paired = (
+        f"Paired differences of best-of-{n} with {view.interval} intervals, not corrected for the number of "
+        f"comparisons; KL in {unit}. A dash: one of the two never moved that far."
+    )
+    title = f"Differences to {view.reference} at equal KL, n = {n}, {where}"
     return [
-        _table(
-            view,
-            view.names,
-            values,
-            key="equal_kl",
-            title=f"Best-of-n at equal KL, {split_name(split)}",
-            note="Interpolated linearly in the square root of the KL between evaluations; KL to the start in "
-            f"{unit}. A dash: the variant never moved that far. The highest of each column is bold.",
-        ),
-        _table(
-            view,
-            view.curves(split, against),
-            {f"KL {kl:g}": _numbers(view.at(split, against, n, kl)) for kl in view.equal_kls},
-            key="equal_kl_differences",
-            title=f"Differences to {view.reference} at equal KL, n = {n}, {split_name(split)}",
-            note=f"Paired differences of best-of-{n} with {view.interval} intervals, not corrected for the number of "
-            f"comparisons; KL in {unit}. A dash: one of the two never moved that far.",
-        ),
+        _table(view, view.names, columns, f"Best-of-n at equal KL, {where}", note, "equal_kl"),
+        _table(view, view.curves(split, differences), at_kls, title, paired, "equal_kl_differences"),
     ]
 
 
 def _budget_table(view: ResultsView) -> Table:
     """What every variant spent, means over its finished seeds."""
-    spent = view.results.get("budgets") or {}
+    spent = view.results["budgets"]
     return Table(
         key="budgets",
         title="Budgets",
-        note=f"Means over finished seeds, of training alone. Held equal: {BUDGETS.get(view.results['equal']['what'])}.",
+        note=f"Means over finished seeds, of training alone. Held equal: {BUDGETS[view.results['equal']['what']]}.",
         columns=["variant", *BUDGETS.values()],
         rows=[[TableCell(text=view.label(name)), *_counts(spent[name])] for name in view.names if name in spent],
     )
@@ -284,7 +270,7 @@ def _run_table(view: ResultsView) -> Table:
     """Every planned run, failed ones first, then missing ones, then the finished."""
     order, texts = {"failed": 0, "missing": 1}, ("seed", "status", "error", "commit", "folder")
     rows = []
-    for run in sorted(view.results.get("runs") or (), key=lambda run: order.get(run["status"], 2)):
+    for run in sorted(view.results["runs"], key=lambda run: order.get(run["status"], 2)):
         shown = [view.label(run["variant"]), *("" if run.get(key) is None else str(run[key]) for key in texts)]
         rows.append([*(TableCell(text=text) for text in shown), *_counts(run)])
     return Table(

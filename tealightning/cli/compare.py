@@ -137,24 +137,20 @@ def resolve(args: Sequence[str], *, on_disk: bool = False) -> dict[str, Any]:
 def run_missing(plan: "Plan", missing: Sequence["Job"], workers: int | None) -> dict[Path, Any]:
     """Run the jobs with a display of their progress."""
     from tealightning.ablation import runner
-    from tealightning.ablation.progress import Display
 
-    environments = _environments(workers)
-    at_a_time = min(len(environments), len(missing))
+    environments = _environments(workers)[: len(missing)]
     print(
-        f"{len(missing)} of {len(plan.all_jobs)} runs to do, {at_a_time} at a time, in {plan.spec.folder}/runs. "
-        "Stop at any time: the same command goes on.",
+        f"{len(missing)} of {len(plan.all_jobs)} runs to do, {len(environments)} at a time, "
+        f"in {plan.spec.folder}/runs. Stop at any time: the same command goes on.",
         flush=True,
     )
     try:
         return runner.run_jobs(
             missing,
             run_job,
-            workers=at_a_time,
-            retries=plan.spec.retries,
             environments=environments,
+            retries=plan.spec.retries,
             preload=runner.modules_to_preload(missing),
-            display=Display(missing, at_a_time, _seconds_of(plan)),
         )
     except KeyboardInterrupt:
         print("\nStopped. Finished runs are kept; the same command goes on.", flush=True)

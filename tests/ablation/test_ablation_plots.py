@@ -93,14 +93,3 @@ def test_plots_draw_unknown_bounds_and_one_variant():
     plots = {plot.name: plot for plot in all_plots(results)}
     assert "difference_to_reference" not in plots
     assert image(plots["best_of_n"].figure, "svg") and image(plots["reward_histograms"].figure, "svg")
-
-
-def test_plots_are_none_without_a_finished_run():
-    results = results_of(variants=2) | {
-        "splits": {},
-        "variants": [],
-        "checkpoints": {},
-        "training": {},
-        "equal_kl": None,
-    }
-    assert all_plots(results) == []

@@ -24,7 +24,7 @@ def attempts(job):
 def test_a_run_that_fails_leaves_the_others_alone_and_says_why(tmp_path, capsys):
     wanted = {"good": "finish", "bad": "raise", "silent": "exit", "shot": "kill", "last": "finish"}
     jobs = [job_of(tmp_path, name, does=does) for name, does in wanted.items()]
-    outcomes = run_jobs(jobs, act, workers=2, preload=PRELOAD)
+    outcomes = run_jobs(jobs, act, environments=[{}, {}], preload=PRELOAD)
     found = {folder.name: outcome for folder, outcome in outcomes.items()}
     assert {name: o.status for name, o in found.items()} == {
         "good": "finished", "bad": "failed", "silent": "failed", "shot": "failed", "last": "finished",
@@ -42,7 +42,7 @@ def test_a_run_that_fails_leaves_the_others_alone_and_says_why(tmp_path, capsys)
 
 def test_a_failed_run_is_tried_again_as_often_as_asked(tmp_path):
     jobs = [job_of(tmp_path, "once", does="once"), job_of(tmp_path, "never", does="raise")]
-    outcomes = run_jobs(jobs, act, workers=2, retries=1, preload=PRELOAD)
+    outcomes = run_jobs(jobs, act, environments=[{}, {}], retries=1, preload=PRELOAD)
     assert {folder.name: outcome.status for folder, outcome in outcomes.items()} == {
         "once": "finished", "never": "failed",
     }  # fmt: skip
@@ -63,7 +63,9 @@ def test_record_of_another_configuration_is_no_result(tmp_path):
 
 def test_a_run_whose_folder_cannot_be_written_fails_alone(tmp_path):
     (tmp_path / "blocked").write_text("a file where the folder should be")
-    outcomes = run_jobs([job_of(tmp_path, "blocked"), job_of(tmp_path, "free")], act, workers=1, preload=PRELOAD)
+    outcomes = run_jobs(
+        [job_of(tmp_path, "blocked"), job_of(tmp_path, "free")], act, environments=[{}], preload=PRELOAD
+    )
     assert {folder.name: outcome.status for folder, outcome in outcomes.items()} == {
         "blocked": "failed", "free": "finished",
     }  # fmt: skip
@@ -73,7 +75,7 @@ def test_a_run_whose_folder_cannot_be_written_fails_alone(tmp_path):
 def test_each_worker_has_its_own_environment(tmp_path):
     os.environ.pop("DEVICE_OF_TEST", None)
     jobs = [job_of(tmp_path, name) for name in "ab"]
-    run_jobs(jobs, act, workers=2, environments=[{"DEVICE_OF_TEST": "0"}, {"DEVICE_OF_TEST": "1"}])
+    run_jobs(jobs, act, environments=[{"DEVICE_OF_TEST": "0"}, {"DEVICE_OF_TEST": "1"}])
     assert "DEVICE_OF_TEST" not in os.environ
 
 

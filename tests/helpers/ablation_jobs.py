@@ -38,7 +38,7 @@ def main() -> None:
     """Run one job that sleeps: for a test that kills this process. Arguments: folder, seconds."""
     from tealightning.ablation.runner import run_jobs
 
-    run_jobs([job_of(Path(sys.argv[1]), "sleeper", does="sleep", seconds=float(sys.argv[2]))], act, workers=1)
+    run_jobs([job_of(Path(sys.argv[1]), "sleeper", does="sleep", seconds=float(sys.argv[2]))], act, environments=[{}])
 
 
 if __name__ == "__main__":
