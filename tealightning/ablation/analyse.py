@@ -38,11 +38,7 @@ KLCurve = tuple[Tensor, Tensor]
 
 
 def analyse(plan: Plan, outcomes: Mapping[Path, Outcome], provenance: dict[str, str]) -> dict[str, Any]:
-    """Everything that tables, plots and the report are made of; the schema is in docs/ablations-results.md.
-
-    Raises:
-        UserError: if no variant has a finished run.
-    """
+    """Everything that tables, plots and the report are made of; the schema is in docs/ablations-results.md."""
     spec, ns = plan.spec, plan.spec.evaluation.ns
     estimator = Estimator(ns=ns, confidence=spec.confidence, samples=spec.bootstrap_samples)
     main, held_out = (_runs(plan, outcomes, split) for split in ("val", "test"))
@@ -251,14 +247,8 @@ def equal_kl(
     2023); interpolating in the KL itself would understate the variants that move far between two evaluations.
 
     A variant has no value where one of its seeds never got so far. Differences to its reference are paired by seed and
-    prompt.
-
-    Args:
-        kls: Where to compare; None = evenly up to the median over variants of the KL that all of a variant's seeds
-            reached.
-
-    Returns:
-        `equal_kl` of results.json; None if a run has no KL, or nothing has moved.
+    prompt. Without `kls` they are taken evenly up to the median over variants of the KL that all of a variant's seeds
+    reached. None if a run has no KL, or nothing has moved.
     """
     evaluations = [e for own in runs.values() for points in own.values() for e in points]
     if any("kl" not in e.columns for e in evaluations):

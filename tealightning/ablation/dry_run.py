@@ -17,11 +17,8 @@ ASSUMED_PROMPTS = 100  # of a split that is evaluated whole
 
 
 def describe_plan(plan: Plan, seconds: Mapping[str, float], workers: int) -> str:
-    """The variants with their settings, what is done and what is missing, and the time that it will take.
-
-    Args:
-        seconds: Of a run, by kind; empty if not known.
-    """
+    """The variants with their settings, what is done and what is missing, and the time that it will take, from the
+    `seconds` of a run by kind where they are known."""
     spec, evaluation = plan.spec, plan.spec.evaluation
     status = {job.folder: outcome_of(job).status for job in plan.all_jobs}
     rows = []

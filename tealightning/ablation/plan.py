@@ -93,11 +93,7 @@ def expand(spec: AblationSpec) -> list[Variant]:
 
 
 def make_plan(spec: AblationSpec, resolve: Resolve, notify: Callable[[Variant], None] = lambda variant: None) -> Plan:
-    """Resolve and check every variant, before anything runs; an error names the variant.
-
-    Args:
-        notify: Called before each variant.
-    """
+    """Resolve and check every variant, before anything runs, and `notify` before each; an error names the variant."""
     plan = Plan(spec=spec, variants=expand(spec), jobs={}, starts={})
     fingerprints: dict[str, str] = {}
 
@@ -211,11 +207,8 @@ def with_folder(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def config_hash(config: Mapping[str, Any], fingerprints: dict[str, str]) -> str:
-    """12 hex digits of the configuration and of the local files that it names.
-
-    Args:
-        fingerprints: Digests of files and folders seen before, by path; filled.
-    """
+    """12 hex digits of the configuration and of the local files that it names, whose digests are kept in
+    `fingerprints`, by path."""
     read = [config["model"], config["data"], config["rollout"], config["trainer"]["callbacks"]]  # no folder of a logger
     paths = sorted({text for text in _texts(read) if _is_local(text)})
     for path in paths:

@@ -62,11 +62,8 @@ def unfinished_jobs(jobs: Sequence[Job]) -> list[Job]:
 
 
 def environments_of(workers: int | None) -> list[dict[str, str]]:
-    """Environment variables of each worker: a GPU of its own where there are some, else a share of the CPU's cores.
-
-    Args:
-        workers: Runs at a time; None = one a GPU, or one a core with one thread each.
-    """
+    """Environment variables of each worker: a GPU of its own where there are some, else a share of the CPU's cores;
+    without a number of workers one a GPU, or one a core with one thread each."""
     if gpus := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         names = visible if len(visible) == gpus else [str(i) for i in range(gpus)]
@@ -97,11 +94,8 @@ def run_jobs(
     Processes are forked from one that has imported `preload` already, which saves the imports of every run. They end
     when this process does, however it ends. A KeyboardInterrupt ends them; runs that had finished count.
 
-    Args:
-        environments: Of each run at a time, environment variables such as the device that it may use.
-
-    Returns:
-        Outcome of each job, by its folder.
+    As many run at a time as there are `environments`: variables such as the device that a run may use. The outcomes
+    are by folder.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))

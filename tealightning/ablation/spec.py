@@ -143,7 +143,14 @@ class AblationSpec:
             raise UserError(f"confidence must be between 0.5 and 1, got {self.confidence!r}.")
         check_integer("retries", self.retries, 0)
         check_integer("bootstrap_samples", self.bootstrap_samples, 100)
-        self._check_grid()
+        for name, values in self.grid.items():
+            if not values:
+                raise UserError(f"grid.{name} must be a list of values, got {values!r}.")
+        used = placeholders([self.settings, *self.variants.values()])
+        if unknown := sorted(used - self.grid.keys()):
+            raise UserError(f"{{{unknown[0]}}} is used in settings, and grid has no {unknown[0]!r}.")
+        if unused := sorted(self.grid.keys() - used):
+            raise UserError(f"grid.{unused[0]} has no effect: no setting contains {{{unused[0]}}}.")
         chosen = [name for name in EQUAL if name in self.equal]
         if len(chosen) != 1 or self.equal.keys() - {*EQUAL, "rollouts_per_step"}:
             raise UserError(
@@ -162,16 +169,6 @@ class AblationSpec:
     def equal_what(self) -> str:
         """The name of what is held equal."""
         return next(name for name in EQUAL if name in self.equal)
-
-    def _check_grid(self) -> None:
-        for name, values in self.grid.items():
-            if not values:
-                raise UserError(f"grid.{name} must be a list of values, got {values!r}.")
-        used = placeholders([self.settings, *self.variants.values()])
-        if unknown := sorted(used - self.grid.keys()):
-            raise UserError(f"{{{unknown[0]}}} is used in settings, and grid has no {unknown[0]!r}.")
-        if unused := sorted(self.grid.keys() - used):
-            raise UserError(f"grid.{unused[0]} has no effect: no setting contains {{{unused[0]}}}.")
 
 
 def load_spec(path: Path) -> AblationSpec:

@@ -205,11 +205,7 @@ def _reference_table(view: ResultsView, split: str) -> Table:
     for key, heading in {"p_value": "p", "p_adjusted": "p, Holm"}.items():
         columns[heading] = {name: TableCell(kind="p_value", value=row.get(key)) for name, row in rows.items()}
     title = f"Differences to {reference} at n = {n}, {split_name(split)}"
-    note = (
-        f"Paired differences of best-of-{n} with {view.interval} intervals. Probability of improvement: the share of "
-        f"(seed, prompt) pairs on which best-of-{n} is higher than {reference}'s. Win rate: how often the variant's "
-        f"best of {n} beats {reference}'s, ties split. A star: {_star_note(view)}"
-    )
+    note = f"Paired differences of best-of-{n} with {view.interval} intervals. A star: {_star_note(view)}"
     return _table(view, rows, columns, title, note, f"reference_{split}")
 
 

@@ -161,15 +161,10 @@ class _Progress(Callback):
     on_test_end = on_validation_end
 
     def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *args: Any
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._send_evaluated("evaluation", batch_idx, trainer.num_val_batches)
-
-    def on_test_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *args: Any
-    ) -> None:
-        self._send_evaluated("held-out", batch_idx, trainer.num_test_batches)
-
-    def _send_evaluated(self, phase: str, batch_idx: int, batches: Sequence[int | float]) -> None:
-        total = sum(batches)
+        total = sum(trainer.num_test_batches if trainer.testing else trainer.num_val_batches)
+        phase = "held-out" if trainer.testing else "evaluation"
         self.send({"phase": phase, "done": batch_idx + 1, "total": int(total) if math.isfinite(total) else None})
+
+    on_test_batch_end = on_validation_batch_end
