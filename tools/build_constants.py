@@ -6,8 +6,8 @@ python tools/build_constants.py
 import numpy as np
 from tqdm import tqdm
 
-from tealightning.estimators._constants import SHIPPED, constant_name, pack
-from tealightning.functional.optimal_tail import min_tail, tail_moments
+from tealightning.estimators.optimal_tea import SHIPPED, OptimalTEA, constant_name, pack
+from tealightning.functional.optimal_tail import tail_moments
 from tealightning.functional.tail import tail_size
 
 GROUP_SIZES = (8, 12, 16, 24, 32, 48, 64)
@@ -21,7 +21,8 @@ def main() -> None:
         for m in GROUP_SIZES
         for k in sorted({tail_size(alpha, m) for alpha in ALPHAS})
         for scale in ("tail_rms", "tail_std", "group_std")
-        if k >= min_tail(scale) and (k < m or scale == "group_std")  # the whole group: the recommended setting
+        if k >= OptimalTEA(scale=scale).min_tail
+        and (k < m or scale == "group_std")  # the whole group: the recommended setting
     ]
     arrays: dict[str, np.ndarray] = {}
     for m, k, scale in tqdm(cases, desc="constants"):

@@ -29,11 +29,7 @@ from tealightning.registry import register as register
 
 
 def build_estimator(name: str, **kwargs: Any) -> AdvantageEstimator:
-    """The estimator called `name` with its constructor's keyword arguments.
-
-    Raises:
-        ValueError: for an unknown name or parameter (naming the valid ones), or a parameter out of range.
-    """
+    """The estimator called `name` with its constructor's keyword arguments; a ValueError if one of them is wrong."""
     return ESTIMATORS.build(name, **kwargs)
 
 

@@ -7,19 +7,15 @@ from torch import Tensor
 
 from tealightning.checks import check_choice, check_integer, check_share
 from tealightning.estimators.base import AdvantageEstimator
-from tealightning.functional.tail import smallest_group, tail_size
-from tealightning.functional.tail_models import TAIL_MODELS, TailModel, tail_weights
+from tealightning.functional.tail import TAIL_MODELS, TailModel, smallest_group, tail_size, tail_weights
 
 
 class TailEstimator(AdvantageEstimator):
-    """Base of estimators that look at the top `k = ceil(alpha * m)` rollouts of a group.
+    """Base of estimators that look at the top `k = ceil(alpha * m)` rollouts of a group, at least `min_tail`.
 
     Args:
         target_n: N, the best-of-N budget at deployment.
         alpha: Upper-tail level in (0, 1].
-
-    Raises:
-        ValueError: for arguments out of range; at first use if the tail of a group has fewer than `min_tail` rollouts.
     """
 
     objective: ClassVar[str] = "E[max of N]"

@@ -54,8 +54,7 @@ class AdvantageEstimator(ABC):
     def compute_off_policy(self, rewards: Tensor, ratios: Tensor) -> Tensor:
         """The same for rollouts of a policy mu when pi is trained; `ratios` [P, m] float64 are `pi/mu` of completions.
 
-        Raises:
-            ValueError: unless the estimator has such a form.
+        A ValueError unless the estimator has such a form.
         """
         raise UserError(f"{self.name} has no off-policy form.")
 
@@ -73,16 +72,13 @@ class AdvantageEstimator(ABC):
         return f"raise group_size to {self.min_group_size} or more."
 
     def __call__(self, rewards: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Advantages of every group.
+        """Advantages [P, m] of every group, computed in float64, in the dtype of `rewards`.
 
         Args:
             rewards: [P, m] float; NaN or inf counts as unscorable.
             valid: [P, m] bool, False = unscorable: gets 0 and takes no part in any statistic. The others are
-                weighted as a group of that smaller size (mean convention over the valid ones).
-
-        Returns:
-            [P, m] in the dtype of `rewards`; computed in float64. Groups with fewer than `min_group_size` valid
-            rollouts are all zeros.
+                weighted as a group of that smaller size (mean convention over the valid ones); groups with fewer than
+                `min_group_size` of them are all zeros.
 
         Raises:
             ValueError: if shapes do not fit, rewards are not floating point, m < min_group_size, or a reward is below
@@ -100,18 +96,10 @@ class AdvantageEstimator(ABC):
         return self._by_group_size(self.compute, valid, rewards)
 
     def off_policy(self, rewards: Tensor, ratios: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Advantages of every group at a policy that has moved on since the rollouts were sampled.
+        """Advantages at a policy that has moved on since the rollouts were sampled, for an estimator with such a form.
 
-        Args:
-            rewards: [P, m] float, as in `__call__`.
-            ratios: [P, m] float, probability of each completion now over that when it was sampled.
-            valid: [P, m] bool, as in `__call__`.
-
-        Returns:
-            [P, m]: `(1/m) sum_i A_i grad log pi(y_i | x)` estimates the gradient at the policy as it is now.
-
-        Raises:
-            ValueError: if the estimator has no off-policy form.
+        `ratios` [P, m] are the probability of each completion now over that when it was sampled; the rest is as in
+        `__call__`. `(1/m) sum_i A_i grad log pi(y_i | x)` estimates the gradient at the policy as it is now.
         """
         return self._by_group_size(self.compute_off_policy, valid, rewards, ratios)
 
@@ -122,8 +110,11 @@ class AdvantageEstimator(ABC):
         self.check_group_size(rewards.shape[1])
         finite = torch.isfinite(rewards)
         usable = finite if valid is None else finite & valid.bool()
-        if self.lowest_reward > -math.inf:
-            self._check_lowest(rewards[usable])
+        if self.lowest_reward > -math.inf and bool((rewards[usable] < self.lowest_reward).any()):
+            lowest = float(rewards[usable].min())
+            raise UserError(
+                f"{self.name} takes rewards of at least {self.lowest_reward:g}, got {lowest:.4g}: {self.rewards_advice}"
+            )
         advantages = torch.zeros(rewards.shape, dtype=torch.float64, device=rewards.device)
         counts = usable.sum(dim=1)
         # One dense call for each number of valid rollouts (nearly always one): estimators never see a mask.
@@ -134,14 +125,6 @@ class AdvantageEstimator(ABC):
             dense = (values.detach().double()[members].view(-1, count) for values in (rewards, *ratios))
             advantages[members] = compute(*dense).reshape(-1)
         return advantages.to(rewards.dtype)
-
-    def _check_lowest(self, scored: Tensor) -> None:
-        """Raise a ValueError that says what to do if any of the scored rewards is below `lowest_reward`."""
-        if bool((scored < self.lowest_reward).any()):
-            raise UserError(
-                f"{self.name} takes rewards of at least {self.lowest_reward:g}, got {float(scored.min()):.4g}: "
-                f"{self.rewards_advice}"
-            )
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))

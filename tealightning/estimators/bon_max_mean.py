@@ -20,5 +20,4 @@ class BonMaxMean(AdvantageEstimator):
     min_group_size = 2  # a single rollout beats nobody
 
     def compute(self, rewards: Tensor) -> Tensor:
-        """[P, m] -> [P, m]."""
         return centred(rewards).masked_fill(rewards < rewards.amax(dim=1, keepdim=True), 0.0)

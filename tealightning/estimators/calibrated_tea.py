@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from tealightning.estimators._tail import TailEstimator
-from tealightning.functional.tail import calibrated_weights
+from tealightning.functional.optimal_tail import calibrated_weights
 from tealightning.registry import register
 
 
@@ -13,13 +13,10 @@ class CalibratedTEA(TailEstimator):
 
         A_i = (1/alpha) [a e_i + b e_i (e_i - 2 e_mean)/(2 sigma)]
 
-    The weights of `Direct` with `(a, b) = E(m, alpha)^-1 (1, c_N)` in place of the plug-in's `(1, ct_N)`, where `E` is
-    the expected gradient of the two basis functions in (location, log-scale) for normal rewards (this project's own;
-    see `tealightning.functional.tail`). Unbiased for `E[max of N]` at every m if the rewards are Gaussian, which costs
+    The weights of `Direct` with `(a, b)` of `functional.optimal_tail.calibrated_coefficients` in place of the plug-in's
+    `(1, ct_N)` (this project's own). Unbiased for `E[max of N]` at every m if the rewards are Gaussian, which costs
     variance: at m = 16 its noise is 2.5 times that of `Direct`; `OptimalTEA` is unbiased too, with less noise.
-
-    A tail without spread gets zeros. Groups in which some rollouts could not be scored use the coefficients of their
-    size.
+    A tail without spread gets zeros.
 
     Args:
         target_n: N, the best-of-N budget at deployment.
@@ -29,5 +26,4 @@ class CalibratedTEA(TailEstimator):
     min_tail = 3  # with 2 the quadratic term vanishes, so that no coefficient can make it follow the spread
 
     def compute(self, rewards: Tensor) -> Tensor:
-        """[P, m] -> [P, m]."""
         return calibrated_weights(rewards, target_n=self.target_n, alpha=self.alpha)

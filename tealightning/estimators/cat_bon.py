@@ -4,13 +4,7 @@ from torch import Tensor
 
 from tealightning.checks import check_integer
 from tealightning.estimators.base import AdvantageEstimator
-from tealightning.functional.moments import (
-    best_of_n_rank_weights,
-    centred,
-    mid_rank_quantiles,
-    ratio_or_zero,
-    sample_std,
-)
+from tealightning.functional import moments
 from tealightning.registry import register
 
 
@@ -42,6 +36,5 @@ class CatBon(AdvantageEstimator):
         self.target_n = check_integer("target_n", target_n, 1)
 
     def compute(self, rewards: Tensor) -> Tensor:
-        """[P, m] -> [P, m]."""
-        standardised = ratio_or_zero(centred(rewards), sample_std(rewards))
-        return standardised * best_of_n_rank_weights(mid_rank_quantiles(rewards), self.target_n)
+        standardised = moments.ratio_or_zero(moments.centred(rewards), moments.sample_std(rewards))
+        return standardised * moments.best_of_n_rank_weights(moments.mid_rank_quantiles(rewards), self.target_n)

@@ -17,16 +17,15 @@ class ChowBonRL(AdvantageEstimator):
 
         A_i = m (max R - b)
 
-    The group is one action with reward `max R`, its score the sum of the rollouts' scores. The objective is that of
-    BoN-RL (Chow et al. 2024, arXiv 2412.15287); the method is another one.
+    The group is one action with reward `max R`, its score the sum of the rollouts' scores.
 
     - `baseline="none"`: `b = 0`, unbiased for `E[max of m]`. A constant group gets m times its constant.
     - `baseline="mean"`: `b = mean(R)`. Since `E[mean(R) sum_i S_i] = grad E[R]`, what it ascends, without bias, is
       `E[max of m] - E[R]`: as a gradient of `E[max of m]` it is biased. A constant group gets zeros.
 
-    The paper differentiates (an approximation of) the best-of-N distribution and samples from it; here it is the plain
-    score-function gradient over the m rollouts that were drawn, with a baseline from the group. Its BoN-RLB for 0/1
-    rewards, which weighs by the prompt's rate of failure, is not this estimator either; `PassAtN` is the nearest.
+    The objective is that of BoN-RL (Chow et al. 2024, arXiv 2412.15287). They differentiate (an approximation of) the
+    best-of-N distribution and sample from it; here it is the plain score-function gradient over the m rollouts that
+    were drawn. Their BoN-RLB for 0/1 rewards is not this estimator either; `PassAtN` is the nearest.
 
     Args:
         baseline: Baseline that is subtracted from the maximum.
@@ -43,6 +42,5 @@ class ChowBonRL(AdvantageEstimator):
         return 1 if self.baseline == "none" else 2
 
     def compute(self, rewards: Tensor) -> Tensor:
-        """[P, m] -> [P, m], equal within each row."""
         paid = rewards if self.baseline == "none" else centred(rewards)
         return rewards.shape[1] * torch.ones_like(rewards) * paid.amax(dim=1, keepdim=True)

@@ -13,16 +13,14 @@ class Direct(PlugInEstimator):
         A_i = (e_i/alpha) [1 + ct_N (e_i - 2 e_mean)/(2 sigma)]
 
     for the top `k = ceil(alpha m)` rollouts, where `e` is the excess over the k-th reward; exactly 0 for the others
-    (and for the k-th). See
-    `tealightning.functional.tail.direct_weights`; other tails: `tealightning.functional.tail_models`. Biased by
-    O(1/m). A tail without spread gets zeros.
+    (and for the k-th). See `functional.tail`, also for the other tails. Biased by O(1/m). A tail without spread gets
+    zeros.
 
     Args:
         target_n: N, the best-of-N budget at deployment.
         alpha: Upper-tail level in (0, 1].
-        tail: Model of the tail: `gaussian`, `gpd` or `empirical` (`tealightning.functional.tail_models`).
+        tail: Model of the tail: `gaussian`, `gpd` or `empirical`.
     """
 
     def compute(self, rewards: Tensor) -> Tensor:
-        """[P, m] -> [P, m]."""
         return self.plug_in(rewards)

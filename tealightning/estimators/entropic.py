@@ -23,9 +23,9 @@ class Entropic(AdvantageEstimator):
     objective is ascended. A constant group gets zeros.
 
     Deviations from arXiv 2601.16175: the search runs on rewards divided by the group's range, so that beta has no bound
-    in units of reward. A target that ties at the top put out of reach (t tied, `ln(m/t) <= kl_target`) takes the limit
-    beta -> infinity, `(m-1)/(t-1) - 1` for the tied and -1 for the others. Groups with `ln m <= kl_target`, such as 2
-    rollouts at ln 2, are refused: there the winner's denominator vanishes. No eps is added to the denominator.
+    in units of reward. A target that ties at the top put out of reach takes the limit beta -> infinity
+    (`functional.entropic`). Groups with `ln m <= kl_target`, such as 2 rollouts at ln 2, are refused: there the
+    winner's denominator vanishes. No eps is added to the denominator.
 
     Args:
         kl_target: Divergence from uniform in nats, > 0 and below the log of the group size.
@@ -62,7 +62,6 @@ class Entropic(AdvantageEstimator):
         )
 
     def compute(self, rewards: Tensor) -> Tensor:
-        """[P, m] -> [P, m]."""
         if self.beta is None:
             return entropic_weights(rewards, self.kl_target)
         return leave_one_out_tilt(self.beta * (rewards - rewards.amax(dim=1, keepdim=True)))

@@ -28,5 +28,4 @@ class GRPO(AdvantageEstimator):
         self.eps = check_positive("eps", eps)
 
     def compute(self, rewards: Tensor) -> Tensor:
-        """[P, m] -> [P, m]."""
         return centred(rewards) / (sample_std(rewards) + self.eps)

@@ -57,7 +57,6 @@ class GRPOLead(AdvantageEstimator):
             raise UserError(f"high must be at least low={low}, got {high!r}.")
 
     def compute(self, rewards: Tensor) -> Tensor:
-        """[P, m] -> [P, m]."""
         share = successes(rewards, self.threshold).mean(dim=1, keepdim=True)
         standardised = centred(rewards) / (sample_std(rewards) + self.eps)
         return standardised * torch.where(standardised > 0, self._weight(share), self._weight(1 - share))

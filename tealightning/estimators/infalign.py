@@ -34,5 +34,4 @@ class Infalign(AdvantageEstimator):
         self.tilt = check_positive("tilt", tilt)
 
     def compute(self, rewards: Tensor) -> Tensor:
-        """[P, m] -> [P, m]."""
         return centred(exponential_tilt(win_rates(rewards), self.tilt))

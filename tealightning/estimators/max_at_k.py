@@ -8,13 +8,7 @@ from torch import Tensor
 from tealightning.checks import check_choice, check_integer
 from tealightning.errors import UserError
 from tealightning.estimators.base import AdvantageEstimator
-from tealightning.functional.max_at_k import (
-    max_at_k_gains,
-    max_at_k_loo_weights,
-    max_at_k_weights,
-    off_policy_max_at_k_loo_weights,
-    off_policy_max_at_k_weights,
-)
+from tealightning.functional import max_at_k
 from tealightning.functional.moments import centred, ratio_or_zero, sample_std
 from tealightning.registry import register
 
@@ -36,10 +30,7 @@ class MaxAtK(AdvantageEstimator):
     Args:
         k: Subset size, 1 <= k <= group size; None = the whole group (of valid rollouts).
         baseline: Variance reduction; both are unbiased.
-        scale: `none`, or `group_std`.
-
-    Raises:
-        ValueError: for `group_std` without a baseline and without k: all weights would be equal.
+        scale: `none`, or `group_std`, which without a baseline needs a k: all weights would be equal.
     """
 
     objective = "E[max of k]"
@@ -79,23 +70,20 @@ class MaxAtK(AdvantageEstimator):
         return f"raise group_size to {self.min_group_size} or more, or lower k (now {self.k})."
 
     def compute(self, rewards: Tensor) -> Tensor:
-        """[P, m] -> [P, m]."""
         k = self.k or rewards.shape[1]
-        if self.scale == "group_std":
-            weights = (max_at_k_gains if self.baseline == "none" else max_at_k_loo_weights)(rewards, k)
-            return ratio_or_zero(centred(weights), sample_std(weights))
-        return (max_at_k_weights if self.baseline == "none" else max_at_k_loo_weights)(rewards, k)
+        if self.baseline == "loo_minus_one":
+            weights = max_at_k.max_at_k_loo_weights(rewards, k)
+        elif self.scale == "none":
+            weights = max_at_k.max_at_k_weights(rewards, k)
+        else:
+            weights = max_at_k.max_at_k_gains(rewards, k)  # the same up to the mean, without its rounding
+        return weights if self.scale == "none" else ratio_or_zero(centred(weights), sample_std(weights))
 
     def compute_off_policy(self, rewards: Tensor, ratios: Tensor) -> Tensor:
-        """[P, m], [P, m] -> [P, m]; exact (see `tealightning.functional.max_at_k`).
-
-        Ratios are capped at e^(600/k), so that products of k of them stay finite.
-
-        Raises:
-            ValueError: with scale="group_std".
-        """
+        """Exact weights; ratios are capped at e^(600/k), so that products of k of them stay finite."""
         if not self.has_off_policy_form:
             raise UserError(f"{self.name} has no off-policy form with scale={self.scale}; set scale=none.")
         k = self.k or rewards.shape[1]
-        weights = off_policy_max_at_k_weights if self.baseline == "none" else off_policy_max_at_k_loo_weights
+        loo = self.baseline == "loo_minus_one"
+        weights = max_at_k.off_policy_max_at_k_loo_weights if loo else max_at_k.off_policy_max_at_k_weights
         return weights(rewards, ratios.clamp(max=math.exp(600 / k)), k)

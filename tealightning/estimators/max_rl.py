@@ -38,5 +38,4 @@ class MaxRL(AdvantageEstimator):
         self.eps = check_positive("eps", eps)
 
     def compute(self, rewards: Tensor) -> Tensor:
-        """[P, m] -> [P, m]."""
         return centred(rewards) / (rewards.mean(dim=1, keepdim=True) + self.eps)

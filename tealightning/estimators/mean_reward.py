@@ -34,7 +34,6 @@ class MeanReward(AdvantageEstimator):
         return 1 if self.baseline == "none" else 2
 
     def compute(self, rewards: Tensor) -> Tensor:
-        """[P, m] -> [P, m]; zeros in a constant group unless there is no baseline."""
         if self.baseline == "none":
             return rewards.clone()
         m = rewards.shape[1]

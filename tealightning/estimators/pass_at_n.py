@@ -61,7 +61,6 @@ class PassAtN(AdvantageEstimator):
         self._warned = False
 
     def compute(self, rewards: Tensor) -> Tensor:
-        """[P, m] -> [P, m]; one warning if rewards are other than 0 and 1."""
         if not self._warned and ((rewards != 0) & (rewards != 1)).any():
             self._warned = True
             warnings.warn(
@@ -72,7 +71,5 @@ class PassAtN(AdvantageEstimator):
             )
         outcomes = successes(rewards, self.threshold)
         weights = pass_at_n_weights if self.baseline == "none" else pass_at_n_loo_weights
-        advantages = weights(
-            outcomes, self.target_n, prior_successes=self.prior_successes, prior_failures=self.prior_failures
-        )
-        return advantages.masked_fill(outcomes.all(dim=1, keepdim=True), 0.0)
+        prior = {"prior_successes": self.prior_successes, "prior_failures": self.prior_failures}
+        return weights(outcomes, self.target_n, **prior).masked_fill(outcomes.all(dim=1, keepdim=True), 0.0)

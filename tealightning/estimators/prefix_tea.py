@@ -5,8 +5,7 @@ from torch import Tensor
 from tealightning.checks import check_integer
 from tealightning.errors import UserError
 from tealightning.estimators._tail import PlugInEstimator
-from tealightning.functional.tail import prefix_weights
-from tealightning.functional.tail_models import TailModel
+from tealightning.functional.tail import TailModel, prefix_weights
 from tealightning.registry import register
 
 
@@ -16,9 +15,8 @@ class PrefixTEA(PlugInEstimator):
 
         A_i = sum_j v_j (m/P_j) 1{i < P_j} w_i(first P_j rollouts)
 
-    The prefixes `P_j = round(j m / num_prefixes)` have biases of known powers of `1/P_j`; the minimum-norm weights `v`
-    (`sum v_j = 1`, `sum v_j P_j^-s = 0` for s = 1..order-1) cancel the first `order - 1` of them (generalised
-    jackknife, Schucany, Gray and Owen 1971; arXiv 2605.10716).
+    The prefixes `P_j = round(j m / num_prefixes)` have biases of known powers of `1/P_j`; the weights `v` of
+    `functional.tail.jackknife_weights` cancel the first `order - 1` of them (arXiv 2605.10716).
 
     Depends on the order of the rollouts within the group, which is arbitrary: averaging over cyclic shifts
     (`rotations`) has the same expectation and less variance, and needs no more rollouts. Prefixes whose tail has a
@@ -30,7 +28,7 @@ class PrefixTEA(PlugInEstimator):
         num_prefixes: J, number of prefixes, the whole group included.
         order: q, 1 (no debiasing) to `num_prefixes`.
         rotations: Cyclic shifts of the group to average over.
-        tail: Model of the tail: `gaussian`, `gpd` or `empirical` (`tealightning.functional.tail_models`).
+        tail: Model of the tail: `gaussian`, `gpd` or `empirical`.
     """
 
     def __init__(
@@ -61,7 +59,5 @@ class PrefixTEA(PlugInEstimator):
         return f"{super().group_size_advice[:-1]}; num_prefixes (now {self.num_prefixes}) may not exceed group_size."
 
     def compute(self, rewards: Tensor) -> Tensor:
-        """[P, m] -> [P, m]."""
-        return prefix_weights(
-            rewards, self.plug_in, num_prefixes=self.num_prefixes, order=self.order, rotations=self.rotations
-        )
+        sizes = {"num_prefixes": self.num_prefixes, "order": self.order, "rotations": self.rotations}
+        return prefix_weights(rewards, self.plug_in, **sizes)

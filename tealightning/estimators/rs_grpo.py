@@ -35,7 +35,7 @@ class RsGRPO(AdvantageEstimator):
         self.eps = check_positive("eps", eps)
 
     def compute(self, rewards: Tensor) -> Tensor:
-        """[P, m] -> [P, m]; exponents below 0 do not overflow, and `exp(x) - 1` keeps the digits of a small beta."""
         standardised = centred(rewards) / (sample_std(rewards) + self.eps)
+        # Exponents below 0 do not overflow, and `exp(x) - 1` keeps the digits of a small beta.
         exponents = self.beta * (standardised - standardised.amax(dim=1, keepdim=True))
         return centred(torch.expm1(exponents)) / (self.beta * exponents.exp().mean(dim=1, keepdim=True))

@@ -14,15 +14,12 @@ class TailRL(AdvantageEstimator):
         A = w - mean(w),     w_(i) = m sum_{j <= i} (R_(j) - R_(j-1))/(m - j + 1)
 
     Ascends the integral of `log P(R > t)` over t, whose gradient is `sum_k (1/k) grad E[max of k]`, k = 1, 2, ...; with
-    m rollouts, centred, it is unbiased for `sum_{k=1}^{m-1} (1/k) E[max of k]`
-    (`tealightning.functional.max_at_k`). No deployment budget enters. On 0/1 rewards it is MaxRL without its eps.
-
-    Equal rewards get equal advantages. A constant group gets zeros.
+    m rollouts it is unbiased for the sum up to m - 1 (`functional.max_at_k.log_survival_weights`). No deployment budget
+    enters. On 0/1 rewards it is MaxRL without its eps. Equal rewards get equal advantages, a constant group zeros.
     """
 
     objective = "sum over k < m of E[max of k]/k"
     min_group_size = 2  # there are gaps between rewards or there is nothing
 
     def compute(self, rewards: Tensor) -> Tensor:
-        """[P, m] -> [P, m]."""
         return log_survival_weights(rewards)

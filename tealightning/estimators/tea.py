@@ -7,7 +7,7 @@ from torch import Tensor
 from tealightning.checks import check_choice
 from tealightning.estimators._tail import PlugInEstimator
 from tealightning.functional.moments import centred, ratio_or_zero, root_mean_square, sample_std
-from tealightning.functional.tail_models import TailModel
+from tealightning.functional.tail import TailModel
 from tealightning.registry import register
 
 
@@ -30,7 +30,7 @@ class TEA(PlugInEstimator):
         alpha: Upper-tail level in (0, 1].
         baseline: Baseline that is subtracted from the weights.
         scale: Scale that the weights are divided by.
-        tail: Model of the tail: `gaussian`, `gpd` or `empirical` (`tealightning.functional.tail_models`).
+        tail: Model of the tail: `gaussian`, `gpd` or `empirical`.
     """
 
     def __init__(
@@ -47,7 +47,6 @@ class TEA(PlugInEstimator):
         self.scale = check_choice("scale", scale, ("none", "reward_std", "rms"))
 
     def compute(self, rewards: Tensor) -> Tensor:
-        """[P, m] -> [P, m]."""
         m = rewards.shape[1]
         weights = self.plug_in(rewards)
         advantages = weights

@@ -1,4 +1,7 @@
-"""Unbiased best-of-n, best-of-n under a proxy scored by gold, and comparisons of two policies."""
+"""Unbiased best-of-n, best-of-n under a proxy scored by gold, and comparisons of two policies.
+
+Results over budgets are [P, len(ns)] float64, NaN where a prompt has fewer than n samples.
+"""
 
 from collections.abc import Sequence
 
@@ -16,10 +19,8 @@ def best_of_n_weights(counts: Tensor, width: int, n: int) -> Tensor:
     Args:
         counts: [P] int64, the M of each prompt.
         width: Number of ranks to return; ranks from M on weigh 0.
-        n: Subset size, >= 1.
 
-    Returns:
-        [P, width] float64; rows sum to 1 where n <= M and mean nothing elsewhere.
+    Returns: [P, width] float64; rows sum to 1 where n <= M and mean nothing elsewhere.
 
     >>> best_of_n_weights(torch.tensor([4]), 4, 2)
     tensor([[0.5000, 0.3333, 0.1667, 0.0000]], dtype=torch.float64)
@@ -30,6 +31,18 @@ def best_of_n_weights(counts: Tensor, width: int, n: int) -> Tensor:
     return torch.cat([n / samples.clamp(min=1), n / samples.clamp(min=1) * ratios.cumprod(-1)], dim=-1)
 
 
+def _mean_over_subsets(ordered: Tensor, counts: Tensor, ns: Sequence[int]) -> Tensor:
+    """Mean over all subsets of size n of the value at the best rank; `ordered` [P, M] holds values, best rank first."""
+    first = ordered[:, :1]
+    used = torch.arange(ordered.shape[1], device=ordered.device) < counts[:, None]
+    offsets = (ordered - first).masked_fill(~used, 0.0)  # differences keep digits, and constants exact
+    columns = []
+    for n in ns:
+        estimate = first[:, 0] + (best_of_n_weights(counts, ordered.shape[1], n) * offsets).sum(dim=1)
+        columns.append(estimate.masked_fill(counts < n, float("nan")))
+    return torch.stack(columns, dim=1)
+
+
 def best_of_n(rewards: Tensor, ns: Sequence[int], valid: Tensor | None = None) -> Tensor:
     """Unbiased estimate of `E[max of n]` for each prompt: the mean of the maximum over all subsets of size n.
 
@@ -37,29 +50,13 @@ def best_of_n(rewards: Tensor, ns: Sequence[int], valid: Tensor | None = None) -
 
     For 0/1 rewards it is pass@n (Chen et al. 2021). A bootstrap, which draws with replacement, would be biased low.
 
-    Args:
-        rewards: [P, M] float, M >= 1.
-        ns: Subset sizes.
-        valid: [P, M] bool, False = not a sample; None = all. Prompts may have different numbers of samples.
-
-    Returns:
-        [P, len(ns)] float64; NaN where a prompt has fewer than n valid samples.
-
     >>> best_of_n(torch.tensor([[0.0, 1.0, 0.0, 0.0]]), [1, 2, 4])
     tensor([[0.2500, 0.5000, 1.0000]], dtype=torch.float64)
     """
     if valid is None:
         valid = torch.ones_like(rewards, dtype=torch.bool)
-    counts = valid.sum(dim=1)
     descending = rewards.double().masked_fill(~valid, float("-inf")).sort(dim=1, descending=True).values
-    best = descending[:, :1].masked_fill(counts[:, None] == 0, 0.0)
-    used = torch.arange(rewards.shape[1], device=rewards.device) < counts[:, None]
-    below_best = (descending - best).masked_fill(~used, 0.0)  # differences keep digits, and constants exact
-    columns = []
-    for n in ns:
-        estimate = best[:, 0] + (best_of_n_weights(counts, rewards.shape[1], n) * below_best).sum(dim=1)
-        columns.append(estimate.masked_fill(counts < n, float("nan")))
-    return torch.stack(columns, dim=1)
+    return _mean_over_subsets(descending, valid.sum(dim=1), ns)
 
 
 def best_of_n_selected(proxy: Tensor, other: Tensor, ns: Sequence[int], valid: Tensor | None = None) -> Tensor:
@@ -73,14 +70,10 @@ def best_of_n_selected(proxy: Tensor, other: Tensor, ns: Sequence[int], valid: T
     Nakano et al. 2021, "WebGPT").
 
     Args:
-        proxy: [P, M] float, M >= 1; what selects. NaN = not a sample.
-        other: [P, M] float; what is reported. A sample whose `other` is NaN is not a sample either, also for the
-            selection: the estimate is that of the samples with both rewards.
-        ns: Subset sizes, >= 1.
-        valid: [P, M] bool, False = not a sample; None = all.
+        proxy: [P, M] float; what selects.
+        other: [P, M] float; what is reported. Where either is NaN there is no sample, also for the selection.
 
-    Returns:
-        [P, len(ns)] float64; NaN where a prompt has fewer than n samples.
+    Raises: ValueError for shapes that differ or n < 1.
 
     >>> proxy, gold = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.0, 6.0, 3.0]])
     >>> best_of_n_selected(proxy, gold, [1, 2, 3])
@@ -89,8 +82,7 @@ def best_of_n_selected(proxy: Tensor, other: Tensor, ns: Sequence[int], valid: T
     if proxy.shape != other.shape or proxy.ndim != 2:
         shapes = f"{tuple(proxy.shape)} and {tuple(other.shape)}"
         raise ValueError(f"proxy, other: expected [prompts, samples] of the same samples, got shapes {shapes}")
-    if any(n < 1 for n in ns):
-        raise ValueError(f"ns: expected subset sizes of at least 1, got {list(ns)}")
+    _check_budgets(ns)
     usable = ~(proxy.isnan() | other.isnan())
     if valid is not None:
         usable = usable & valid
@@ -100,14 +92,7 @@ def best_of_n_selected(proxy: Tensor, other: Tensor, ns: Sequence[int], valid: T
     order = descending.indices.gather(1, (~usable).gather(1, descending.indices).int().argsort(dim=1, stable=True))
     used = torch.arange(proxy.shape[1], device=proxy.device) < counts[:, None]
     picked = other.double().gather(1, order).masked_fill(~used, 0.0)
-    picked = _tie_means(proxy.double().gather(1, order), picked, used)
-    first = picked[:, :1]
-    offsets = (picked - first).masked_fill(~used, 0.0)  # differences keep digits, and constants exact
-    columns = []
-    for n in ns:
-        estimate = first[:, 0] + (best_of_n_weights(counts, proxy.shape[1], n) * offsets).sum(dim=1)
-        columns.append(estimate.masked_fill(counts < n, float("nan")))
-    return torch.stack(columns, dim=1)
+    return _mean_over_subsets(_tie_means(proxy.double().gather(1, order), picked, used), counts, ns)
 
 
 def _tie_means(keys: Tensor, values: Tensor, used: Tensor) -> Tensor:
@@ -121,6 +106,11 @@ def _tie_means(keys: Tensor, values: Tensor, used: Tensor) -> Tensor:
     return first + (sums / sizes.clamp(min=1)).gather(1, run)
 
 
+def _check_budgets(ns: Sequence[int]) -> None:
+    if any(n < 1 for n in ns):
+        raise ValueError(f"ns: expected subset sizes of at least 1, got {list(ns)}")
+
+
 def win_rate(first: Tensor, second: Tensor, ns: Sequence[int]) -> Tensor:
     """Probability that the best of n of `first` beats the best of n of `second` on the same prompt, ties split.
 
@@ -132,10 +122,8 @@ def win_rate(first: Tensor, second: Tensor, ns: Sequence[int]) -> Tensor:
     Args:
         first: [Q, M1] float rewards, NaN = not a sample.
         second: [Q, M2] float rewards of the same prompts.
-        ns: Subset sizes, >= 1.
 
-    Returns:
-        [Q, len(ns)] float64; NaN where either has fewer than n samples.
+    Raises: ValueError for other shapes or n < 1.
 
     >>> win_rate(torch.tensor([[0.0, 3.0]]), torch.tensor([[1.0, 2.0]]), [1, 2])
     tensor([[0.5000, 1.0000]], dtype=torch.float64)
@@ -143,20 +131,19 @@ def win_rate(first: Tensor, second: Tensor, ns: Sequence[int]) -> Tensor:
     if first.ndim != 2 or second.ndim != 2 or len(first) != len(second):
         shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
         raise ValueError(f"first, second: expected [prompts, samples] of the same prompts, got {shapes}")
-    if any(n < 1 for n in ns):
-        raise ValueError(f"ns: expected subset sizes of at least 1, got {list(ns)}")
-    mine, my_counts = _ascending(first)
-    theirs, their_counts = _ascending(second)
+    _check_budgets(ns)
+    counts = [(~rewards.isnan()).sum(dim=1) for rewards in (first, second)]
+    # The missing come first, as -inf, and weigh 0.
+    mine, theirs = (r.double().masked_fill(r.isnan(), float("-inf")).sort(dim=1).values for r in (first, second))
     below = torch.searchsorted(theirs, mine, side="left")
     not_above = torch.searchsorted(theirs, mine, side="right")
     columns = []
     for n in ns:
-        weights = best_of_n_weights(my_counts, mine.shape[1], n).flip(1)
-        cumulative = best_of_n_weights(their_counts, theirs.shape[1], n).flip(1).cumsum(dim=1)
+        weights = best_of_n_weights(counts[0], mine.shape[1], n).flip(1)
+        cumulative = best_of_n_weights(counts[1], theirs.shape[1], n).flip(1).cumsum(dim=1)
         cumulative = torch.nn.functional.pad(cumulative, (1, 0))
         won = (cumulative.gather(1, below) + cumulative.gather(1, not_above)) / 2
-        too_few = (my_counts < n) | (their_counts < n)
-        columns.append((weights * won).sum(dim=1).masked_fill(too_few, float("nan")))
+        columns.append((weights * won).sum(dim=1).masked_fill(torch.minimum(*counts) < n, float("nan")))
     return torch.stack(columns, dim=1)
 
 
@@ -165,13 +152,7 @@ def improvement(first: Tensor, second: Tensor) -> Tensor:
 
     The mean over cells is the probability of improvement (Agarwal et al. 2021, "Deep RL at the edge of the statistical
     precipice"). There, any run of one is compared with any run of the other; here cells are paired by seed and prompt.
-
-    Args:
-        first: [S, Q, C] float.
-        second: [S, Q, C] float, the same seeds and prompts.
-
-    Returns:
-        [S, Q, C] float64.
+    Both are [S, Q, C] of the same seeds, prompts and columns, else a ValueError.
 
     >>> improvement(torch.tensor([[[2.0, 1.0, 0.0]]]), torch.tensor([[[1.0, 1.0, 1.0]]]))
     tensor([[[1.0000, 0.5000, 0.0000]]], dtype=torch.float64)
@@ -189,12 +170,7 @@ def holm(p_values: Tensor) -> Tensor:
         p~_(i) = max_{j <= i} min((K - j + 1) p_(j), 1),     p_(1) <= ... <= p_(K)
 
     Holm (1979), "A simple sequentially rejective multiple test procedure". Holds however the tests depend on another.
-
-    Args:
-        p_values: [K] float; NaN is not a test: it does not count in K and stays NaN.
-
-    Returns:
-        [K] float64.
+    A NaN in `p_values` [K] is not a test: it does not count in K and stays NaN.
 
     >>> holm(torch.tensor([0.01, 0.04, 0.03], dtype=torch.float64))
     tensor([0.0300, 0.0600, 0.0600], dtype=torch.float64)
@@ -206,9 +182,3 @@ def holm(p_values: Tensor) -> Tensor:
     if len(tests):
         adjusted[tests[ordered.indices]] = (factors * ordered.values).clamp(max=1).cummax(dim=0).values
     return adjusted
-
-
-def _ascending(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """[Q, M] float64 with the NaNs first as -inf, which weigh 0, and the number of samples, [Q]."""
-    missing = rewards.isnan()
-    return rewards.double().masked_fill(missing, float("-inf")).sort(dim=1).values, (~missing).sum(dim=1)

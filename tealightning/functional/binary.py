@@ -1,4 +1,7 @@
-"""Groups of 0/1 rewards: the policy gradient of pass@N, the probability of at least one success in N."""
+"""Groups of 0/1 rewards: the policy gradient of pass@N, the probability of at least one success in N.
+
+`outcomes` are [P, m] float64, 0 or 1; the success probability is p ~ Beta(prior_successes, prior_failures).
+"""
 
 from functools import lru_cache
 
@@ -17,7 +20,7 @@ def successes(rewards: Tensor, threshold: float) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _miss_moments(others: int, power: int, prior_successes: float, prior_failures: float) -> tuple[float, ...]:
-    """`E[(1-p)^power]` given f = 0..others failures among `others` rollouts, `p ~ Beta(prior)` before them.
+    """`E[(1-p)^power]` given f = 0..others failures among `others` rollouts:
 
         prod_{j=0}^{power-1} (prior_failures + f + j) / (prior_successes + prior_failures + others + j)
 
@@ -33,22 +36,13 @@ def _miss_moments(others: int, power: int, prior_successes: float, prior_failure
 
 
 def pass_at_n_factors(outcomes: Tensor, target_n: int, *, prior_successes: float, prior_failures: float) -> Tensor:
-    """Expected derivative of pass@N for every rollout, p ~ Beta(prior_successes, prior_failures):
+    """Expected derivative of pass@N for every rollout, in [0, N] for a positive prior:
 
         N * E[(1-p)^(N-1) | the other m-1 outcomes]
 
-    `N (1-p)^(N-1)` is the derivative of pass@N, `1 - (1-p)^N`. Any real prior will do whose sum with m - 1 is positive;
-    `(0, 2 - N)` gives `N C(f, N-1)/C(m-1, N-1)` with f failures among the others, the unbiased estimate for N <= m.
-
-    Args:
-        outcomes: [P, m] float64, 0 or 1.
-        target_n: N, >= 1.
-
-    Returns:
-        [P, m] float64, in [0, N] for a positive prior.
-
-    Raises:
-        ValueError: if `prior_successes + prior_failures + m - 1 <= 0`, where the moment does not exist.
+    `N (1-p)^(N-1)` is the derivative of pass@N, `1 - (1-p)^N`. Any real prior will do whose sum with m - 1 is positive
+    (else a ValueError: the moment does not exist); `(0, 2 - N)` gives `N C(f, N-1)/C(m-1, N-1)` with f failures among
+    the others, the unbiased estimate for N <= m.
 
     >>> outcomes = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
     >>> pass_at_n_factors(outcomes, 2, prior_successes=1, prior_failures=1)
@@ -67,61 +61,37 @@ def pass_at_n_factors(outcomes: Tensor, target_n: int, *, prior_successes: float
 
 
 def pass_at_n_weights(outcomes: Tensor, target_n: int, *, prior_successes: float, prior_failures: float) -> Tensor:
-    """Policy-gradient weights of pass@N, with the factors of `pass_at_n_factors`; failures get exactly 0:
-
-        A_i = R_i * factor_i
-
-    Args:
-        outcomes: [P, m] float64, 0 or 1.
-        target_n: N, >= 1.
-
-    Returns:
-        [P, m] float64.
+    """Policy-gradient weights of pass@N, `A_i = R_i * factor_i` of `pass_at_n_factors`; failures get exactly 0.
 
     >>> outcomes = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
     >>> pass_at_n_weights(outcomes, 2, prior_successes=1, prior_failures=1)
     tensor([[1.5000, 0.0000, 0.0000]], dtype=torch.float64)
     """
-    return outcomes * pass_at_n_factors(
-        outcomes, target_n, prior_successes=prior_successes, prior_failures=prior_failures
-    )
+    prior = {"prior_successes": prior_successes, "prior_failures": prior_failures}
+    return outcomes * pass_at_n_factors(outcomes, target_n, **prior)
 
 
 def pass_at_n_loo_weights(outcomes: Tensor, target_n: int, *, prior_successes: float, prior_failures: float) -> Tensor:
-    """Weights of pass@N with a leave-one-out baseline, of the same expectation as `pass_at_n_weights`:
+    """Weights of pass@N with a leave-one-out baseline, of the same expectation as `pass_at_n_weights`; m >= 2:
 
         A_i = (R_i - mean of the others' outcomes) * factor_i
 
     The factor and the baseline of rollout i know the other rollouts only. Zeros if all outcomes are equal. Where p is
     large the weights become smaller; where it is small they hardly change, as the others seldom succeed.
 
-    Args:
-        outcomes: [P, m] float64, 0 or 1, m >= 2.
-        target_n: N, >= 1.
-
-    Returns:
-        [P, m] float64.
-
     >>> outcomes = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
     >>> pass_at_n_loo_weights(outcomes, 2, prior_successes=1, prior_failures=1)
     tensor([[ 1.5000, -0.5000, -0.5000]], dtype=torch.float64)
     """
     others = (outcomes.sum(dim=-1, keepdim=True) - outcomes) / (outcomes.shape[-1] - 1)
-    return (outcomes - others) * pass_at_n_factors(
-        outcomes, target_n, prior_successes=prior_successes, prior_failures=prior_failures
-    )
+    prior = {"prior_successes": prior_successes, "prior_failures": prior_failures}
+    return (outcomes - others) * pass_at_n_factors(outcomes, target_n, **prior)
 
 
 def difficulty_weight(share: Tensor, *, low: float, high: float, steepness: float, midpoint: float) -> Tensor:
-    """Logistic weight of a prompt: `high` where few succeed, `low` where most do.
+    """Logistic weight of a prompt by its share of successes: `high` where few succeed, `low` where most do.
 
         low + (high - low) / (1 + exp(steepness (share - midpoint)))
-
-    Args:
-        share: [...] float64, share of successes.
-
-    Returns:
-        [...] float64.
 
     >>> difficulty_weight(torch.tensor([0.0, 0.75, 1.0]), low=0.4, high=1.5, steepness=10, midpoint=0.75)
     tensor([1.4994, 0.9500, 0.4834])

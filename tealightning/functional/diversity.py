@@ -1,4 +1,7 @@
-"""Diversity of the completions of one prompt: distinct n-grams and pairwise overlap, of token ids."""
+"""Diversity of the completions of one prompt: distinct n-grams and pairwise overlap, of token ids.
+
+`groups` are the completions of each of P prompts; results are [P] float64. A length n below 1 is a ValueError.
+"""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -10,22 +13,14 @@ Completion = Sequence[int]
 
 
 def distinct_n(groups: Sequence[Sequence[Completion]], n: int) -> Tensor:
-    """Distinct n-grams over all n-grams of a group of completions: 1 = none repeats, near 0 = all the same.
+    """Distinct n-grams over all n-grams of a group: 1 = none repeats, near 0 = all the same, NaN = none is so long.
 
     Li et al. (2016), "A diversity-promoting objective function for neural conversation models". It falls with the
     number of completions and their length: compare groups of one size only.
 
-    Args:
-        groups: Token ids of the completions of each of P prompts.
-        n: Length of an n-gram, >= 1.
-
-    Returns:
-        [P] float64; NaN where no completion has n tokens.
-
     >>> distinct_n([[(1, 2, 3), (1, 2, 4)]], n=2)
     tensor([0.7500], dtype=torch.float64)
     """
-    _check(n)
     shares = []
     for group in groups:
         grams = [gram for completion in group for gram in _ngrams(completion, n)]
@@ -38,17 +33,11 @@ def self_similarity(groups: Sequence[Sequence[Completion]], n: int = 2) -> Tenso
 
         mean over pairs i < j of |G_i & G_j| / |G_i | G_j|
 
-    Args:
-        groups: Token ids of the completions of each of P prompts.
-        n: Length of an n-gram, >= 1. Two completions shorter than n are 1 if they are equal, else 0.
-
-    Returns:
-        [P] float64; NaN for fewer than two completions.
+    Two completions shorter than n are 1 if they are equal, else 0. NaN for fewer than two completions.
 
     >>> self_similarity([[(1, 2, 3), (1, 2, 4)]], n=2)
     tensor([0.3333], dtype=torch.float64)
     """
-    _check(n)
     means = []
     for group in groups:
         # A completion shorter than n stands for itself; by its length it equals no n-gram.
@@ -63,9 +52,6 @@ def self_similarity(groups: Sequence[Sequence[Completion]], n: int = 2) -> Tenso
 
 
 def _ngrams(completion: Completion, n: int) -> list[tuple[int, ...]]:
-    return list(zip(*(completion[start:] for start in range(n)), strict=False))
-
-
-def _check(n: int) -> None:
     if n < 1:
         raise ValueError(f"n: expected the length of an n-gram, at least 1, got {n}")
+    return list(zip(*(completion[start:] for start in range(n)), strict=False))

@@ -1,4 +1,7 @@
-"""Exponentially tilted weights of a group, and the tilt that moves it a given distance from uniform."""
+"""Exponentially tilted weights of a group, and the tilt that moves it a given distance from uniform.
+
+`kl_target` is that distance in nats.
+"""
 
 import math
 
@@ -19,9 +22,6 @@ def below_top(rewards: Tensor) -> Tensor:
 
         (R_i - max R) / (max R - min R)
 
-    Args:
-        rewards: [P, m] float64.
-
     >>> below_top(torch.tensor([[1.0, 3.0, 5.0]]))
     tensor([[-1.0000, -0.5000,  0.0000]])
     """
@@ -30,11 +30,7 @@ def below_top(rewards: Tensor) -> Tensor:
 
 
 def _kl_to_uniform(logits: Tensor) -> Tensor:
-    """`KL(softmax(logits) || uniform)` in nats over the last dimension: [P, 1], from 0 to `ln m`.
-
-    Args:
-        logits: [P, m] float64, finite.
-    """
+    """`KL(softmax(logits) || uniform)` of finite logits in nats: [P, 1], from 0 to `ln m`."""
     log_probs = logits.log_softmax(dim=-1)
     return (log_probs.exp() * log_probs).sum(dim=-1, keepdim=True) + math.log(logits.shape[-1])
 
@@ -44,12 +40,8 @@ def adaptive_beta(positions: Tensor, kl_target: float) -> Tensor:
 
         KL(softmax(beta x) || uniform) = kl_target
 
-    The divergence rises with beta from 0 to `ln(m/t)`, t the number of rollouts tied at the top; where that is not
-    above the target, the search is for nothing and beta is infinite.
-
-    Args:
-        positions: [P, m] float64 in [-1, 0], the largest 0: see `below_top`.
-        kl_target: Divergence in nats.
+    for the positions x of `below_top`. The divergence rises with beta from 0 to `ln(m/t)`, t the number of rollouts
+    tied at the top; where that is not above the target, the search is for nothing and beta is infinite.
 
     >>> adaptive_beta(torch.tensor([[-1.0, -0.5, 0.0]], dtype=torch.float64), kl_target=0.5)
     tensor([[3.1157]], dtype=torch.float64)
@@ -69,11 +61,7 @@ def leave_one_out_tilt(logits: Tensor) -> Tensor:
 
         exp(l_i) / mean_{j != i} exp(l_j) - 1
 
-    Args:
-        logits: [P, m] float64, the largest of each row 0; -inf allowed; m >= 2.
-
-    Returns:
-        [P, m] float64.
+    The largest of each row of `logits` [P, m >= 2] is 0; -inf is allowed.
 
     >>> leave_one_out_tilt(torch.tensor([[0.5, 1.0]], dtype=torch.float64).log())
     tensor([[-0.5000,  1.0000]], dtype=torch.float64)
@@ -83,16 +71,9 @@ def leave_one_out_tilt(logits: Tensor) -> Tensor:
 
 
 def entropic_weights(rewards: Tensor, kl_target: float) -> Tensor:
-    """Leave-one-out tilt at the group's own beta; see `adaptive_beta`.
+    """Leave-one-out tilt at the group's own beta of `adaptive_beta`, for `ln m > kl_target`.
 
     An infinite beta, which needs t >= 2 rollouts tied at the top, gives these `(m-1)/(t-1) - 1` and all others -1.
-
-    Args:
-        rewards: [P, m] float64, finite, `ln m > kl_target`.
-        kl_target: Divergence in nats.
-
-    Returns:
-        [P, m] float64.
 
     >>> entropic_weights(torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64), kl_target=0.5)
     tensor([[-0.9267, -0.5967,  6.8450]], dtype=torch.float64)

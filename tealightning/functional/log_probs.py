@@ -12,14 +12,12 @@ from torch import Tensor
 
 
 def filter_logits(logits: Tensor, keep_ids: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Set logits outside top-k and then top-p to -inf, as samplers do.
+    """Set logits [..., V], with temperature applied, outside top-k and then top-p to -inf, as samplers do.
 
-    The sampled token always stays: rounding differences between engine and trainer can put a token of the edge on
-    different sides, and its log-prob must stay finite.
+    The sampled tokens `keep_ids` [...] always stay: rounding differences between engine and trainer can put a token of
+    the edge on different sides, and its log-prob must stay finite.
 
     Args:
-        logits: [..., V], temperature applied.
-        keep_ids: [...] int64, the sampled tokens.
         top_k: Keep the k largest (ties at the k-th stay); 0 = all.
         top_p: Keep the smallest set of largest probabilities that sums to at least `top_p`; 1 = all.
 
@@ -43,14 +41,7 @@ def filter_logits(logits: Tensor, keep_ids: Tensor, *, top_k: int = 0, top_p: fl
 def token_log_probs(
     logits: Tensor, token_ids: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> Tensor:
-    """Log-probs of sampled tokens after temperature, top-k and top-p.
-
-    Args:
-        logits: [..., V] raw model output, any float dtype (computed in float32).
-        token_ids: [...] int64.
-
-    Returns:
-        [...] float32.
+    """Log-probs [...] float32 of sampled tokens after temperature, top-k and top-p, from raw logits [..., V].
 
     >>> token_log_probs(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
     tensor([-0.6931])
@@ -61,18 +52,16 @@ def token_log_probs(
 
 
 def token_entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of the next-token distribution at `temperature` (before top-k and top-p).
-
-    Args:
-        logits: [..., V].
-
-    Returns:
-        [...] float32.
+    """Entropy [...] float32 in nats of the next-token distribution at `temperature` (before top-k and top-p).
 
     >>> token_entropy(torch.tensor([[0.0, 0.0]]))
     tensor([0.6931])
     """
-    log_probs = (logits.float() / temperature).log_softmax(dim=-1)
+    return _entropy(logits.float() / temperature)
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    log_probs = logits.log_softmax(dim=-1)
     return -(log_probs.exp() * log_probs).sum(dim=-1)
 
 
@@ -105,12 +94,8 @@ def linear_log_probs(
         hidden: [n, D], inputs of the output layer at n positions.
         weight: [V, D] of the output layer; under autocast the product is computed in autocast's dtype.
         token_ids: [n] int64, the tokens that were sampled there.
-        bias: [V].
-        with_entropy: Compute entropies too.
-        max_logits_bytes: Memory for logits or probabilities.
 
-    Returns:
-        (log-probs [n] float32 with gradient, entropies [n] float32 in nats without, or None)
+    Returns: (log-probs [n] float32 with gradient, entropies [n] float32 in nats without, or None)
 
     >>> linear_log_probs(torch.ones(1, 3), torch.zeros(2, 3), torch.tensor([1]), with_entropy=True)
     (tensor([-0.6931]), tensor([0.6931]))
@@ -121,9 +106,8 @@ def linear_log_probs(
     def chunked(
         hidden: Tensor, weight: Tensor, token_ids: Tensor, *, temperature: float, with_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        chunking = _Chunking(len(hidden), len(weight), max_logits_bytes)
         settings = (temperature, top_k, top_p, with_entropy)
-        log_probs, entropy = _LinearLogProbs.apply(hidden, weight, bias, token_ids, settings, chunking, dtype)
+        log_probs, entropy = _LinearLogProbs.apply(hidden, weight, bias, token_ids, settings, max_logits_bytes, dtype)
         return log_probs, entropy if with_entropy else None
 
     way = chunked
@@ -132,17 +116,6 @@ def linear_log_probs(
         if _is_right(chunked, hidden, weight, token_ids, temperature):
             way = _fused_log_probs
     return way(hidden, weight, token_ids, temperature=temperature, with_entropy=with_entropy)
-
-
-class _Chunking:
-    """How n tokens are cut: `keep` tells if all probabilities together are small enough to be kept."""
-
-    def __init__(self, tokens: int, vocabulary: int, max_bytes: int) -> None:
-        row_bytes = 4 * vocabulary
-        self.keep = tokens * row_bytes <= max_bytes
-        # Half of the limit, because a chunk and its gradient exist together.
-        size = max(1, min(CHUNK_BYTES if self.keep else max_bytes // 4, max_bytes) // row_bytes)
-        self.slices = [slice(first, min(first + size, tokens)) for first in range(0, tokens, size)]
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -154,40 +127,45 @@ class _LinearLogProbs(torch.autograd.Function):
         bias: Tensor | None,
         token_ids: Tensor,
         settings: tuple[float, int, float, bool],
-        chunking: _Chunking,
+        max_bytes: int,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        with_entropy = settings[3]
-        log_probs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        temperature, top_k, top_p, with_entropy = settings
+        tokens, row_bytes = len(hidden), 4 * len(weight)
+        keep = tokens * row_bytes <= max_bytes
+        # Half of the limit, because a chunk and its gradient exist together.
+        size = max(1, min(CHUNK_BYTES if keep else max_bytes // 4, max_bytes) // row_bytes)
+        chunks = [slice(first, min(first + size, tokens)) for first in range(0, tokens, size)]
+        log_probs = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(log_probs if with_entropy else log_probs[:0])
         kept = None
-        if chunking.keep and any(ctx.needs_input_grad):
-            kept = torch.empty(len(hidden), len(weight), dtype=torch.float32, device=hidden.device)
+        if keep and any(ctx.needs_input_grad):
+            kept = torch.empty(tokens, len(weight), dtype=torch.float32, device=hidden.device)
         cast_weight, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        for part in chunking.slices:
-            logits = _logits(hidden[part].to(dtype), cast_weight, cast_bias, settings[0])
+        for part in chunks:
+            logits = _logits(hidden[part].to(dtype), cast_weight, cast_bias, temperature)
             if with_entropy:
                 entropy[part] = _entropy(logits)
-            logits = filter_logits(logits, token_ids[part], top_k=settings[1], top_p=settings[2])
+            logits = filter_logits(logits, token_ids[part], top_k=top_k, top_p=top_p)
             normaliser = logits.logsumexp(dim=-1, keepdim=True)
             log_probs[part] = (logits.gather(-1, token_ids[part, None]) - normaliser).squeeze(-1)
             if kept is not None:
                 torch.exp(logits.sub_(normaliser), out=kept[part])
         ctx.save_for_backward(hidden, weight, bias, token_ids, kept)
-        ctx.settings, ctx.chunking, ctx.dtype = settings, chunking, dtype
+        ctx.settings, ctx.chunks, ctx.dtype = settings, chunks, dtype
         ctx.mark_non_differentiable(entropy)
         return log_probs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, bias, token_ids, kept = ctx.saved_tensors
-        temperature, top_k, top_p, _entropy = ctx.settings
+        temperature, top_k, top_p, _with_entropy = ctx.settings
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
         grad_bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device) if needs_bias else None
         cast_weight, cast_bias = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
-        for part in ctx.chunking.slices:
+        for part in ctx.chunks:
             inputs = hidden[part].to(ctx.dtype)
             if kept is None:
                 logits = _logits(inputs, cast_weight, cast_bias, temperature)
@@ -205,8 +183,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 grad_hidden[part] = (grad_logits @ cast_weight).to(hidden.dtype)
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ inputs
-        grads = (grad_hidden, grad_weight, grad_bias)
-        parameters = (hidden, weight, bias)
+        grads, parameters = (grad_hidden, grad_weight, grad_bias), (hidden, weight, bias)
         cast = (None if g is None else g.to(p.dtype) for g, p in zip(grads, parameters, strict=True))
         return (*cast, None, None, None, None)
 
@@ -217,35 +194,17 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: fl
     return logits if temperature == 1 else logits.div_(temperature)
 
 
-def _entropy(logits: Tensor) -> Tensor:
-    """[chunk] float32, of the softmax of `logits`."""
-    log_probs = logits.log_softmax(dim=-1)
-    return -(log_probs.exp() * log_probs).sum(dim=-1)
-
-
 HOPPER = (9, 0)
 """Its compute capability. For other GPUs liger-kernel itself falls back to chunks of logits, as we do."""
-
 CHECKED_TOKENS = 64
 RELATIVE_ERROR = 0.05
 """Of bfloat16, which has eight bits, after two matrix products."""
-
-LogProbs = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def _fused_log_probs(
     hidden: Tensor, weight: Tensor, token_ids: Tensor, *, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`linear_log_probs` in one kernel: neither logits nor probabilities are written to memory.
-
-    Args:
-        hidden: [n, D] bfloat16.
-        weight: [V, D] bfloat16.
-        token_ids: [n] int64.
-
-    Returns:
-        (log-probs [n] float32 with gradient, entropies [n] float32 in nats without, or None)
-    """
+    """`linear_log_probs` of bfloat16 in one kernel: neither logits nor probabilities are written to memory."""
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Kernel
 
     ignored, tiles = -100, 1
@@ -273,19 +232,22 @@ def _is_installed() -> bool:
     return hasattr(importlib.import_module("liger_kernel.ops"), "LigerFusedLinearScaledCrossEntropyFunction")
 
 
-def _is_right(chunked: LogProbs, hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> bool:
-    """Check the fused kernel against `chunked` on some of these tokens, once for each shape.
+_right: dict[tuple[Any, ...], bool] = {}
+
+
+def _is_right(
+    chunked: Callable[..., Any], hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float
+) -> bool:
+    """Check the fused kernel against the chunks on some of these tokens, once for each shape.
 
     A kernel that is compiled for a card and shape it was never tried on can be wrong without an error.
-
-    Args:
-        chunked: `linear_log_probs` without the kernel.
     """
     shape = (hidden.device, weight.shape, temperature)
     if shape not in _right:
-        _right[shape] = _agree(
-            *(_trial(how, hidden, weight, token_ids, temperature) for how in (chunked, _fused_log_probs))
-        )
+        # Up to the rounding of bfloat16 the results are to be equal.
+        ours, fused = (_trial(way, hidden, weight, token_ids, temperature) for way in (chunked, _fused_log_probs))
+        pairs = [(a.float(), b.float()) for a, b in zip(ours, fused, strict=True)]
+        _right[shape] = all((a - b).norm() <= RELATIVE_ERROR * a.norm() for a, b in pairs)
         if not _right[shape]:
             warnings.warn(
                 f"liger-kernel's log-probs or gradients are not ours for an output layer of {tuple(weight.shape)} on "
@@ -295,25 +257,16 @@ def _is_right(chunked: LogProbs, hidden: Tensor, weight: Tensor, token_ids: Tens
     return _right[shape]
 
 
-_right: dict[tuple[Any, ...], bool] = {}
-
-
-def _trial(how: LogProbs, hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> list[Tensor]:
+def _trial(
+    way: Callable[..., Any], hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float
+) -> list[Tensor]:
     """Log-probs, entropies and gradients of tokens that count differently."""
     # Copies, made outside inference mode: the first use can be in an evaluation, whose tensors autograd does not take.
     with torch.inference_mode(False), torch.enable_grad():
         inputs = hidden[:CHECKED_TOKENS].detach().clone().requires_grad_()
         layer = weight.detach().clone().requires_grad_()
         ids = token_ids[:CHECKED_TOKENS].clone()
-        log_probs, entropy = how(inputs, layer, ids, temperature=temperature, with_entropy=True)
+        log_probs, entropy = way(inputs, layer, ids, temperature=temperature, with_entropy=True)
         worth = torch.linspace(-1, 2, len(inputs), device=hidden.device)
         gradients = torch.autograd.grad(log_probs, [inputs, layer], worth)
-    assert entropy is not None
     return [log_probs.detach(), entropy, *gradients]
-
-
-def _agree(ours: list[Tensor], fused: list[Tensor]) -> bool:
-    """Whether results of the same products are equal up to the rounding of bfloat16."""
-    return all(
-        (a.float() - b.float()).norm() <= RELATIVE_ERROR * a.float().norm() for a, b in zip(ours, fused, strict=True)
-    )

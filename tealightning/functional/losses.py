@@ -1,4 +1,7 @@
-"""The clipped policy-gradient loss, its token weights, importance correction, and estimates of the KL divergence."""
+"""The clipped policy-gradient loss, its token weights, importance correction, and estimates of the KL divergence.
+
+Per-token tensors are [rows, T].
+"""
 
 from typing import Literal
 
@@ -9,27 +12,16 @@ Reduction = Literal["token_mean", "sequence_mean", "constant"]
 
 
 def clipped_policy_loss(
-    policy_log_probs: Tensor,
-    behaviour_log_probs: Tensor,
-    advantages: Tensor,
-    *,
-    clip_lower: float,
-    clip_upper: float,
+    policy_log_probs: Tensor, behaviour_log_probs: Tensor, advantages: Tensor, *, clip_lower: float, clip_upper: float
 ) -> tuple[Tensor, Tensor]:
     """Clipped policy-gradient loss per token, with `r = pi / behaviour`:
 
         -min(r A, clip(r, 1 - clip_lower, 1 + clip_upper) A)
 
-    PPO (Schulman et al. 2017) with separate bounds as in DAPO (Yu et al. 2025).
+    PPO (Schulman et al. 2017) with separate bounds as in DAPO (Yu et al. 2025). Behaviour is the policy at the start of
+    the step; equal values give r = 1 and the plain policy gradient. `advantages` are [rows].
 
-    Args:
-        policy_log_probs: [rows, T], with gradient.
-        behaviour_log_probs: [rows, T], the policy at the start of the step; equal values give r = 1 and the plain
-            policy gradient.
-        advantages: [rows].
-
-    Returns:
-        (loss [rows, T], clipped [rows, T] bool: where the clipped branch won and the gradient is zero).
+    Returns: (loss [rows, T], clipped [rows, T] bool: where the clipped branch won and the gradient is zero)
 
     >>> new, old = torch.tensor([[0.5, 0.0]]), torch.zeros(1, 2)
     >>> clipped_policy_loss(new, old, torch.ones(1), clip_lower=0.2, clip_upper=0.2)
@@ -45,19 +37,12 @@ def clipped_policy_loss(
 def token_weights(
     completion_mask: Tensor, reduction: Reduction, *, num_tokens: Tensor, num_sequences: Tensor, constant: float
 ) -> Tensor:
-    """Weights that turn a per-token loss into the batch's: `loss = (weights * token_loss).sum()`.
+    """Weights [rows, T] that turn a per-token loss into the batch's: `loss = (weights * token_loss).sum()`.
 
     `token_mean`: 1 / tokens of the batch. `sequence_mean`: mean over tokens of each completion, then over completions.
     `constant`: 1 / (completions * constant), so that no length normalises a gradient (Dr. GRPO, Liu et al. 2025);
-    with constant 1 it is the textbook policy gradient. Denominators are the whole batch's, whatever the split.
-
-    Args:
-        completion_mask: [rows, T] bool.
-        num_tokens: Completion tokens of the whole batch.
-        num_sequences: Completions of the whole batch.
-
-    Returns:
-        [rows, T] float32.
+    with constant 1 it is the textbook policy gradient. `num_tokens` and `num_sequences` count the completions of the
+    whole batch, whatever the split. Any other reduction is a ValueError.
 
     >>> counts = dict(num_tokens=torch.tensor(3), num_sequences=torch.tensor(2), constant=8)
     >>> token_weights(torch.tensor([[True, True], [True, False]]), "sequence_mean", **counts)
@@ -91,16 +76,10 @@ KLEstimator = Literal["k1", "k2", "k3"]
 
 
 def kl_estimate(log_ratio: Tensor, estimator: KLEstimator = "k3") -> Tensor:
-    """Per-token estimate of `KL(policy || reference)` at tokens sampled from the policy (Schulman 2020).
+    """Per-token estimate in nats of `KL(policy || reference)` at tokens sampled from the policy (Schulman 2020).
 
-    With `d = log pi - log ref`: k1 = d (unbiased, noisy, negative at times), k2 = d^2/2 (biased, low noise),
-    k3 = exp(-d) - 1 + d (unbiased, never negative). `d` above 20 in size is clamped in k3's exponential.
-
-    Args:
-        log_ratio: d, of any shape.
-
-    Returns:
-        Same shape, in nats.
+    With the log-ratio `d = log pi - log ref`: k1 = d (unbiased, noisy, negative at times), k2 = d^2/2 (biased, low
+    noise), k3 = exp(-d) - 1 + d (unbiased, never negative). `d` above 20 in size is clamped in k3's exponential.
 
     >>> kl_estimate(torch.tensor([0.0, -1.0]))
     tensor([0.0000, 0.7183])

@@ -1,18 +1,17 @@
 """Unbiased policy-gradient weights of `E[max of k rewards]`: on policy, off policy, and summed over every k.
 
-Rollouts come from mu, `rho_i = pi(y_i)/mu(y_i)` is the ratio of whole sequences. Over the subsets I of size k,
+k is the size of a subset, 1 <= k <= m. Off policy, rollouts come from mu, and `rho_i = pi(y_i)/mu(y_i)` is the ratio
+of whole sequences, [P, m] float64. Over the subsets I of size k,
 
     C(m,k)^-1 sum_I prod_{i in I} rho_i * max R_I
 
-is unbiased for E_pi[max of k]. Its gradient in pi has the two forms of weights below; at rho = 1 they are those of
-`tealightning.functional.max_at_k`. Bagirov et al. 2025 (arXiv 2510.23393) expand the products to first order around
-rho = 1; here they are exact, by elementary symmetric polynomials, in O(m k) after sorting. No subset is enumerated and
-nothing is divided by a ratio: polynomials are built up item by item, as means over subsets, so that binomial
-coefficients never appear on their own. The products themselves have the variance of importance sampling: their size is
-that of the k largest ratios, and sequences that differ much make them useless before they make them wrong.
+is unbiased for E_pi[max of k]. Its gradient in pi has the two forms of weights below; at rho = 1 they are the
+on-policy ones. Bagirov et al. 2025 (arXiv 2510.23393) expand the products to first order around rho = 1; here they are
+exact, by elementary symmetric polynomials, in O(m k) after sorting. No subset is enumerated and nothing is divided by a
+ratio: polynomials are built up item by item, as means over subsets, so that binomial coefficients never appear on their
+own. The products themselves have the variance of importance sampling: their size is that of the k largest ratios, and
+sequences that differ much make them useless before they make them wrong.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -35,72 +34,55 @@ def subset_shares(m: int, k: int) -> Tensor:
     return torch.cat([torch.tensor([float(k)], dtype=torch.float64), k * ratios.cumprod(0)]).flip(0)
 
 
-def gaps_and_ranks(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """Gaps between neighbouring order statistics, ascending [P, m-1], and the rank of every reward [P, m].
+def sum_of_gaps_below(rewards: Tensor, factors: Tensor) -> Tensor:
+    """Sum over the gaps below each reward, weighted by `factors` [m-1], lowest gap first:
 
-    >>> gaps_and_ranks(torch.tensor([[3.0, 0.0, 1.0]]))
-    (tensor([[1., 2.]]), tensor([[2, 0, 1]]))
+        A_(i) = sum_{l < i} (R_(l+1) - R_(l)) * f_l
+
+    Equal for tied rewards, shift-invariant, exactly 0 in a constant group.
+
+    >>> sum_of_gaps_below(torch.tensor([[3.0, 0.0, 1.0]]), torch.tensor([1.0, 10.0]))
+    tensor([[21.,  0.,  1.]])
     """
     ascending, order = rewards.sort(dim=-1)
-    return ascending.diff(dim=-1), order.argsort(dim=-1)
-
-
-def _sum_of_gaps_below(rewards: Tensor, factors: Tensor) -> Tensor:
-    """`sum_{l < i} (R_(l+1) - R_(l)) * f_l` with factors [m-1]: [P, m] in the order of the rewards."""
-    gaps, rank = gaps_and_ranks(rewards)
-    below = (gaps * factors.to(rewards.device)).cumsum(-1)
+    below = (ascending.diff(dim=-1) * factors.to(rewards.device)).cumsum(-1)
     below = torch.cat([below.new_zeros(len(below), 1), below], dim=-1)
-    return below.gather(-1, rank)
+    return below.gather(-1, order.argsort(dim=-1))
 
 
 def max_at_k_weights(rewards: Tensor, k: int) -> Tensor:
-    """Score-function weights of max@k without a baseline, in O(m log m):
+    """Score-function weights of max@k without a baseline, in O(m log m); `k = 1` gives the rewards themselves:
 
         A_i = m/C(m,k) * sum over subsets I of size k with i in I of max(R_I)
 
-    Plain score-function weights of max@k (Walder and Karkhanis 2025, "Pass@K policy optimization"). With ascending
-    order statistics R_(1..m) and `a_l` of `subset_shares`, summed over the gaps above i instead of over subsets:
+    Walder and Karkhanis 2025, "Pass@K policy optimization". With ascending order statistics R_(1..m) and `a_l` of
+    `subset_shares`, summed over the gaps above i instead of over subsets:
 
         A_(i) = k R_(i) + sum_{l >= i} (R_(l+1) - R_(l)) * (k - a_{l-1})
 
     so that tied rewards get identical weights.
 
-    Args:
-        rewards: [P, m] float64, finite.
-        k: Subset size, 1 <= k <= m. `k = 1` gives the rewards themselves.
-
-    Returns:
-        [P, m] float64.
-
     >>> max_at_k_weights(torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.float64), k=2)
     tensor([[4., 4., 6.]], dtype=torch.float64)
     """
-    gaps, rank = gaps_and_ranks(rewards)
-    terms = gaps * (k - subset_shares(rewards.shape[-1], k)[:-1].to(rewards.device))
+    ascending, order = rewards.sort(dim=-1)
+    terms = ascending.diff(dim=-1) * (k - subset_shares(rewards.shape[-1], k)[:-1].to(rewards.device))
     above = terms.flip(-1).cumsum(-1).flip(-1)
     above = torch.cat([above, above.new_zeros(len(above), 1)], dim=-1)
-    return k * rewards + above.gather(-1, rank)
+    return k * rewards + above.gather(-1, order.argsort(dim=-1))
 
 
 def max_at_k_loo_weights(rewards: Tensor, k: int) -> Tensor:
-    """Score-function weights of max@k with the leave-one-out-minus-one baseline, in O(m log m):
+    """Score-function weights of max@k with the leave-one-out-minus-one baseline, for m >= 2, in O(m log m):
 
         A_i = m/C(m,k) * sum over subsets I of size k with i in I of (max R_I - max R_{I without i})
 
-    The leave-one-out-minus-one baseline of max@k (Walder and Karkhanis 2025): what rollout i adds to each subset that
-    it is in. With `a_l` of `subset_shares` it is a sum over the gaps below i, hence never negative, equal for tied
-    rewards, shift-invariant and exactly 0 in a constant group:
+    What rollout i adds to each subset that it is in (Walder and Karkhanis 2025). With `a_l` of `subset_shares` it is a
+    sum over the gaps below i (`sum_of_gaps_below`), hence never negative:
 
         A_(i) = sum_{l < i} (R_(l+1) - R_(l)) * a_l
 
     `k = 1` has no "without i"; it is the leave-one-out baseline (RLOO), `m/(m-1) * (R_i - mean)`.
-
-    Args:
-        rewards: [P, m] float64, finite, m >= 2.
-        k: Subset size, 1 <= k <= m.
-
-    Returns:
-        [P, m] float64.
 
     >>> max_at_k_loo_weights(torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.float64), k=2)
     tensor([[0., 1., 5.]], dtype=torch.float64)
@@ -108,7 +90,7 @@ def max_at_k_loo_weights(rewards: Tensor, k: int) -> Tensor:
     m = rewards.shape[-1]
     if k == 1:
         return centred(rewards) * (m / (m - 1))
-    return _sum_of_gaps_below(rewards, subset_shares(m, k)[1:])
+    return sum_of_gaps_below(rewards, subset_shares(m, k)[1:])
 
 
 def max_at_k_gains(rewards: Tensor, k: int) -> Tensor:
@@ -118,17 +100,10 @@ def max_at_k_gains(rewards: Tensor, k: int) -> Tensor:
 
     Exactly 0 at `k = m`, where every rollout is in the only subset.
 
-    Args:
-        rewards: [P, m] float64, finite.
-        k: Subset size, 1 <= k <= m.
-
-    Returns:
-        [P, m] float64.
-
     >>> max_at_k_gains(torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.float64), k=2)
     tensor([[0., 0., 2.]], dtype=torch.float64)
     """
-    return _sum_of_gaps_below(rewards, subset_shares(rewards.shape[-1], k)[:-1])
+    return sum_of_gaps_below(rewards, subset_shares(rewards.shape[-1], k)[:-1])
 
 
 def _check(rewards: Tensor, ratios: Tensor, k: int, smallest_group: int) -> None:
@@ -143,43 +118,22 @@ def _check(rewards: Tensor, ratios: Tensor, k: int, smallest_group: int) -> None
         raise ValueError("ratios must be finite and not negative: exp(policy log-prob - behaviour log-prob).")
 
 
-def _with_item(means: Tensor, item: Tensor, first: Tensor, count: int) -> Tensor:
-    """Means over the subsets of sizes 0..k-1 of `count + 1` items, from those of `count` items and the new item.
+def _subset_means(ratios: Tensor, values: Tensor, k: int) -> Tensor:
+    """Mean of `v prod rho` over the subsets of size s = 0..k-1 of the items before the i-th: [P, m, k].
 
-    A subset of size s has the new item with probability `s/(count+1)`; without it, it is one of the old items.
-
-    Args:
-        means: [P, k], column s for subsets of size s.
-        item: [P, 1], factor of the new item.
-        first: [P, 1], what the empty set is worth when the new item joins it.
+    v is the value of the subset's first item; the empty set has mean 1. A subset of size s of `count + 1` items has the
+    newest with probability `s/(count+1)`; without it, it is one of the older items.
     """
-    size = torch.arange(means.shape[1], dtype=means.dtype, device=means.device)
-    joined = torch.cat([means[:, :1], first, means[:, 1:-1]], dim=1)[:, : means.shape[1]]
-    return ((count + 1 - size).clamp(min=0) * means + size * item * joined) / (count + 1)
-
-
-def _prefix_means(ratios: Tensor, k: int) -> Iterator[Tensor]:
-    """For i = 0..m-1, the mean of `prod rho` over the subsets of size s = 0..k-1 of the first i items: [P, k]."""
+    size = torch.arange(k, dtype=ratios.dtype, device=ratios.device)
     means = torch.zeros_like(ratios[:, :1]).repeat(1, k)
     means[:, 0] = 1.0
-    yield means
+    rows = [means]
     for i in range(ratios.shape[1] - 1):
-        means = _with_item(means, ratios[:, i : i + 1], torch.ones_like(ratios[:, :1]), i)
-        yield means
-
-
-def _suffix_means(rewards: Tensor, ratios: Tensor, k: int) -> Tensor:
-    """Mean of `prod rho * max R` over subsets of size s = 1..k-1 of the items after i: [P, m, k]; column 0 holds R_i.
-
-    Items ascend, so an item that joins from below leaves the maximum as it is unless the set was empty.
-    """
-    means = torch.zeros_like(ratios[:, :1]).repeat(1, k)
-    rows: list[Tensor] = []
-    for i in range(ratios.shape[1] - 1, -1, -1):
-        own = rewards[:, i : i + 1]
-        rows.append(torch.cat([own, means[:, 1:]], dim=1))
-        means = _with_item(means, ratios[:, i : i + 1], own, ratios.shape[1] - 1 - i)
-    return torch.stack(rows[::-1], dim=1)
+        ratio, value = ratios[:, i : i + 1], values[:, i : i + 1]
+        joined = torch.cat([means[:, :1], value, means[:, 1:-1]], dim=1)[:, :k]
+        means = ((i + 1 - size).clamp(min=0) * means + size * ratio * joined) / (i + 1)
+        rows.append(means)
+    return torch.stack(rows, dim=1)
 
 
 def _below_shares(m: int, k: int) -> Tensor:
@@ -197,7 +151,7 @@ def _below_shares(m: int, k: int) -> Tensor:
 
 
 def off_policy_max_at_k_weights(rewards: Tensor, ratios: Tensor, k: int) -> Tensor:
-    """Off-policy weights of max@k without a baseline:
+    """Off-policy weights of max@k without a baseline, unbiased for the gradient of E_pi[max of k]:
 
         A_i = m C(m,k)^-1 * sum over subsets I of size k with i in I of prod_{j in I} rho_j * max R_I
 
@@ -207,18 +161,7 @@ def off_policy_max_at_k_weights(rewards: Tensor, ratios: Tensor, k: int) -> Tens
         A_(i) = k rho_i sum_a P(a) * mean_{a of the lower} prod rho * mean_{k-1-a of the upper} (prod rho * max R)
 
     with P(a) the share of subsets that have a below i, and R_i for the mean over the empty upper side. `k = 1` gives
-    `rho_i R_i`.
-
-    Args:
-        rewards: [P, m] float64, finite.
-        ratios: [P, m] float64, `pi/mu` of each rollout, >= 0.
-        k: Subset size, 1 <= k <= m.
-
-    Returns:
-        [P, m] float64; `(1/m) sum_i A_i grad log pi(y_i)` is unbiased for the gradient of E_pi[max of k].
-
-    Raises:
-        ValueError: if shapes, k or ratios do not fit.
+    `rho_i R_i`. A ValueError if shapes, k or ratios do not fit.
 
     >>> rewards, ratios = torch.tensor([[[0.0, 1.0, 3.0]], [[1.0, 1.0, 2.0]]], dtype=torch.float64)
     >>> off_policy_max_at_k_weights(rewards, ratios, k=2)
@@ -227,24 +170,17 @@ def off_policy_max_at_k_weights(rewards: Tensor, ratios: Tensor, k: int) -> Tens
     _check(rewards, ratios, k, 1)
     ascending, order = rewards.sort(dim=-1)
     sorted_ratios = ratios.gather(-1, order)
-    lower = torch.stack(list(_prefix_means(sorted_ratios, k)), dim=1)
-    upper = _suffix_means(ascending, sorted_ratios, k).flip(-1)
+    lower = _subset_means(sorted_ratios, torch.ones_like(rewards), k)
+    # From the top down an item that joins leaves the maximum as it is unless the set was empty.
+    upper = _subset_means(sorted_ratios.flip(-1), ascending.flip(-1), k).flip(1)
+    upper[:, :, 0] = ascending
     shares = _below_shares(rewards.shape[-1], k).to(rewards.device)
-    weights = k * sorted_ratios * (shares * lower * upper).sum(dim=-1)
+    weights = k * sorted_ratios * (shares * lower * upper.flip(-1)).sum(dim=-1)
     return torch.empty_like(weights).scatter(-1, order, weights)
 
 
-def _importance_weighted_loo(rewards: Tensor, ratios: Tensor) -> Tensor:
-    """`rho_i (R_i - b_i)`, b_i the ratio-weighted mean of the others, or their plain mean if their ratios are all 0."""
-    from_max = rewards - rewards.amax(dim=-1, keepdim=True)
-    no_weight = sum_of_others(ratios) == 0
-    total = torch.where(no_weight, rewards.shape[-1] - 1.0, sum_of_others(ratios))
-    weighted = torch.where(no_weight, sum_of_others(from_max), sum_of_others(ratios * from_max))
-    return ratios * (from_max - weighted / total)
-
-
 def off_policy_max_at_k_loo_weights(rewards: Tensor, ratios: Tensor, k: int) -> Tensor:
-    """Off-policy weights of max@k with the leave-one-out-minus-one baseline:
+    """Off-policy weights of max@k with the leave-one-out-minus-one baseline, for m >= 2:
 
         A_i = m C(m,k)^-1 * sum over I of size k with i in I of prod_{j in I} rho_j * (max R_I - max R_{I without i})
 
@@ -255,18 +191,7 @@ def off_policy_max_at_k_loo_weights(rewards: Tensor, ratios: Tensor, k: int) -> 
 
     so it is never negative, shift-invariant, and exactly 0 in a constant group. `k = 1` has no "without i"; it is
     `rho_i * (R_i - b_i)` with `b_i = sum_{j != i} rho_j R_j / sum_{j != i} rho_j`: RLOO at rho = 1, unbiased since
-    b_i knows the others only (if all their ratios are 0, b_i is their plain mean).
-
-    Args:
-        rewards: [P, m] float64, finite, m >= 2.
-        ratios: [P, m] float64, `pi/mu` of each rollout, >= 0.
-        k: Subset size, 1 <= k <= m.
-
-    Returns:
-        [P, m] float64.
-
-    Raises:
-        ValueError: if shapes, k or ratios do not fit.
+    b_i knows the others only (if all their ratios are 0, b_i is their plain mean). ValueError as without a baseline.
 
     >>> rewards, ratios = torch.tensor([[[0.0, 1.0, 3.0]], [[1.0, 1.0, 2.0]]], dtype=torch.float64)
     >>> off_policy_max_at_k_loo_weights(rewards, ratios, k=2)
@@ -275,10 +200,14 @@ def off_policy_max_at_k_loo_weights(rewards: Tensor, ratios: Tensor, k: int) -> 
     _check(rewards, ratios, k, 2)
     m = rewards.shape[-1]
     if k == 1:
-        return _importance_weighted_loo(rewards, ratios)
+        from_max = rewards - rewards.amax(dim=-1, keepdim=True)
+        no_weight = sum_of_others(ratios) == 0
+        total = torch.where(no_weight, m - 1.0, sum_of_others(ratios))
+        weighted = torch.where(no_weight, sum_of_others(from_max), sum_of_others(ratios * from_max))
+        return ratios * (from_max - weighted / total)
     ascending, order = rewards.sort(dim=-1)
     sorted_ratios = ratios.gather(-1, order)
-    means = torch.stack([row[:, -1] for row in _prefix_means(sorted_ratios, k)], dim=1)[:, 1:]
+    means = _subset_means(sorted_ratios, torch.ones_like(rewards), k)[:, 1:, -1]
     gains = (ascending.diff(dim=-1) * subset_shares(m, k)[1:].to(rewards.device) * means).cumsum(dim=-1)
     weights = sorted_ratios * torch.cat([torch.zeros_like(gains[:, :1]), gains], dim=-1)
     return torch.empty_like(weights).scatter(-1, order, weights)
@@ -290,22 +219,15 @@ def log_survival_weights(rewards: Tensor) -> Tensor:
         A = w - mean(w),     w_(i) = m sum_{j <= i} (R_(j) - R_(j-1))/(m - j + 1),     R_(0) = 0
 
     The step of height `R_(j) - R_(j-1)` is shared by the `m - j + 1` rollouts that reach it, as `grad log P = grad P/P`
-    wants. The first step is a constant and `mean(w) = R_(m)`, so that only the gaps count: shift-invariant, equal for
-    tied rewards, exactly 0 in a constant group. With the max@k weights of `tealightning.functional.max_at_k`
+    wants. The first step is a constant and `mean(w) = R_(m)`, so that only the gaps count. With the max@k weights
 
         w_i = R_i + sum_{k=2}^{m} (1/k) max_at_k_loo_weights(R, k)_i
 
     which follows `sum_{k=1}^{m} (1/k) E[max of k]` without bias. Subtracting `mean(w)`, the largest reward, takes
     `E[R_(m) (1/m) sum_i S_i] = (1/m) grad E[max of m]` away: A is unbiased for the sum up to m - 1.
 
-    Args:
-        rewards: [P, m] float64, finite.
-
-    Returns:
-        [P, m] float64.
-
     >>> log_survival_weights(torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.float64))
     tensor([[-3.0000, -1.5000,  4.5000]], dtype=torch.float64)
     """
     m = rewards.shape[-1]
-    return centred(_sum_of_gaps_below(rewards, m / torch.arange(m - 1, 0, -1, dtype=torch.float64)))
+    return centred(sum_of_gaps_below(rewards, m / torch.arange(m - 1, 0, -1, dtype=torch.float64)))

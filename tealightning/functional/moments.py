@@ -1,17 +1,17 @@
-"""Moments, leave-one-out sums and ranks of groups of rewards."""
+"""Moments, leave-one-out sums and ranks of groups of rewards, over the last dimension.
+
+Scales are [..., 1], everything else has the shape of its input.
+"""
 
 import torch
 from torch import Tensor
 
 
 def centred(values: Tensor) -> Tensor:
-    """Subtract the mean over the last dimension; exactly 0 in a constant group.
+    """Subtract the mean; exactly 0 in a constant group.
 
     The maximum is subtracted first: the mean of m equal floats need not be that float (three times 0.1), and rewards
     with a large common offset keep their digits.
-
-    Args:
-        values: [..., m] float.
 
     >>> centred(torch.tensor([[1.0, 2.0, 6.0]]))
     tensor([[-2., -1.,  3.]])
@@ -21,16 +21,7 @@ def centred(values: Tensor) -> Tensor:
 
 
 def root_mean_square(values: Tensor, count: Tensor | int) -> Tensor:
-    """Root mean square over the last dimension, without overflow or underflow of the squares:
-
-        sqrt(sum(x^2) / count)
-
-    Args:
-        values: [..., m] float.
-        count: What to divide by: m, m - 1, or a tensor [..., 1].
-
-    Returns:
-        [..., 1]; 0 where all values are 0.
+    """Root mean square `sqrt(sum(x^2) / count)` without overflow or underflow of the squares; 0 where all are 0.
 
     >>> root_mean_square(torch.tensor([[3.0, 4.0]]), 1)
     tensor([[5.]])
@@ -41,10 +32,7 @@ def root_mean_square(values: Tensor, count: Tensor | int) -> Tensor:
 
 
 def sample_std(values: Tensor) -> Tensor:
-    """Standard deviation with divisor m - 1 over the last dimension, [..., 1]; exactly 0 in a constant group.
-
-    Args:
-        values: [..., m] float, m >= 2.
+    """Standard deviation with divisor m - 1, for m >= 2; exactly 0 in a constant group.
 
     >>> sample_std(torch.tensor([[1.0, 2.0, 3.0]]))
     tensor([[1.]])
@@ -67,15 +55,9 @@ def _sum_before(values: Tensor) -> Tensor:
 
 
 def sum_of_others(values: Tensor) -> Tensor:
-    """Leave-one-out sums `sum_{j != i} x_j` over the last dimension, from the two partial sums beside i.
+    """Leave-one-out sums `sum_{j != i} x_j`, from the two partial sums beside i.
 
     Subtracting x_i from the whole sum would leave rounding noise where x_i is much larger than all others together.
-
-    Args:
-        values: [..., m] float.
-
-    Returns:
-        [..., m].
 
     >>> sum_of_others(torch.tensor([[1.0, 2.0, 3.0]]))
     tensor([[5., 4., 3.]])
@@ -83,12 +65,16 @@ def sum_of_others(values: Tensor) -> Tensor:
     return _sum_before(values) + _sum_before(values.flip(-1)).flip(-1)
 
 
-def _below_and_tied(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """How many rewards of the group are smaller, and how many equal (itself included): both [P, m] float64."""
-    values = rewards.contiguous()
-    ascending = values.sort(dim=-1).values.contiguous()
+def below_and_tied(values: Tensor, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """How many of a row are smaller, and how many equal (itself included); compared with those of `among`, if given.
+
+    >>> below_and_tied(torch.tensor([[5.0, 1.0, 5.0]]))
+    (tensor([[1, 0, 1]]), tensor([[2, 1, 2]]))
+    """
+    values = values.contiguous()
+    ascending = (values if among is None else among).sort(dim=-1).values.contiguous()
     below = torch.searchsorted(ascending, values)
-    return below.double(), (torch.searchsorted(ascending, values, right=True) - below).double()
+    return below, torch.searchsorted(ascending, values, right=True) - below
 
 
 def mid_rank_quantiles(rewards: Tensor) -> Tensor:
@@ -96,46 +82,27 @@ def mid_rank_quantiles(rewards: Tensor) -> Tensor:
 
         q_i = (#{j: R_j < R_i} + #{j: R_j = R_i}/2) / m
 
-    Args:
-        rewards: [P, m] float.
-
-    Returns:
-        [P, m] float64.
-
     >>> mid_rank_quantiles(torch.tensor([[5.0, 1.0, 5.0, 9.0]]))
     tensor([[0.5000, 0.1250, 0.5000, 0.8750]], dtype=torch.float64)
     """
-    below, tied = _below_and_tied(rewards)
-    return (below + tied / 2) / rewards.shape[-1]
+    below, tied = below_and_tied(rewards)
+    return (below.double() + tied.double() / 2) / rewards.shape[-1]
 
 
 def win_rates(rewards: Tensor) -> Tensor:
     """Win rates: share of the *other* rollouts that a rollout beats, ties counting half; 1/2 in a constant group.
 
-    Args:
-        rewards: [P, m] float, m >= 2.
-
-    Returns:
-        [P, m] float64.
-
     >>> win_rates(torch.tensor([[5.0, 1.0, 5.0]]))
     tensor([[0.7500, 0.0000, 0.7500]], dtype=torch.float64)
     """
-    below, tied = _below_and_tied(rewards)
-    return (below + (tied - 1) / 2) / (rewards.shape[-1] - 1)
+    below, tied = below_and_tied(rewards)
+    return (below.double() + (tied.double() - 1) / 2) / (rewards.shape[-1] - 1)
 
 
 def best_of_n_rank_weights(quantiles: Tensor, n: int) -> Tensor:
-    """Density ratio `N q_i^(N-1)` of the best of N to a single draw at quantile q_i, divided by its group mean.
+    """Density ratio `N q_i^(N-1)` of the best of N to a single draw at quantile q_i in (0, 1), divided by its mean.
 
     Normalised in log space: neither a large N nor a small q underflows to 0/0.
-
-    Args:
-        quantiles: [P, m] float64 in (0, 1).
-        n: N, >= 1.
-
-    Returns:
-        [P, m] float64, each row with mean 1.
 
     >>> best_of_n_rank_weights(torch.tensor([[0.25, 0.75]], dtype=torch.float64), n=2)
     tensor([[0.5000, 1.5000]], dtype=torch.float64)
@@ -144,18 +111,11 @@ def best_of_n_rank_weights(quantiles: Tensor, n: int) -> Tensor:
 
 
 def exponential_tilt(quantiles: Tensor, tilt: float) -> Tensor:
-    """Exponential tilt of quantiles, from 0 to 1: linear for small t, nothing but the top for large t.
+    """Exponential tilt of quantiles, from 0 to 1: linear for small t > 0, nothing but the top for large t.
 
         (exp(t q) - 1)/(exp(t) - 1)
 
     Evaluated as `exp(t (q - 1)) * expm1(-t q)/expm1(-t)`, whose factors never exceed 1.
-
-    Args:
-        quantiles: [...] float64 in [0, 1].
-        tilt: t > 0.
-
-    Returns:
-        [...] float64 in [0, 1].
 
     >>> exponential_tilt(torch.tensor([0.0, 0.5, 1.0]), tilt=10)
     tensor([0.0000, 0.0067, 1.0000])

@@ -4,8 +4,8 @@ What the unbiased tail estimators are calibrated with: for m standard normal rew
 `R_(1) >= ... >= R_(m)` and excesses `e_j = R_(j) - R_(k)` over the k-th, expectations such as `E[e_j^2 R_(j) / s]`
 with a spread `s` of the group in the denominator. Three facts make them sums of products of one-dimensional integrals:
 
-- given the threshold `r = R_(k)`, the n = k - 1 excesses are independent, with density `phi(r + e)/Phi(-r)`, and the
-  m - k rewards below are independent too;
+- given the threshold `r = R_(k)`, the n = k - 1 excesses are independent, with density `phi(r + e)/Phi(-r)`, and so
+  are the m - k rewards below;
 - `1/s = (2/sqrt(pi)) * integral over t > 0 of exp(-t^2 s^2)`;
 - if `s` is a standard deviation of w values, `exp(-t^2 s^2) = (t/sqrt(pi)) * integral over c of exp(-(t^2/w) sum (x_i
   - c)^2)` (a Hubbard-Stratonovich transform), a product over the values; a root mean square needs no c.
@@ -55,8 +55,8 @@ def _window(log_density: Array, grid: Array) -> tuple[Array, Array]:
     last = grid.shape[-1] - 1
     first_kept = np.maximum(kept.argmax(-1) - 1, 0)
     last_kept = np.minimum(last - kept[..., ::-1].argmax(-1) + 1, last)
-    take = lambda index: np.take_along_axis(grid, index[..., None], -1)[..., 0]  # noqa: E731
-    return take(first_kept), take(last_kept)
+    low, high = (np.take_along_axis(grid, end[..., None], -1)[..., 0] for end in (first_kept, last_kept))
+    return low, high
 
 
 def threshold_nodes(m: int, k: int, count: int) -> tuple[Array, Array]:
@@ -117,16 +117,10 @@ def tilted_excess(r: float, a: Array, b: Array, count: int) -> Tilted:
     return Tilted(log_factor + log_tail - log_ndtr(-r), excess, probability, log_cdf, log_sf)
 
 
-def _log_mass_above(r: float, a: Array, b: Array) -> Array:
-    """Logarithm of `E[exp(-a (x - b)^2) | x > r]` for a standard normal x."""
+def _log_mass(r: float, a: Array, b: Array, side: int) -> Array:
+    """Logarithm of `E[exp(-a (x - b)^2)]` for a standard normal x above r (side -1) or below it (side 1)."""
     _, beta, log_factor = _tilt(r, a, b)
-    return log_factor + log_ndtr(-beta) - log_ndtr(-r)
-
-
-def _log_mass_below(r: float, a: Array, b: Array) -> Array:
-    """Logarithm of `E[exp(-a (x - b)^2) | x < r]`."""
-    _, beta, log_factor = _tilt(r, a, b)
-    return log_factor + log_ndtr(beta) - log_ndtr(r)
+    return log_factor + log_ndtr(side * beta) - log_ndtr(side * r)
 
 
 class TiltNodes(NamedTuple):
@@ -137,37 +131,37 @@ class TiltNodes(NamedTuple):
     b: Array  # [nodes], centre in units of rewards
 
 
-def _t_nodes(count: int, t_scale: float) -> tuple[Array, Array]:
-    """Nodes and weights of `(2/sqrt(pi)) * integral over t > 0`, as many below `t_scale` as above it."""
+def _t_nodes(count: int) -> tuple[Array, Array]:
+    """Nodes and weights of `(2/sqrt(pi)) * integral over t > 0`, as many below 1.5 as above it."""
     x, w = _unit_nodes(count)
-    return t_scale * x / (1 - x), 2 / math.sqrt(math.pi) * w * t_scale / (1 - x) ** 2
+    return 1.5 * x / (1 - x), 2 / math.sqrt(math.pi) * w * 1.5 / (1 - x) ** 2
 
 
 def rms_nodes(r: float, n: int, resolution: Resolution) -> TiltNodes:
-    """For `s` = root mean square of the n excesses.
+    """Nodes for `s` = root mean square of the n excesses.
 
     >>> rms_nodes(0.0, 3, DEFAULT).weight.shape
     (40,)
     """
-    t, weight = _t_nodes(resolution.t, 1.5)
+    t, weight = _t_nodes(resolution.t)
     return TiltNodes(weight, t * t / n, np.full_like(t, r))
 
 
 def std_nodes(r: float, n: int, resolution: Resolution, *, members: int, below: int, with_threshold: bool) -> TiltNodes:
-    """For `s` = population standard deviation of the n excesses, of the threshold if asked for, and of `below` rewards
-    under it: `members` values in all.
+    """Nodes for `s` = population standard deviation of `members` values: the n excesses, the threshold if asked for,
+    and `below` rewards under it.
 
     >>> std_nodes(0.0, 3, DEFAULT, members=4, below=0, with_threshold=True).weight.shape
     (1600,)
     """
-    t, t_weight = _t_nodes(resolution.t, 1.5)
+    t, t_weight = _t_nodes(resolution.t)
     a = t * t / members
 
     def log_product(a: Array, b: Array) -> Array:
-        total = n * _log_mass_above(r, a, b)
+        total = n * _log_mass(r, a, b, -1)
         if with_threshold:
             total = total - a * (r - b) ** 2
-        return total + below * _log_mass_below(r, a, b) if below else total
+        return total + below * _log_mass(r, a, b, 1) if below else total
 
     reach = 14 + 14 / t  # around r: rewards spread over less than 14, and their mean is known to about 1/t
     grid = r + np.linspace(-1, 1, 801) ** 3 * reach[:, None]  # finer near r, where large t looks
@@ -176,5 +170,5 @@ def std_nodes(r: float, n: int, resolution: Resolution, *, members: int, below: 
     b = low[:, None] + (high - low)[:, None] * x
     a = np.broadcast_to(a[:, None], b.shape)
     weight = (t_weight * t / math.sqrt(math.pi) * (high - low))[:, None] * w
-    others = np.exp(log_product(a, b) - n * _log_mass_above(r, a, b))
+    others = np.exp(log_product(a, b) - n * _log_mass(r, a, b, -1))
     return TiltNodes((weight * others).ravel(), a.ravel(), b.ravel())

@@ -1,52 +1,109 @@
-"""The least noisy of the exactly unbiased tail estimators: every rank of the tail has coefficients of its own.
+"""Exactly unbiased tail weights: calibrated plug-in weights, and the least noisy ones, with coefficients for each rank.
 
-With order statistics `R_(1) >= ... >= R_(m)`, excesses `e_j = R_(j) - R_(k)` and a spread `s` of the group, the
-rollout of rank j < k gets `a_j e_j + b_j e_j^2 / s`. The coefficients are found for standard normal rewards; location
-and scale of the rewards do not matter, because the form is equivariant in both.
+Both are found for standard normal rewards; location and scale do not matter, because the forms are equivariant in both.
+With order statistics `R_(1) >= ... >= R_(m)`, excesses `e_j = R_(j) - R_(k)` and a spread `s` of the group, the optimal
+weights give the rollout of rank j < k the advantage `a_j e_j + b_j e_j^2 / s`. Expectations are quadratures accurate to
+better than 1e-6 (`functional.normal_tail`).
 """
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from scipy.special import gammaln
 from torch import Tensor
 
+from tealightning.functional import normal_tail
 from tealightning.functional.moments import centred, ratio_or_zero, root_mean_square
-from tealightning.functional.normal_tail import (
-    DEFAULT,
-    Resolution,
-    TailScale,
-    TiltNodes,
-    rms_nodes,
-    std_nodes,
-    threshold_nodes,
-    tilted_excess,
-)
-from tealightning.functional.tail import expected_max_normal
+from tealightning.functional.normal_tail import DEFAULT, Resolution, TailScale, TiltNodes
+from tealightning.functional.tail import expected_max_normal, tail_size, tail_statistics
 
 _DRAWS = 1 << 17  # of the noise matrices; their error makes the coefficients less than optimal, never biased
 _SEED = 20_260_510
 
 
+@lru_cache(maxsize=1024)
+def calibration_matrix(m: int, k: int, resolution: Resolution = DEFAULT) -> tuple[tuple[float, float], ...]:
+    """Expected gradient of the two basis functions for standard normal R, each the mean over the group; 3 <= k <= m:
+
+        [[E B1 R, E B2 R], [E B1 (R^2-1), E B2 (R^2-1)]]
+
+        B1 = 1{top k} (R - r^),    B2 = 1{top k} ((R - mu^)^2 - (r^ - mu^)^2) / (2 sigma^)
+
+    with `r^` the k-th largest of the m rewards, `mu^` and `sigma^` mean and population standard deviation of the k.
+
+    >>> round(calibration_matrix(8, 4)[0][0], 3)
+    0.375
+    """
+    matrix = np.zeros((2, 2))
+    for r, weight in zip(*normal_tail.threshold_nodes(m, k, resolution.threshold), strict=True):
+        one = normal_tail.tilted_excess(r, np.zeros(1), np.zeros(1), resolution.excess)
+        e, p = one.excess[0], one.probability[0]
+        x = r + e
+        matrix[:, 0] += weight * ((k - 1) * np.array([(p * e * x).sum(), (p * e * (x * x - 1)).sum()]))
+        matrix[:, 1] += weight * _quadratic_terms(r, k, resolution)
+    return tuple(map(tuple, (matrix / m).tolist()))  # type: ignore[arg-type]
+
+
+def _quadratic_terms(r: float, k: int, resolution: Resolution) -> np.ndarray:
+    """`E[sum_j e_j (e_j - 2 e_mean)/(2 sigma) * (x_j, x_j^2 - 1) | r]`, where e_mean is over all k: [2].
+
+    With g one of the scores, the sum over j of `e_j (e_j - 2 e_mean) g_j` is `sum e_j^2 g_j - (2/k) sum_l e_l sum_j
+    e_j g_j`, and under a product of independent excesses its mean follows from one-excess moments.
+    """
+    n = k - 1
+    nodes = normal_tail.std_nodes(r, n, resolution, members=k, below=0, with_threshold=True)
+    one = normal_tail.tilted_excess(r, nodes.a, nodes.b, resolution.excess)
+    e, p = one.excess, one.probability
+    x = r + e
+    mass = nodes.weight * np.exp(n * one.log_mass)
+    mean_e = (p * e).sum(-1)
+    terms = []
+    for score in (x, x * x - 1):
+        same = (p * e * e * score).sum(-1) * (1 - 2 / k)
+        cross = mean_e * (p * e * score).sum(-1) * (2 * (n - 1) / k)
+        terms.append(0.5 * n * (mass * (same - cross)).sum())
+    return np.array(terms)
+
+
+@lru_cache(maxsize=1024)
+def calibrated_coefficients(m: int, target_n: int, alpha: float) -> tuple[float, float]:
+    """Coefficients `(a, b) = E(m, alpha)^-1 (1, c_N)` of the calibrated weights, E the calibration matrix over alpha.
+
+    >>> [round(c, 3) for c in calibrated_coefficients(16, 128, 0.25)]
+    [1.728, 8.416]
+    """
+    matrix = np.array(calibration_matrix(m, tail_size(alpha, m))) / alpha
+    a, b = np.linalg.solve(matrix, [1.0, expected_max_normal(target_n)])
+    return float(a), float(b)
+
+
+def calibrated_weights(rewards: Tensor, *, target_n: int, alpha: float) -> Tensor:
+    """Calibrated weights of a top k >= 3, 0 for the others and for a tail without spread:
+
+        (1/alpha) [a e + b e (e - 2 e_mean)/(2 sigma)]
+
+    The Gaussian `functional.tail.tail_weights` with `calibrated_coefficients` in place of `(1, ct_N)`.
+
+    >>> calibrated_weights(torch.tensor([[0.0, 1.0, 2.0, 4.0]], dtype=torch.float64), target_n=8, alpha=0.75)
+    tensor([[-0.0000, -0.0000, -3.6408,  9.9167]], dtype=torch.float64)
+    """
+    a, b = calibrated_coefficients(rewards.shape[1], target_n, alpha)
+    tail = tail_statistics(rewards, alpha)
+    excess = (rewards - tail.threshold).clamp(min=0)
+    curvature = ratio_or_zero(excess - 2 * tail.mean_excess, tail.std)
+    return excess * (a + 0.5 * b * curvature) / alpha
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TailMoments:
-    """Moments of the 2(k-1) basis functions, the k - 1 linear ones first, for standard normal rewards."""
+    """Moments of the p = 2(k-1) basis functions, the k - 1 linear ones first, for standard normal rewards."""
 
     signal: np.ndarray  # [2, p], E: mean contribution to the gradient in (location, log-scale)
     noise: np.ndarray  # [p, p], V: second moments of the contributions, summed over both directions
     unrelated: np.ndarray  # [p, p], Q: second moments in a direction that the reward does not depend on
-
-
-def min_tail(scale: TailScale) -> int:
-    """Smallest k for which `s` says anything and `E[1/s^2]` exists: 3, and 5 for `tail_std`, which is a standard
-    deviation of k - 1 values and can be arbitrarily small beside them.
-
-    >>> min_tail("tail_rms"), min_tail("tail_std")
-    (3, 5)
-    """
-    return 5 if scale == "tail_std" else 3
 
 
 def tail_moments(m: int, k: int, scale: TailScale) -> TailMoments:
@@ -62,29 +119,23 @@ def tail_moments(m: int, k: int, scale: TailScale) -> TailMoments:
 def signal_matrix(m: int, k: int, scale: TailScale, resolution: Resolution = DEFAULT) -> np.ndarray:
     """Expected gradients `E` [2, 2(k-1)]: `E[e_j g_j]/m` and `E[e_j^2 g_j / s]/m` for the scores `g = R` and `R^2 - 1`.
 
-    Deterministic; accurate to better than 1e-6 (see `functional.normal_tail`).
-
     >>> signal_matrix(8, 3, "tail_rms").round(3)
     array([[0.2  , 0.05 , 0.26 , 0.036],
            [0.267, 0.018, 0.352, 0.017]])
     """
     n = k - 1
     signal = np.zeros((2, 2 * n))
-    for r, weight in zip(*threshold_nodes(m, k, resolution.threshold), strict=True):
-        flat = TiltNodes(np.ones(1), np.zeros(1), np.zeros(1))
+    flat = TiltNodes(np.ones(1), np.zeros(1), np.zeros(1))
+    for r, weight in zip(*normal_tail.threshold_nodes(m, k, resolution.threshold), strict=True):
+        if scale == "tail_rms":
+            nodes = normal_tail.rms_nodes(r, n, resolution)
+        elif scale == "tail_std":
+            nodes = normal_tail.std_nodes(r, n, resolution, members=n, below=0, with_threshold=False)
+        else:
+            nodes = normal_tail.std_nodes(r, n, resolution, members=m, below=m - k, with_threshold=True)
         signal[:, :n] += weight * _rank_means(r, n, flat, power=1, resolution=resolution)
-        signal[:, n:] += weight * _rank_means(r, n, _nodes(r, m, k, scale, resolution), power=2, resolution=resolution)
+        signal[:, n:] += weight * _rank_means(r, n, nodes, power=2, resolution=resolution)
     return signal / m
-
-
-def _nodes(r: float, m: int, k: int, scale: TailScale, resolution: Resolution) -> TiltNodes:
-    """Nodes that integrate `1/s` for the given spread."""
-    n = k - 1
-    if scale == "tail_rms":
-        return rms_nodes(r, n, resolution)
-    if scale == "tail_std":
-        return std_nodes(r, n, resolution, members=n, below=0, with_threshold=False)
-    return std_nodes(r, n, resolution, members=m, below=m - k, with_threshold=True)
 
 
 def _rank_means(r: float, n: int, nodes: TiltNodes, *, power: int, resolution: Resolution) -> np.ndarray:
@@ -94,7 +145,7 @@ def _rank_means(r: float, n: int, nodes: TiltNodes, *, power: int, resolution: R
     density of rank j over that of one excess.
     """
     count = max(resolution.excess, math.ceil(12 * math.sqrt(n)))  # a rank's density narrows like 1/sqrt(n)
-    one = tilted_excess(r, nodes.a, nodes.b, count)
+    one = normal_tail.tilted_excess(r, nodes.a, nodes.b, count)
     mass = nodes.weight * np.exp(n * one.log_mass)
     kept = mass > 1e-18 * mass.max()
     e = one.excess[kept]
@@ -137,8 +188,7 @@ def rank_basis(rewards: Tensor, top: Tensor, scale: TailScale) -> tuple[Tensor, 
     """Basis functions `e_j` and `e_j^2 / s` of the ranks j = 1..k-1, best first: [P, k-1] each; 0 where `s` is 0.
 
     Args:
-        rewards: [P, m] float64.
-        top: [P, k] float64, its k largest, descending.
+        top: [P, k] float64, the k largest, descending.
         scale: `tail_rms`: root mean square of the excesses; `tail_std`: their population standard deviation;
             `group_std`: that of the whole group.
 
@@ -171,19 +221,10 @@ def optimal_coefficients(moments: TailMoments, *, target_n: int, lam: float, sca
 
 
 def optimal_weights(rewards: Tensor, coefficients: Tensor, scale: TailScale) -> Tensor:
-    """Weights of the ranks j < k; the other rollouts get 0, and so do groups where `s` is 0:
+    """Weights `a_j e_j + b_j e_j^2 / s` of the ranks j < k; 0 for the others and for groups where `s` is 0.
 
-        a_j e_j + b_j e_j^2 / s
-
-    Rollouts with equal rewards share the mean of what their ranks would get.
-
-    Args:
-        rewards: [P, m] float64, finite.
-        coefficients: [2, k-1] float64, rows a and b, best rank first.
-        scale: What `s` is, see `rank_basis`.
-
-    Returns:
-        [P, m] float64.
+    `coefficients` are [2, k-1] float64, rows a and b, best rank first; for `scale` see `rank_basis`. Rollouts with
+    equal rewards share the mean of what their ranks would get.
 
     >>> rewards = torch.tensor([[0.0, 1.0, 3.0, 4.0]], dtype=torch.float64)
     >>> optimal_weights(rewards, torch.tensor([[1.0, 1.0], [2.0, 0.0]], dtype=torch.float64), "tail_rms")

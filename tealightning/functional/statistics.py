@@ -1,7 +1,7 @@
 """Means and differences over prompts and seeds: standard errors, crossed bootstrap, variance components.
 
 Samples of one prompt share its difficulty, so counting them as independent would understate the error: every
-function here takes one value a prompt.
+function here takes one value a prompt. Results are float64, with one entry for each of C columns.
 """
 
 from dataclasses import dataclass
@@ -15,16 +15,13 @@ from torch import Tensor
 class MeanEstimate(NamedTuple):
     """A mean over prompts."""
 
-    mean: Tensor  # [...] float64; NaN without prompts
-    standard_error: Tensor  # [...] float64; NaN with fewer than 2 prompts
-    num_prompts: Tensor  # [...] int64, prompts that counted
+    mean: Tensor  # NaN without prompts
+    standard_error: Tensor  # NaN with fewer than 2 prompts
+    num_prompts: Tensor  # int64, prompts that counted
 
 
 def mean_over_prompts(values: Tensor) -> MeanEstimate:
-    """Mean and standard error `std (ddof 1) / sqrt(prompts)` over the first dimension; NaN prompts are left out.
-
-    Args:
-        values: [Q] or [Q, C] float, one row a prompt.
+    """Mean and standard error `std (ddof 1) / sqrt(prompts)` of [Q] or [Q, C] over prompts; NaN ones are left out.
 
     >>> [round(value.item(), 3) for value in mean_over_prompts(torch.tensor([1.0, 2.0, 3.0, float("nan")]))]
     [2.0, 0.577, 3]
@@ -40,19 +37,12 @@ def mean_over_prompts(values: Tensor) -> MeanEstimate:
 
 
 def paired_difference(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> MeanEstimate:
-    """Mean of `after - before` over the prompts that both have, with its standard error.
+    """Mean of `after - before` over the prompts that both have values of, with its standard error.
 
-    Pairing removes the spread between prompts, usually the larger part of either mean's error.
+    Pairing removes the spread between prompts, usually the larger part of either mean's error. Each is (keys [Q] int64,
+    values [Q] or [Q, C]) as `BestOfN.per_prompt` returns; prompts may come in another order, or be others.
 
-    Args:
-        before: (keys [Q] int64, values [Q] or [Q, C] float), as `BestOfN.per_prompt` returns; keys must be unique.
-        after: The same for the other run; its prompts may come in another order, or be others.
-
-    Returns:
-        The mean difference, its standard error and the number of matched prompts with both values.
-
-    Raises:
-        ValueError: if keys repeat or the values have different numbers of columns.
+    Raises: ValueError if keys repeat or the values have different numbers of columns.
 
     >>> keys = torch.tensor([7, 8])
     >>> before, after = (keys, torch.tensor([1.0, 2.0])), (keys.flip(0), torch.tensor([4.0, 2.0]))
@@ -66,15 +56,11 @@ def paired_difference(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor
         raise ValueError(
             f"before and after must hold the same columns, got {tuple(before[1].shape)} and {tuple(after[1].shape)}."
         )
-    first, second = _common_prompts(before, after[0]), _common_prompts(after, before[0])
-    return mean_over_prompts(second - first)
-
-
-def _common_prompts(keyed: tuple[Tensor, Tensor], others: Tensor) -> Tensor:
-    """The values whose key is among `others`, sorted by key."""
-    keys, values = keyed
-    kept = torch.isin(keys, others)
-    return values.double()[kept][keys[kept].argsort()]
+    common = []
+    for (keys, values), (others, _) in ((before, after), (after, before)):
+        shared = torch.isin(keys, others)
+        common.append(values.double()[shared][keys[shared].argsort()])
+    return mean_over_prompts(common[1] - common[0])
 
 
 MIN_SEED_SHARE = 0.05  # of the residual mean square: seed means that agree by chance are no proof of precision
@@ -85,11 +71,11 @@ FILL_STEPS = 1000
 class Components:
     """Means of C columns over seeds and prompts, with the parts of their variance."""
 
-    mean: Tensor  # [C] float64
-    seed_variance: Tensor  # [C] float64, the part of Var(mean) that more seeds would lower; holds the residual's
-    prompt_variance: Tensor  # [C] float64, the part that only more prompts would lower
-    degrees_of_freedom: Tensor  # [C] float64
-    prompt_effects: Tensor  # [Q, C] float64, prompt means less the mean
+    mean: Tensor
+    seed_variance: Tensor  # the part of Var(mean) that more seeds would lower; holds the residual's
+    prompt_variance: Tensor  # the part that only more prompts would lower
+    degrees_of_freedom: Tensor
+    prompt_effects: Tensor  # [Q, C], prompt means less the mean
 
 
 def crossed_components(values: Tensor, missing: int = 0) -> Components:
@@ -104,14 +90,11 @@ def crossed_components(values: Tensor, missing: int = 0) -> Components:
         1/df = (V_seeds / (S-1) + V_prompts / (Q-1)) / (V_seeds + V_prompts)
 
     Satterthwaite (1946) squares the two shares, which is liberal when S is 3 (92%) because the shares are estimates.
+    One seed (or prompt): its variance part is 0. Variance and degrees of freedom are NaN where S = Q = 1.
 
     Args:
         values: [S, Q, C] float64 without NaN.
         missing: How many cells were filled in; each takes a degree of freedom from the residual.
-
-    Returns:
-        See `Components`; variance and degrees of freedom NaN where S = Q = 1. One seed (or prompt): its variance part
-        is 0.
 
     >>> parts = crossed_components(torch.tensor([[1.0, 2.0], [2.0, 5.0]], dtype=torch.float64)[..., None])
     >>> parts.mean, parts.seed_variance, parts.prompt_variance
@@ -131,27 +114,20 @@ def crossed_components(values: Tensor, missing: int = 0) -> Components:
     prompt_variance = (prompt_square - residual_square).clamp(min=0) / cells
     total = seed_variance + prompt_variance
     per_seed, per_prompt = seed_variance / max(seeds - 1, 1), prompt_variance / max(prompts - 1, 1)
-    degrees = (total / (per_seed + per_prompt)).masked_fill(total == 0, 1.0)
     return Components(
         mean=origin + mean,
         seed_variance=seed_variance,
         prompt_variance=prompt_variance,
-        degrees_of_freedom=degrees,
+        degrees_of_freedom=(total / (per_seed + per_prompt)).masked_fill(total == 0, 1.0),
         prompt_effects=prompt_effects,
     )
 
 
 def _drop_and_fill(values: Tensor) -> tuple[Tensor, int]:
-    """Leave out seeds and prompts without any value, and fill other missing cells with `mu + a_s + b_q`.
+    """Leave out seeds and prompts of [S, Q] without any value, and fill other missing cells with `mu + a_s + b_q`.
 
     The fill is the fixed point of "fit the additive model to the filled table, read the missing cells off it", which is
-    least squares on the present cells (Yates 1933).
-
-    Args:
-        values: [S, Q] float64, NaN = missing.
-
-    Returns:
-        [S', Q'] without NaN (of 0 elements if all were missing), and the number of cells that were filled.
+    least squares on the present cells (Yates 1933). Returns the table and how many cells were filled.
     """
     present = ~values.isnan()
     values = values[present.any(dim=1)][:, present.any(dim=0)]
@@ -177,11 +153,11 @@ MIN_VARIANCE_RATIO = 0.25  # of a resample: one that misses the only unusual pro
 class Interval:
     """Means of C columns with their uncertainty. NaN where a column has no value, or all but `mean` if it has one."""
 
-    mean: Tensor  # [C] float64
-    low: Tensor  # [C] float64
-    high: Tensor  # [C] float64
-    standard_error: Tensor  # [C] float64
-    p_value: Tensor  # [C] float64, two-sided, of mean = 0
+    mean: Tensor
+    low: Tensor
+    high: Tensor
+    standard_error: Tensor
+    p_value: Tensor  # two-sided, of mean = 0
 
 
 def crossed_interval(values: Tensor, *, confidence: float = 0.95, samples: int = 4000, seed: int = 0) -> Interval:
@@ -208,17 +184,16 @@ def crossed_interval(values: Tensor, *, confidence: float = 0.95, samples: int =
     the degrees of freedom of a sum of variances; Hall (1988) for studentising; Carpenter, Goldstein and Rasbash (2003)
     for resampling effects rescaled to their estimated variance. Not theirs: the weights in `df`.
 
+    One seed: over prompts only, so the spread of seeds is not in it. One prompt: over seeds only, a t interval. Fewer
+    than 8 prompts: `r = 1`. One cell: NaN but for the mean. Constant columns: an interval of width 0 and p-value 0, or
+    1 where the constant is 0; for bounded values that is too sure.
+
     Args:
         values: [S, Q, C] float, NaN = missing cell. A missing cell is filled by the additive fit, so that each seed and
             prompt keeps its weight in the mean; a seed or prompt without any value in a column is left out of it.
-        confidence: Of the interval, in (0, 1).
         samples: Bootstrap resamples, the same for all columns.
-        seed: Of the resamples.
 
-    Returns:
-        Each [C]. One seed: over prompts only, so the spread of seeds is not in it. One prompt: over seeds only, a t
-        interval. Fewer than 8 prompts: `r = 1`. One cell: NaN but for the mean. Constant columns: an interval of
-        width 0 and p-value 0, or 1 where the constant is 0; for bounded values that is too sure.
+    Raises: ValueError for another shape, a confidence outside (0, 1), or fewer than 100 samples.
 
     >>> values = torch.randn(3, 24, 1, generator=torch.Generator().manual_seed(0))
     >>> interval = crossed_interval(values + 1)
@@ -248,11 +223,12 @@ def crossed_interval(values: Tensor, *, confidence: float = 0.95, samples: int =
 def _interval(parts: Components, confidence: float, samples: int, seed: int) -> Tensor:
     """[5, C]: mean, low, high, standard error, p-value of columns without missing cells."""
     mean, error = parts.mean, (parts.seed_variance + parts.prompt_variance).sqrt()
-    critical = torch.from_numpy(stats.t.ppf((1 + confidence) / 2, parts.degrees_of_freedom.numpy()))
+    degrees = parts.degrees_of_freedom.numpy()
+    critical = torch.from_numpy(stats.t.ppf((1 + confidence) / 2, degrees))
     shape_low, shape_high = _shape(parts, confidence, samples, seed)
     low, high = mean - critical * shape_high * error, mean + critical * shape_low * error
     score = mean.abs() / (error * torch.where(mean > 0, shape_high, shape_low))
-    p_value = torch.from_numpy(2 * stats.t.sf(score.numpy(), parts.degrees_of_freedom.numpy()))
+    p_value = torch.from_numpy(2 * stats.t.sf(score.numpy(), degrees))
     p_value = torch.where(error == 0, (mean == 0).double(), p_value)
     return torch.stack([mean, low, high, error, p_value])
 
@@ -260,10 +236,13 @@ def _interval(parts: Components, confidence: float, samples: int, seed: int) -> 
 def _shape(parts: Components, confidence: float, samples: int, seed: int) -> tuple[Tensor, Tensor]:
     """Lower and upper quantile of tau* over that of a t distribution, both positive, each [C]."""
     effects, count = parts.prompt_effects, len(parts.prompt_effects)
-    one = torch.ones_like(parts.mean)
     if count < MIN_RESAMPLED:
-        return one, one
-    counts, normal = _resamples(count, samples, seed)
+        return torch.ones_like(parts.mean), torch.ones_like(parts.mean)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(count, (samples, count), generator=generator)
+    counts = torch.zeros(samples, count, dtype=torch.float64)  # how often each resample holds each prompt
+    counts.scatter_add_(1, drawn, torch.ones_like(counts))
+    normal = torch.special.ndtri((torch.randperm(samples, generator=generator).double() + 0.5) / samples)  # stratified
     total = parts.seed_variance + parts.prompt_variance
     prompt_share = parts.prompt_variance / total.masked_fill(total == 0, 1.0)
     seed_share = 1 - prompt_share
@@ -282,13 +261,3 @@ def _shape(parts: Components, confidence: float, samples: int, seed: int) -> tup
     # Of both signs in every sensible case; a shape that shrinks the interval to nothing is never right.
     low, high = (quantiles * torch.tensor([[-1.0], [1.0]]) / reference).clamp(min=0.5)
     return low, high
-
-
-def _resamples(count: int, samples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """How often each resample holds each prompt, [samples, count], and stratified normal draws, [samples]."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(count, (samples, count), generator=generator)
-    counts = torch.zeros(samples, count, dtype=torch.float64)
-    counts.scatter_add_(1, drawn, torch.ones_like(counts))
-    strata = (torch.randperm(samples, generator=generator).double() + 0.5) / samples
-    return counts, torch.special.ndtri(strata)

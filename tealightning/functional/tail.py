@@ -1,38 +1,49 @@
-"""The Gaussian-tail surrogate of best-of-N: constants, plug-in weights, and the two ways to remove their bias.
+"""Models of a reward's upper tail, each with the plug-in weights of its best-of-N, and the jackknife over prefixes.
 
-Source: Li, Qian, Mou, "What should post-training optimize? A test-time scaling law perspective" (arXiv 2605.10716).
-If the upper tail of the reward is Gaussian, the mean `mu_a` and the standard deviation `sigma_a` of its upper `alpha`
-part identify it, and `E[max of N] ~ mu_a + ct_N * sigma_a`.
+- `gaussian`: the mean `mu_a` and the standard deviation `sigma_a` of the upper `alpha` part identify the tail, and
+  `E[max of N] ~ mu_a + ct_N * sigma_a`. Source: Li, Qian, Mou, "What should post-training optimize? A test-time scaling
+  law perspective" (arXiv 2605.10716).
+- `gpd`: above the threshold r (the upper-alpha quantile) the excess is generalised Pareto with scale s and shape xi,
+
+        V_N = E[max(R_1..R_N, r)] = r + s h(xi),   h(xi) = integral over y > 0 of [1 - (1 - alpha e^-y)^N] e^(xi y)
+
+  and its mean and variance give `xi = (1 - q)/2` and `s = mean (1 + q)/2` with `q = mean^2 / variance`. A bounded tail
+  has xi < 0, an exponential one xi = 0, a heavy one xi > 0.
+- `empirical`: no model and no extrapolation, what the m samples can say.
+
+Of a tail, `excess` is what a reward lies above the threshold (0 at and below it), `mean_excess` and `std` are mean and
+population standard deviation of the excesses, [P, 1] float64.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.polynomial import chebyshev
 from scipy.special import log_ndtr, ndtri
 from torch import Tensor
 
+from tealightning.functional.max_at_k import subset_shares, sum_of_gaps_below
 from tealightning.functional.moments import ratio_or_zero, root_mean_square
-from tealightning.functional.normal_tail import DEFAULT, Resolution, std_nodes, threshold_nodes, tilted_excess
 
 _ROUNDING = 1e-9  # alpha * m this far above an integer is that integer (0.1 * 30 = 3.0000000000000004)
 
 
 def tail_size(alpha: float, m: int) -> int:
-    """Size of the tail, `k = ceil(alpha * m)`, at least 1, unharmed by float error: `tail_size(0.1, 30) == 3`.
+    """Size of the tail, `k = ceil(alpha * m)`, at least 1, unharmed by float error.
 
-    >>> tail_size(0.25, 16)
-    4
+    >>> tail_size(0.25, 16), tail_size(0.1, 30)
+    (4, 3)
     """
     return max(1, math.ceil(alpha * m - _ROUNDING))
 
 
 def smallest_group(alpha: float, k: int) -> int:
-    """The smallest m whose tail has at least `k` rollouts: `smallest_group(0.25, 2) == 5`.
+    """The smallest m whose tail has at least `k` rollouts.
 
     >>> smallest_group(0.25, 2)
     5
@@ -41,12 +52,6 @@ def smallest_group(alpha: float, k: int) -> int:
     while tail_size(alpha, m) < k:
         m += 1
     return m
-
-
-@lru_cache(maxsize=1)
-def _quadrature() -> tuple[np.ndarray, np.ndarray]:
-    """Gauss-Legendre nodes and weights on [-1, 1]."""
-    return np.polynomial.legendre.leggauss(400)
 
 
 @lru_cache(maxsize=1024)
@@ -61,10 +66,13 @@ def expected_max_normal(n: int) -> float:
     0.56419
     """
     upper = math.sqrt(2 * (math.log(n) + 40))
-    nodes, weights = _quadrature()
+    nodes, weights = _legendre(400)
     x = (nodes + 1) * upper / 2
     integrand = -np.expm1(n * log_ndtr(x)) - np.exp(n * log_ndtr(-x))
     return float(np.dot(weights, integrand) * upper / 2)
+
+
+_legendre = lru_cache(np.polynomial.legendre.leggauss)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,18 +108,13 @@ class TailStatistics(NamedTuple):
     """Statistics of the top k rewards of every prompt, each [P, 1] float64; NaN where a prompt has no reward."""
 
     threshold: Tensor  # r^, the smallest of the k
-    mean_excess: Tensor  # mean of the k minus the threshold
-    std: Tensor  # population standard deviation of the k
+    mean_excess: Tensor
+    std: Tensor
     k: Tensor  # int64
 
 
 def tail_statistics(rewards: Tensor, alpha: float, valid: Tensor | None = None) -> TailStatistics:
-    """Threshold, mean excess and standard deviation of each prompt's top `k = ceil(alpha * M)` rewards.
-
-    Args:
-        rewards: [P, M] float.
-        alpha: Upper-tail level in (0, 1].
-        valid: [P, M] bool, False = not a sample; None = all. M is counted per prompt.
+    """Threshold, mean excess and standard deviation of each prompt's top `k = ceil(alpha * M)` valid rewards.
 
     >>> [value.item() for value in tail_statistics(torch.tensor([[0.0, 1.0, 2.0, 4.0]]), alpha=0.5)]
     [2.0, 1.0, 1.0, 2]
@@ -130,26 +133,41 @@ def tail_statistics(rewards: Tensor, alpha: float, valid: Tensor | None = None) 
     return TailStatistics(threshold, mean_excess, std, k)
 
 
-def direct_weights(rewards: Tensor, *, target_n: int, alpha: float) -> Tensor:
-    """Plug-in weights of the surrogate's gradient, from the group's own tail: `gaussian_influence` of its excesses.
+def extrapolated_best_of_n(
+    rewards: Tensor, ns: Sequence[int], *, alpha: float = 0.25, valid: Tensor | None = None
+) -> Tensor:
+    """Extrapolate best-of-n beyond the sample, `mu_a + ct_n * sigma_a`, right if the upper tail is Gaussian.
 
-    Ties at the threshold weigh 0 whichever of them count as top k. `sigma = 0` (which includes k = 1) gives zeros, and
-    with k = 2 the quadratic term vanishes.
+    A plug-in, biased low by O(1/M); never to be reported under the name of a measured value. [P, len(ns)] float64, NaN
+    where the tail has fewer than 2 samples.
 
-    Args:
-        rewards: [P, m] float64, finite.
-        target_n: N of the objective.
-        alpha: Upper-tail level in (0, 1].
+    >>> extrapolated_best_of_n(torch.tensor([[0.0, 1.0, 2.0, 4.0]]), [8, 64], alpha=0.5)
+    tensor([[4.0380, 5.5644]], dtype=torch.float64)
+    """
+    tail = tail_statistics(rewards, alpha, valid)
+    ct = torch.tensor([tail_constants(n, alpha).ct_n for n in ns], dtype=torch.float64, device=rewards.device)
+    return (tail.threshold + tail.mean_excess + ct * tail.std).masked_fill(tail.k < 2, float("nan"))
 
-    Returns:
-        [P, m] float64.
 
-    >>> direct_weights(torch.tensor([[0.0, 1.0, 2.0, 4.0]], dtype=torch.float64), target_n=8, alpha=0.75)
+TailModel = Literal["gaussian", "gpd", "empirical"]
+TAIL_MODELS: tuple[TailModel, ...] = ("gaussian", "gpd", "empirical")
+
+
+def tail_weights(rewards: Tensor, *, target_n: int, alpha: float, tail: TailModel) -> Tensor:
+    """Plug-in weights of the gradient of E[max of N] from the group's own tail; 0 below it and for a constant tail.
+
+    Gaussian: `gaussian_influence` of the excesses. Ties at the threshold weigh 0 whichever of them count as top k.
+    `sigma = 0` (which includes k = 1) gives zeros, and with k = 2 the quadratic term vanishes.
+
+    >>> tail_weights(torch.tensor([[0.0, 1.0, 2.0, 4.0]], dtype=torch.float64), target_n=8, alpha=0.75, tail="gaussian")
     tensor([[-0.0000, -0.0000, 0.1151, 4.7309]], dtype=torch.float64)
     """
-    tail = tail_statistics(rewards, alpha)
-    excess = (rewards - tail.threshold).clamp(min=0)
-    return gaussian_influence(excess, tail.mean_excess, tail.std, target_n=target_n, alpha=alpha)
+    if tail == "empirical":
+        return empirical_weights(rewards, target_n=target_n, alpha=alpha)
+    if tail == "gpd":
+        return gpd_weights(rewards, target_n=target_n, alpha=alpha)
+    threshold, mean_excess, std, _ = tail_statistics(rewards, alpha)
+    return gaussian_influence((rewards - threshold).clamp(min=0), mean_excess, std, target_n=target_n, alpha=alpha)
 
 
 def gaussian_influence(excess: Tensor, mean_excess: Tensor, std: Tensor, *, target_n: int, alpha: float) -> Tensor:
@@ -162,11 +180,6 @@ def gaussian_influence(excess: Tensor, mean_excess: Tensor, std: Tensor, *, targ
 
     It is negative between the threshold and about the tail mean: those rollouts hold the spread back.
 
-    Args:
-        excess: [P, m] float64, 0 at and below the threshold.
-        mean_excess: [P, 1], of the tail.
-        std: [P, 1], population standard deviation of the tail.
-
     >>> excess, mean, std = torch.tensor([[[0.0]], [[1.0]], [[1.0]]], dtype=torch.float64)
     >>> gaussian_influence(excess + 3, mean, std, target_n=8, alpha=0.5)
     tensor([[9.1140]], dtype=torch.float64)
@@ -175,116 +188,111 @@ def gaussian_influence(excess: Tensor, mean_excess: Tensor, std: Tensor, *, targ
     return excess * (1 + 0.5 * tail_constants(target_n, alpha).ct_n * curvature) / alpha
 
 
-def extrapolated_best_of_n(
-    rewards: Tensor, ns: Sequence[int], *, alpha: float = 0.25, valid: Tensor | None = None
+LOWEST_SHAPE, HIGHEST_SHAPE = -1.0, 0.25
+"""The weights are quadratic in the excess: their variance needs its fourth moment, which exists for xi < 1/4. Below -1
+the density would be infinite at the end point of the tail (-1 is the uniform distribution)."""
+
+_MIDDLE, _HALF = (HIGHEST_SHAPE + LOWEST_SHAPE) / 2, (HIGHEST_SHAPE - LOWEST_SHAPE) / 2
+_AT_THE_LIMIT = 1e-9
+_DEGREE = 48
+
+
+@lru_cache(maxsize=256)
+def _chebyshev(target_n: int, alpha: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Chebyshev coefficients of h and h' on the interval of shapes."""
+    upper = (math.log(max(target_n * alpha, 1.0)) + 40) / (1 - HIGHEST_SHAPE)
+    x, w = _legendre(600)
+    y, w = (x + 1) * upper / 2, w * upper / 2
+    with np.errstate(divide="ignore"):
+        reached = -np.expm1(target_n * np.log1p(-alpha * np.exp(-y)))
+
+    def h(unit: np.ndarray) -> np.ndarray:
+        return np.exp((_MIDDLE + _HALF * unit)[:, None] * y) @ (reached * w)
+
+    coefficients: np.ndarray = chebyshev.chebinterpolate(h, _DEGREE)  # type: ignore[type-var]
+    return tuple(coefficients.tolist()), tuple((chebyshev.chebder(coefficients) / _HALF).tolist())
+
+
+def expected_max_gpd(shape: Tensor, *, target_n: int, alpha: float) -> tuple[Tensor, Tensor]:
+    """Expected maximum `h(xi)` at scale 1 and its derivative, for shapes within the limits; accurate to about 1e-12.
+
+    >>> expected_max_gpd(torch.tensor([0.0], dtype=torch.float64), target_n=8, alpha=0.5)
+    (tensor([2.0251], dtype=torch.float64), tensor([2.8134], dtype=torch.float64))
+    """
+    unit = (2 * shape - (HIGHEST_SHAPE + LOWEST_SHAPE)) / (HIGHEST_SHAPE - LOWEST_SHAPE)
+    value, slope = _chebyshev(target_n, alpha)
+    return _clenshaw(value, unit), _clenshaw(slope, unit)
+
+
+def _clenshaw(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+    """Sum of Chebyshev polynomials at x."""
+    later, last = torch.zeros_like(x), torch.zeros_like(x)
+    for c in reversed(coefficients[1:]):
+        later, last = c + 2 * x * later - last, later
+    return coefficients[0] + x * later - last
+
+
+def gpd_influence(
+    excess: Tensor, in_tail: Tensor, mean_excess: Tensor, std: Tensor, *, target_n: int, alpha: float
 ) -> Tensor:
-    """Extrapolate best-of-n beyond the sample, `mu_a + ct_n * sigma_a`, right if the upper tail is Gaussian.
+    """Influence function of `r + s h(xi)` at a reward, 0 below the threshold.
 
-    A plug-in, biased low by O(1/M); never to be reported under the name of a measured value.
+    With `G = s h(xi)` a function of mean and variance v of the excess e, and the density `alpha/s` of the model at r,
 
-    Args:
-        rewards: [P, M] float.
-        ns: Budgets.
-        alpha: Upper-tail level in (0, 1].
-        valid: [P, M] bool, False = not a sample; None = all.
+        w(u) = (1/alpha) [ G_mean e + G_v (e^2 - 2 mean e) + (1 - G_mean) s ]     for u >= r
+        G_mean = ((1 + 3q) h - q (1 + q) h')/2,     G_v v = (q mean/2) ((1 + q) h'/2 - h)
 
-    Returns:
-        [P, len(ns)] float64; NaN where the tail has fewer than 2 samples.
+    The last term is the threshold's own: a reward above r raises the quantile. Where the shape is clipped, `G_v = 0`
+    and `G_mean = (1 - xi) h`. `in_tail` [P, m] is 1 for a member of the tail, 0 for others, a share for ties at r.
 
-    >>> extrapolated_best_of_n(torch.tensor([[0.0, 1.0, 2.0, 4.0]]), [8, 64], alpha=0.5)
-    tensor([[4.0380, 5.5644]], dtype=torch.float64)
+    >>> excess, inside, mean, std = torch.ones(4, 1, 1, dtype=torch.float64)
+    >>> gpd_influence(excess, inside, mean, std, target_n=8, alpha=0.5)
+    tensor([[1.2117]], dtype=torch.float64)
     """
-    tail = tail_statistics(rewards, alpha, valid)
-    ct = torch.tensor([tail_constants(n, alpha).ct_n for n in ns], dtype=torch.float64, device=rewards.device)
-    return (tail.threshold + tail.mean_excess + ct * tail.std).masked_fill(tail.k < 2, float("nan"))
+    ratio = ratio_or_zero(mean_excess, std).clamp(max=1e6)  # far beyond the lowest shape it is clipped anyway
+    q = ratio.square()
+    free = (1 - q) / 2
+    shape = free.clamp(LOWEST_SHAPE, HIGHEST_SHAPE)
+    # Ties put samples exactly on a limit (one positive excess of three: xi = 1/4); rounding must not choose their side.
+    clipped = (free - _MIDDLE).abs() > _HALF - _AT_THE_LIMIT
+    h, slope = expected_max_gpd(shape, target_n=target_n, alpha=alpha)
+    scale = mean_excess * (1 - shape)
+    by_mean = torch.where(clipped, (1 - shape) * h, 0.5 * ((1 + 3 * q) * h - q * (1 + q) * slope))
+    by_variance = (0.5 * q * mean_excess * (0.5 * (1 + q) * slope - h)).masked_fill(clipped, 0.0)
+    quadratic = by_variance * ratio_or_zero(excess, std) * ratio_or_zero(excess - 2 * mean_excess, std)
+    weights = (by_mean * excess + quadratic + (1 - by_mean) * scale * in_tail) / alpha
+    return weights.masked_fill(std == 0, 0.0)
 
 
-@lru_cache(maxsize=1024)
-def calibration_matrix(m: int, k: int, resolution: Resolution = DEFAULT) -> tuple[tuple[float, float], ...]:
-    """Expected gradient of the two basis functions for standard normal R, each the mean over the group:
+def gpd_weights(rewards: Tensor, *, target_n: int, alpha: float) -> Tensor:
+    """`gpd_influence` with the group's own tail; rewards tied at the threshold share the places left for them.
 
-        [[E B1 R, E B2 R], [E B1 (R^2-1), E B2 (R^2-1)]]
-
-        B1 = 1{top k} (R - r^),    B2 = 1{top k} ((R - mu^)^2 - (r^ - mu^)^2) / (2 sigma^)
-
-    with `r^` the k-th largest of the m rewards, `mu^` and `sigma^` mean and population standard deviation of the k.
-    Deterministic; accurate to better than 1e-6 (see `functional.normal_tail`). Needs 3 <= k <= m.
-
-    >>> round(calibration_matrix(8, 4)[0][0], 3)
-    0.375
+    >>> gpd_weights(torch.tensor([[0.0, 1.0, 2.0, 4.0]], dtype=torch.float64), target_n=8, alpha=0.75)
+    tensor([[ 0.0000, -0.0279,  0.0600,  4.7896]], dtype=torch.float64)
     """
-    matrix = np.zeros((2, 2))
-    for r, weight in zip(*threshold_nodes(m, k, resolution.threshold), strict=True):
-        matrix[:, 0] += weight * _linear_terms(r, k, resolution)
-        matrix[:, 1] += weight * _quadratic_terms(r, k, resolution)
-    return tuple(map(tuple, (matrix / m).tolist()))  # type: ignore[arg-type]
-
-
-def _linear_terms(r: float, k: int, resolution: Resolution) -> np.ndarray:
-    """`E[sum_j e_j x_j | r]` and `E[sum_j e_j (x_j^2 - 1) | r]` over the k - 1 excesses e_j = x_j - r: [2]."""
-    one = tilted_excess(r, np.zeros(1), np.zeros(1), resolution.excess)
-    e, p = one.excess[0], one.probability[0]
-    x = r + e
-    return (k - 1) * np.array([(p * e * x).sum(), (p * e * (x * x - 1)).sum()])
-
-
-def _quadratic_terms(r: float, k: int, resolution: Resolution) -> np.ndarray:
-    """`E[sum_j e_j (e_j - 2 e_mean)/(2 sigma) * (x_j, x_j^2 - 1) | r]`, where e_mean is over all k: [2].
-
-    With g one of the scores, the sum over j of `e_j (e_j - 2 e_mean) g_j` is `sum e_j^2 g_j - (2/k) sum_l e_l sum_j
-    e_j g_j`, and under a product of independent excesses its mean follows from one-excess moments.
-    """
-    n = k - 1
-    nodes = std_nodes(r, n, resolution, members=k, below=0, with_threshold=True)
-    one = tilted_excess(r, nodes.a, nodes.b, resolution.excess)
-    e, p = one.excess, one.probability
-    x = r + e
-    mass = nodes.weight * np.exp(n * one.log_mass)
-    mean_e = (p * e).sum(-1)
-    terms = []
-    for score in (x, x * x - 1):
-        same = (p * e * e * score).sum(-1) * (1 - 2 / k)
-        cross = mean_e * (p * e * score).sum(-1) * (2 * (n - 1) / k)
-        terms.append(0.5 * n * (mass * (same - cross)).sum())
-    return np.array(terms)
-
-
-@lru_cache(maxsize=1024)
-def calibrated_coefficients(m: int, target_n: int, alpha: float) -> tuple[float, float]:
-    """Coefficients of the exactly unbiased weights, with `E` the calibration matrix over alpha:
-
-        (a, b) = E(m, alpha)^-1 (1, c_N)
-
-    >>> [round(c, 3) for c in calibrated_coefficients(16, 128, 0.25)]
-    [1.728, 8.416]
-    """
-    k = tail_size(alpha, m)
-    matrix = np.array(calibration_matrix(m, k)) / alpha
-    a, b = np.linalg.solve(matrix, [1.0, expected_max_normal(target_n)])
-    return float(a), float(b)
-
-
-def calibrated_weights(rewards: Tensor, *, target_n: int, alpha: float) -> Tensor:
-    """Calibrated weights of the top k, 0 for the others:
-
-        (1/alpha) [a e + b e (e - 2 e_mean)/(2 sigma)]
-
-    The weights of `functional.tail.direct_weights` with `(a, b)` of `calibrated_coefficients` in place of `(1, ct_N)`.
-
-    Args:
-        rewards: [P, m] float64, finite, with a tail of at least 3.
-
-    Returns:
-        [P, m] float64.
-
-    >>> calibrated_weights(torch.tensor([[0.0, 1.0, 2.0, 4.0]], dtype=torch.float64), target_n=8, alpha=0.75)
-    tensor([[-0.0000, -0.0000, -3.6408,  9.9167]], dtype=torch.float64)
-    """
-    a, b = calibrated_coefficients(rewards.shape[1], target_n, alpha)
     tail = tail_statistics(rewards, alpha)
+    above, at = rewards > tail.threshold, rewards == tail.threshold
+    share = (tail.k - above.sum(1, keepdim=True)) / at.sum(1, keepdim=True)
     excess = (rewards - tail.threshold).clamp(min=0)
-    curvature = ratio_or_zero(excess - 2 * tail.mean_excess, tail.std)
-    return excess * (a + 0.5 * b * curvature) / alpha
+    return gpd_influence(excess, above + at * share, tail.mean_excess, tail.std, target_n=target_n, alpha=alpha)
+
+
+def empirical_weights(rewards: Tensor, *, target_n: int, alpha: float) -> Tensor:
+    """Weights without a tail model, summed over the gaps above the threshold and below i, with n = min(N, m):
+
+        A_(i) = sum_l (R_(l+1) - R_(l)) * m C(l, n-1)/C(m, n)
+
+    The exact influence function of `E[max of N]` is `w(u) = integral up to u of N F(x)^(N-1) dx`. Here `N F^(N-1)` is
+    replaced by its unbiased estimate in each gap between neighbouring rewards, for the largest budget that m samples
+    can measure, and gaps below the k-th largest reward, where `N F^(N-1)` is below `N (1-alpha)^(N-1)`, are left out.
+    With `alpha = 1` and N <= m these are the weights of max@N (`functional.max_at_k.max_at_k_loo_weights`).
+
+    >>> empirical_weights(torch.tensor([[0.0, 1.0, 2.0, 4.0]], dtype=torch.float64), target_n=8, alpha=0.75)
+    tensor([[0., 0., 0., 8.]], dtype=torch.float64)
+    """
+    m = rewards.shape[-1]
+    shares = subset_shares(m, min(target_n, m))[1:]
+    return sum_of_gaps_below(rewards, shares * (torch.arange(m - 1) >= m - tail_size(alpha, m)))
 
 
 def prefix_sizes(m: int, num_prefixes: int) -> tuple[int, ...]:
@@ -298,40 +306,28 @@ def prefix_sizes(m: int, num_prefixes: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1024)
 def jackknife_weights(sizes: tuple[int, ...], order: int) -> tuple[float, ...]:
-    """Minimum-norm weights v with `sum_j v_j = 1` and `sum_j v_j P_j^-s = 0` for s = 1..order-1.
+    """Minimum-norm weights v over prefix sizes P_1 < ... < P_J that cancel powers of 1/P in the bias:
 
-    They cancel the first `order - 1` powers of 1/P in the bias (Schucany, Gray and Owen 1971).
+        sum_j v_j = 1,     sum_j v_j P_j^-s = 0 for s = 1..order-1,     order <= J
 
-    Args:
-        sizes: Prefix sizes P_1 < ... < P_J.
-        order: 1 (no cancellation) to J.
+    (generalised jackknife, Schucany, Gray and Owen 1971).
 
     >>> [round(weight, 3) for weight in jackknife_weights((8, 16), 2)]
     [-1.0, 2.0]
     """
     inverse = sizes[-1] / np.array(sizes, dtype=np.float64)
     conditions = inverse ** np.arange(order)[:, None]
-    target = np.zeros(order)
-    target[0] = 1.0
-    return tuple(np.linalg.lstsq(conditions, target, rcond=None)[0].tolist())
+    return tuple(np.linalg.lstsq(conditions, np.eye(order)[0], rcond=None)[0].tolist())
 
 
 def prefix_weights(
     rewards: Tensor, plug_in: Callable[[Tensor], Tensor], *, num_prefixes: int, order: int, rotations: int
 ) -> Tensor:
-    """Jackknife over prefixes of the group, averaged over rotations:
+    """Jackknife of `plug_in` weights [P, size] -> [P, size] over prefixes of the group, averaged over rotations:
 
         A_i = sum_j v_j (m/P_j) 1{i < P_j} plug_in_i(first P_j rollouts)
 
-    Rotation r of R starts the order at rollout `r*m // R`: the same expectation with less variance. A prefix whose
-    tail has one rollout contributes zeros.
-
-    Args:
-        rewards: [P, m] float64, finite, m >= num_prefixes.
-        plug_in: Weights [P, size] of groups [P, size]; biased in powers of 1/size.
-
-    Returns:
-        [P, m] float64.
+    Rotation r of R starts the order at rollout `r*m // R`: the same expectation with less variance.
 
     >>> rewards = torch.tensor([[0.0, 1.0, 2.0, 4.0]], dtype=torch.float64)
     >>> prefix_weights(rewards, lambda group: group - group.mean(), num_prefixes=2, order=2, rotations=1)

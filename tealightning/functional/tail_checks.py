@@ -16,18 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tealightning.functional import tail_shape
+from tealightning.functional.moments import below_and_tied
 from tealightning.functional.statistics import mean_over_prompts
 from tealightning.functional.tail import tail_size
-from tealightning.functional.tail_prediction import HeldOut, held_out_best_of_n, prediction_budgets
-from tealightning.functional.tail_shape import (
-    ShapeFit,
-    gaussian_tail_null,
-    largest_atom,
-    pooled_shape,
-    pwm_shape,
-    qq_r2,
-    two_cluster_share,
-)
 
 TieCause = Literal["bfloat16", "float16", "float32", "ceiling", "grid"]
 TIE_CAUSES: tuple[TieCause, ...] = get_args(TieCause)
@@ -40,9 +32,7 @@ MORE_THAN_A_RUBRIC = 16
 def tied(rewards: Tensor, completions: Sequence[str]) -> Tensor:
     """Find ties, [P, m] bool: True where a different completion of the same prompt has exactly the same reward.
 
-    Args:
-        rewards: [P, m] float64; NaN = could not be scored, tied with nothing.
-        completions: [P * m] texts; empty = all different.
+    A NaN reward is tied with nothing. `completions` are P * m texts; empty = all different.
 
     >>> tied(torch.tensor([[1.0, 1.0, 2.0]]), ["a", "b", "c"])
     tensor([[ True,  True, False]])
@@ -60,7 +50,7 @@ def tied(rewards: Tensor, completions: Sequence[str]) -> Tensor:
 
 
 def tie_cause(rewards: Tensor, ties: Tensor) -> TieCause | None:
-    """Diagnose the ties of a batch whose scores look like continuous ones that something has made equal.
+    """Diagnose the `tied` scores of a batch that look like continuous ones which something has made equal; NaN is out.
 
     - `bfloat16`, `float16`, `float32`: all of them are numbers of that type, and neighbours of that type occur. In
       float32 that is a score that was squashed.
@@ -71,15 +61,12 @@ def tie_cause(rewards: Tensor, ties: Tensor) -> TieCause | None:
     None without ties, for whole numbers up to 256 in size (counts, right or wrong) and for a few distinct scores with
     gaps between them (a rubric).
 
-    Args:
-        rewards: [P, m] float64; NaN is left out.
-        ties: [P, m] bool, of `tied`.
-
     >>> rewards = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).bfloat16().double()
     >>> tie_cause(rewards, tied(rewards, []))
     """
     finite = rewards[torch.isfinite(rewards)]
-    if not bool(ties.any()) or _are_counts(finite):
+    are_counts = bool(((finite == finite.round()) & (finite.abs() <= 256)).all())
+    if are_counts or not bool(ties.any()):
         return None
     distinct = finite.unique()
     for name in SIGNIFICANT_BITS:
@@ -92,14 +79,9 @@ def tie_cause(rewards: Tensor, ties: Tensor) -> TieCause | None:
     return "grid" if len(distinct) > MORE_THAN_A_RUBRIC else None
 
 
-def _are_counts(values: Tensor) -> bool:
-    return bool(((values == values.round()) & (values.abs() <= 256)).all())
-
-
 def _is_rounded_to(distinct: Tensor, name: str) -> bool:
     """Whether [n] sorted values are all of that type, with two that are next to each other in it."""
-    as_type = distinct.to(getattr(torch, name)).double()
-    if not torch.equal(as_type, distinct):
+    if not torch.equal(distinct.to(getattr(torch, name)).double(), distinct):
         return False
     gaps = distinct.diff()
     exponents = torch.frexp(torch.maximum(distinct[:-1].abs(), distinct[1:].abs())).exponent
@@ -131,8 +113,8 @@ class TailChecks:
     qq_r2: Tensor | None  # [Q] float64
     qq_p: Tensor | None  # [Q] float64, share of Gaussian samples whose QQ line is less straight
     shapes: Tensor | None  # [Q] float64, `pwm_shape`, noisy and not corrected for bias
-    shape: ShapeFit | None  # pooled and corrected
-    held_out: HeldOut | None  # None if M < 2m
+    shape: tail_shape.ShapeFit | None  # pooled and corrected
+    held_out: tail_shape.HeldOut | None  # None if M < 2m
 
 
 def check_tail(
@@ -145,20 +127,16 @@ def check_tail(
     ns: Sequence[int] | None = None,
     seed: int = 0,
 ) -> TailChecks:
-    """Run all checks of the upper tail against Gaussian samples of the same size; prompts are brought to one M.
+    """Run all checks of the upper tail against Gaussian samples of the same size; `equal_samples` sets one M.
 
     Args:
         rewards: [P, W] float; NaN or inf = could not be scored.
-        valid: [P, W] bool, False = not a sample; None = all finite ones.
         m: Samples that best-of-n is predicted from.
-        alpha: Upper-tail level in (0, 1].
         tested_share: Upper share of the samples whose line and shape are compared with a Gaussian's, in (0, 1];
             None = 2 alpha, at most 1.
         ns: Budgets to predict, at most M - m; None = `prediction_budgets`.
-        seed: Seed of the groups; the order of the samples does not matter.
 
-    Raises:
-        ValueError: if the group is too small for a tail of 2, or a budget is larger than M - m.
+    Raises: ValueError if the group is too small for a tail of 2, or a budget is larger than M - m.
 
     >>> check_tail(torch.randn(50, 64)).tail.shape
     torch.Size([50, 16])
@@ -168,48 +146,46 @@ def check_tail(
     rows, samples = equal_samples(rewards, valid, seed)
     size = samples.shape[1]
     share = min(1.0, 2 * alpha) if tested_share is None else tested_share
-    tail = samples.topk(min(tail_size(alpha, size), size), dim=1).values
-    tested = samples.topk(min(tail_size(share, size), size), dim=1).values
+    tail, tested = (samples.topk(min(tail_size(part, size), size), dim=1).values for part in (alpha, share))
     k = tested.shape[1]
-    has_tail, has_others = k >= MIN_TAIL, size >= 2 * m
-    budgets = tuple(ns) if ns is not None else prediction_budgets(m, size)
-    if has_others and not all(1 <= n <= size - m for n in budgets):
-        raise ValueError(f"ns must lie between 1 and M - m = {size} - {m} = {size - m}, got {list(budgets)}.")
-    line = qq_r2(tested, size) if has_tail else None
-    shapes = pwm_shape(tested) if has_tail else None
+    line = level = shapes = shape = held_out = None
+    if k >= MIN_TAIL:
+        line, shapes = tail_shape.qq_r2(tested, size), tail_shape.pwm_shape(tested)
+        null = tail_shape.gaussian_tail_null(size, k).r2
+        level = (torch.searchsorted(null, line).double() / len(null)).masked_fill(line.isnan(), float("nan"))
+        shape = tail_shape.pooled_shape(shapes, size, k)
+    if size >= 2 * m:
+        budgets = tuple(ns) if ns is not None else tail_shape.prediction_budgets(m, size)
+        if not all(1 <= n <= size - m for n in budgets):
+            raise ValueError(f"ns must lie between 1 and M - m = {size} - {m} = {size - m}, got {list(budgets)}.")
+        held_out = tail_shape.held_out_best_of_n(samples, m, alpha=alpha, ns=budgets)
     return TailChecks(
         rows=rows,
         samples=samples,
         tail=tail,
         tested_share=share,
         tested=tested,
-        atoms=largest_atom(tested) if k else tested.new_empty(0),
-        two_clusters=two_cluster_share(tested),
+        atoms=tail_shape.largest_atom(tested) if k else tested.new_empty(0),
+        two_clusters=tail_shape.two_cluster_share(tested),
         ties=_tied_share(samples, tail),
         distinct=_num_distinct(samples),
         distinct_in_tail=_num_distinct(tail),
         distinct_in_all=samples.unique().numel(),
         qq_r2=line,
-        qq_p=None if line is None else _null_level(line, gaussian_tail_null(size, k).r2),
+        qq_p=level,
         shapes=shapes,
-        shape=None if shapes is None else pooled_shape(shapes, size, k),
-        held_out=held_out_best_of_n(samples, m, alpha=alpha, ns=budgets) if has_others else None,
+        shape=shape,
+        held_out=held_out,
     )
 
 
 def equal_samples(rewards: Tensor, valid: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Draw the same number M of valid samples from each prompt, in random order.
+    """Draw the same number M of valid, finite samples from each prompt, in an order that does not depend on theirs.
 
     M is the one that keeps the most samples in all: `M * (prompts with at least M)`. Of a prompt with more, M are
     drawn; a prompt with fewer is left out.
 
-    Args:
-        rewards: [P, W] float.
-        valid: [P, W] bool; None = all finite ones.
-        seed: Of the order, which does not depend on the order that the samples came in.
-
-    Returns:
-        Rows [Q] int64 and samples [Q, M] float64, on the CPU; M = 0 without any valid sample.
+    Returns: rows [Q] int64 and samples [Q, M] float64, on the CPU; M = 0 without any valid sample.
 
     >>> rows, samples = equal_samples(torch.tensor([[1.0, 2.0], [3.0, float("nan")], [4.0, 5.0]]))
     >>> rows
@@ -232,25 +208,13 @@ def equal_samples(rewards: Tensor, valid: Tensor | None = None, seed: int = 0) -
 
 
 def _tied_share(samples: Tensor, tail: Tensor) -> Tensor:
-    """Share of each tail whose value at least one other sample of the prompt has too, [Q] float64.
-
-    Args:
-        samples: [Q, M] float64.
-        tail: [Q, k] float64, its largest.
-    """
-    ordered = samples.sort(dim=1).values
-    copies = torch.searchsorted(ordered, tail.contiguous(), right=True) - torch.searchsorted(ordered, tail.contiguous())
-    return (copies > 1).double().mean(dim=1)
+    """Share of each tail whose value at least one other of the prompt's samples has too."""
+    return (below_and_tied(tail, samples)[1] > 1).double().mean(dim=1)
 
 
 def _num_distinct(samples: Tensor) -> Tensor:
     """How many different values each row has, [Q] int64."""
     return (samples.sort(dim=1).values.diff(dim=1) != 0).sum(dim=1) + min(samples.shape[1], 1)
-
-
-def _null_level(values: Tensor, null: Tensor) -> Tensor:
-    """Share of `null` (ascending) below each value; NaN stays."""
-    return (torch.searchsorted(null, values).double() / len(null)).masked_fill(values.isnan(), float("nan"))
 
 
 def summarise(checks: TailChecks) -> dict[str, Tensor]:
@@ -263,11 +227,10 @@ def summarise(checks: TailChecks) -> dict[str, Tensor]:
     0.967
     """
     result = {"tail_ties": mean_over_prompts(checks.ties).mean}
-    if checks.qq_r2 is not None and checks.qq_p is not None:
+    if checks.qq_r2 is not None and checks.qq_p is not None and checks.shape is not None:
         rejected = (checks.qq_p < REJECTED_BELOW).double().masked_fill(checks.qq_p.isnan(), float("nan"))
         result["tail_qq_r2"] = mean_over_prompts(checks.qq_r2).mean
         result["tail_qq_rejected"] = mean_over_prompts(rejected).mean
-    if checks.shape is not None:
         result["tail_shape"] = checks.shape.shape
         result["tail_shape_se"] = checks.shape.standard_error
         result["tail_shape_gaussian"] = checks.shape.gaussian

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tealightning.checks import check_alpha
 from tealightning.errors import UserError
 from tealightning.functional.best_of_n import best_of_n
 from tealightning.functional.statistics import mean_over_prompts
@@ -14,11 +15,7 @@ from tealightning.metrics.prompt_samples import PromptSamples
 
 
 def check_budgets(name: str, ns: Sequence[int], *, may_be_empty: bool = False) -> tuple[int, ...]:
-    """`ns` as a tuple if it holds different integers of at least 1.
-
-    Raises:
-        ValueError: naming `name` and what is wrong.
-    """
+    """`ns` as a tuple if it holds different integers of at least 1, else a ValueError that names `name`."""
     budgets = tuple(ns)
     wrong = [n for n in budgets if isinstance(n, bool) or not isinstance(n, int) or n < 1]
     if wrong or len(set(budgets)) != len(budgets) or not (budgets or may_be_empty):
@@ -46,9 +43,6 @@ class BestOfN(PromptSamples):
         extrapolate_ns: Budgets to extrapolate to.
         alpha: Upper-tail level of the extrapolation, in (0, 1].
 
-    Raises:
-        ValueError: for budgets or an alpha out of range.
-
     Example:
         >>> import torch
         >>> metric = BestOfN(ns=(1, 2))
@@ -69,77 +63,52 @@ class BestOfN(PromptSamples):
         super().__init__(**kwargs)
         self.ns = check_budgets("ns", ns)
         self.extrapolate_ns = check_budgets("extrapolate_ns", extrapolate_ns, may_be_empty=True)
-        if not 0 < alpha <= 1:
-            raise UserError(f"alpha must be in (0, 1], got {alpha!r}.")
-        self.alpha = alpha
+        self.alpha = check_alpha(alpha)
 
     def compute(self) -> dict[str, Tensor]:
         """The keys that the class describes, each a float64 scalar."""
         _, samples = self._pooled()
-        return self._measured(samples) | self._extrapolated(samples)
+        valid, width = ~samples.isnan(), samples.shape[1]
+        beyond = [n for n in self.ns if len(samples) and n > width]
+        result: dict[str, Tensor] = {}
+        measured = mean_over_prompts(best_of_n(samples, self.ns, valid))
+        for n, mean, error, num_prompts in zip(self.ns, *measured, strict=True):
+            if n not in beyond:
+                result[f"best_of_{n}"], result[f"best_of_{n}_se"] = mean, error
+                if num_prompts < len(samples):
+                    result[f"best_of_{n}_prompts"] = num_prompts.double()
+        if ns := list(dict.fromkeys([*self.extrapolate_ns, *beyond])):
+            fitted = mean_over_prompts(extrapolated_best_of_n(samples, ns, alpha=self.alpha, valid=valid))
+            for n, mean, error, _ in zip(ns, *fitted, strict=True):
+                result[f"best_of_{n}_extrapolated"], result[f"best_of_{n}_extrapolated_se"] = mean, error
+        return result
 
     def per_prompt(self) -> tuple[Tensor, Tensor]:
-        """Keys [Q] int64, sorted, and best-of-n [Q, len(ns)] float64 (NaN: too few samples), the same on every rank.
-
-        Made for `functional.statistics.paired_difference`. Without keys they count the prompts in order of arrival,
-        rank after rank. Every rank must call it.
-        """
+        """Keys [Q] and best-of-n [Q, len(ns)] float64 (NaN: too few samples), for `paired_difference`; see `pooled`."""
         keys, samples = self.pooled()
         return keys, best_of_n(samples, self.ns, ~samples.isnan())
 
     def plot(
         self, val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None, ax: Any = None
     ) -> tuple[Any, Any]:
-        """Plot best-of-n over n with standard errors; extrapolated budgets are open circles.
+        """Plot best-of-n over n with standard errors, extrapolated budgets as open circles; returns figure and axis.
 
-        Args:
-            val: A result of `compute` or `forward`, or several, each a curve of its own; None = the result now.
-            ax: Axis to draw on; None = one of a new figure.
-
-        Returns:
-            Figure and axis.
+        `val` is a result of `compute` or `forward`, or several, each a curve of its own; None = the result now.
         """
         import matplotlib.pyplot as plt
 
         results = [self.compute()] if val is None else [val] if isinstance(val, Mapping) else val
         fig, ax = plt.subplots() if ax is None else (ax.figure, ax)
         for i, result in enumerate(results):
-            for kind, style in (("", "o-"), ("_extrapolated", "o")):
+            for kind, style, fill in (("", "o-", "full"), ("_extrapolated", "o", "none")):
                 matches = (re.fullmatch(rf"best_of_(\d+){kind}", key) for key in result)
-                keys = {int(match[1]): match[0] for match in matches if match}
-                ns = sorted(keys)
-                means = [float(result[keys[n]]) for n in ns]
-                errors = [float(result[f"{keys[n]}_se"]) for n in ns]
-                fill = "none" if kind else "full"
-                if ns:
+                keys = sorted((int(match[1]), match[0]) for match in matches if match)
+                if keys:
+                    means = [float(result[key]) for _, key in keys]
+                    errors = [float(result[f"{key}_se"]) for _, key in keys]
+                    ns = [n for n, _ in keys]
                     ax.errorbar(ns, means, errors, fmt=style, color=f"C{i}", fillstyle=fill, capsize=2)
         ax.set_xscale("log", base=2)
         ax.set_xlabel("n")
         ax.set_ylabel("best of n")
         return fig, ax
-
-    def _measured(self, samples: Tensor) -> dict[str, Tensor]:
-        """The measured keys; budgets beyond every prompt's samples have none."""
-        measured = mean_over_prompts(best_of_n(samples, self.ns, ~samples.isnan()))
-        result: dict[str, Tensor] = {}
-        for column, n in enumerate(self.ns):
-            if len(samples) and n > samples.shape[1]:
-                continue
-            result[f"best_of_{n}"] = measured.mean[column]
-            result[f"best_of_{n}_se"] = measured.standard_error[column]
-            if measured.num_prompts[column] < len(samples):
-                result[f"best_of_{n}_prompts"] = measured.num_prompts[column].double()
-        return result
-
-    def _extrapolated(self, samples: Tensor) -> dict[str, Tensor]:
-        """The extrapolated keys."""
-        unmeasured = [n for n in self.ns if len(samples) and n > samples.shape[1]]
-        ns = list(dict.fromkeys([*self.extrapolate_ns, *unmeasured]))
-        if not ns:
-            return {}
-        fitted = mean_over_prompts(extrapolated_best_of_n(samples, ns, alpha=self.alpha, valid=~samples.isnan()))
-        result: dict[str, Tensor] = {}
-        for column, n in enumerate(ns):
-            result[f"best_of_{n}_extrapolated"] = fitted.mean[column]
-            result[f"best_of_{n}_extrapolated_se"] = fitted.standard_error[column]
-        return result

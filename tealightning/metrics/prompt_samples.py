@@ -8,10 +8,8 @@ from torchmetrics import Metric
 
 
 class PromptSamples(Metric):
-    """Collect all scored samples.
-
-    Those of a prompt that arrive in several updates, or on several ranks, are pooled by key; without keys every row is
-    a prompt of its own.
+    """Collect all scored samples. Those of a prompt that arrive in several updates, or on several ranks, are pooled by
+    key; without keys every row is a prompt of its own.
 
     Example:
         >>> class Spread(PromptSamples):
@@ -42,9 +40,6 @@ class PromptSamples(Metric):
             rewards: [P, M] float; NaN or inf = could not be scored, left out.
             valid: [P, M] bool, False = left out.
             keys: [P] int64, which prompt each row belongs to. Give them always or never.
-
-        Raises:
-            ValueError: if shapes do not fit.
         """
         if rewards.ndim != 2:
             raise ValueError(f"rewards must have shape [P, M], got {tuple(rewards.shape)}.")

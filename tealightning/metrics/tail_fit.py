@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tealightning.checks import check_alpha
 from tealightning.errors import UserError
 from tealightning.functional.tail import smallest_group
 from tealightning.functional.tail_checks import check_tail, summarise
@@ -38,9 +39,6 @@ class TailFit(PromptSamples):
         alpha: Upper-tail level in (0, 1].
         tested_share: Upper share of the samples that is compared with a Gaussian, in (0, 1]; None = 2 alpha, at most 1.
 
-    Raises:
-        ValueError: for an alpha or a share out of range, or an m whose tail has fewer than 2 samples.
-
     Example:
         >>> import torch
         >>> metric = TailFit(m=16)
@@ -53,14 +51,12 @@ class TailFit(PromptSamples):
 
     def __init__(self, m: int = 16, alpha: float = 0.25, tested_share: float | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not 0 < alpha <= 1:
-            raise UserError(f"alpha must be in (0, 1], got {alpha!r}.")
+        self.alpha = check_alpha(alpha)
         if tested_share is not None and not 0 < tested_share <= 1:
             raise UserError(f"tested_share must be in (0, 1], or None for 2 alpha, got {tested_share!r}.")
         if isinstance(m, bool) or not isinstance(m, int) or m < smallest_group(alpha, 2):
             raise UserError(f"m must be an integer of at least {smallest_group(alpha, 2)} at alpha={alpha}, got {m!r}.")
         self.m = m
-        self.alpha = alpha
         self.tested_share = tested_share
 
     def compute(self) -> dict[str, Tensor]:

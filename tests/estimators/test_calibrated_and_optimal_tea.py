@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tealightning.estimators import CalibratedTEA, Direct, OptimalTEA, _constants, build_estimator
+from tealightning.estimators import CalibratedTEA, Direct, OptimalTEA, build_estimator, optimal_tea
 from tealightning.functional.optimal_tail import noise_matrices, signal_matrix, tail_moments
 from tealightning.functional.tail import expected_max_normal
 
@@ -85,11 +85,9 @@ def test_optimal_tea_is_less_noisy_than_calibrated_tea():
 @pytest.mark.parametrize("scale", ["tail_rms", "tail_std", "group_std"])
 def test_optimal_tea_solves_the_constrained_minimum(scale):
     """Any other unbiased coefficients are noisier: steps along the null space of E raise c^T M c."""
-    from tealightning.estimators.optimal_tea import _coefficients
-
     m, k, lam = 16, 8, 10.0
-    moments = _constants.constants(m, k, scale)
-    c = _coefficients(m, k, scale, 128, lam, 1.0).flatten().numpy()
+    moments = optimal_tea.constants(m, k, scale)
+    c = optimal_tea._coefficients(m, k, scale, 128, lam, 1.0).flatten().numpy()
     np.testing.assert_allclose(moments.signal @ c, [1.0, expected_max_normal(128)], atol=1e-9)
     noise = moments.noise + lam * moments.unrelated
     null_space = np.linalg.svd(moments.signal)[2][2:]
@@ -143,9 +141,9 @@ def test_estimators_of_the_family_agree_as_the_group_grows():
     ("m", "k", "scale"), [(16, 4, "tail_rms"), (32, 8, "tail_std"), (12, 6, "group_std"), (16, 16, "group_std")]
 )
 def test_shipped_constants_are_those_of_the_code(m, k, scale):
-    with np.load(_constants.SHIPPED) as shipped:
-        assert f"{_constants.constant_name(m, k, scale)}/signal" in shipped
-    shipped_moments = _constants.constants(m, k, scale)
+    with np.load(optimal_tea.SHIPPED) as shipped:
+        assert f"{optimal_tea.constant_name(m, k, scale)}/signal" in shipped
+    shipped_moments = optimal_tea.constants(m, k, scale)
     np.testing.assert_allclose(shipped_moments.signal, signal_matrix(m, k, scale), rtol=0, atol=1e-10)
     noise, unrelated = noise_matrices(m, k, scale)
     np.testing.assert_allclose(shipped_moments.noise, noise, rtol=1e-9)
@@ -155,17 +153,17 @@ def test_shipped_constants_are_those_of_the_code(m, k, scale):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TEALIGHTNING_CACHE", str(tmp_path / "cache"))
-    _constants.constants.cache_clear()
+    optimal_tea.constants.cache_clear()
     yield tmp_path / "cache"
-    _constants.constants.cache_clear()
+    optimal_tea.constants.cache_clear()
 
 
 def test_other_constants_are_computed_once_and_kept_on_disk(cache, monkeypatch):
-    first = _constants.constants(13, 4, "tail_rms")
+    first = optimal_tea.constants(13, 4, "tail_rms")
     (file,) = cache.iterdir()
-    _constants.constants.cache_clear()
-    monkeypatch.setattr(_constants, "tail_moments", lambda *args: pytest.fail("computed again"))
-    again = _constants.constants(13, 4, "tail_rms")
+    optimal_tea.constants.cache_clear()
+    monkeypatch.setattr(optimal_tea, "tail_moments", lambda *args: pytest.fail("computed again"))
+    again = optimal_tea.constants(13, 4, "tail_rms")
     for field in ("signal", "noise", "unrelated"):
         assert np.array_equal(getattr(first, field), getattr(again, field))
     assert file.suffix == ".npz"
@@ -173,11 +171,11 @@ def test_other_constants_are_computed_once_and_kept_on_disk(cache, monkeypatch):
 
 @pytest.mark.parametrize("content", [b"", b"no archive", "truncated"])
 def test_a_broken_file_on_disk_is_replaced(cache, content):
-    _constants.constants(13, 4, "tail_rms")
+    optimal_tea.constants(13, 4, "tail_rms")
     (file,) = cache.iterdir()
     file.write_bytes(file.read_bytes()[:500] if content == "truncated" else content)
-    _constants.constants.cache_clear()
-    moments = _constants.constants(13, 4, "tail_rms")
+    optimal_tea.constants.cache_clear()
+    moments = optimal_tea.constants(13, 4, "tail_rms")
     np.testing.assert_allclose(moments.signal, tail_moments(13, 4, "tail_rms").signal)
     with np.load(file) as repaired:
         assert "signal" in repaired
@@ -185,4 +183,4 @@ def test_a_broken_file_on_disk_is_replaced(cache, content):
 
 def test_a_disk_that_takes_no_files_is_no_error(cache):
     cache.write_text("a file where the folder should be")
-    assert _constants.constants(13, 4, "tail_rms").signal.shape == (2, 6)
+    assert optimal_tea.constants(13, 4, "tail_rms").signal.shape == (2, 6)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from tealightning import BestOfNReport, ExportPolicy, SampleTable
 from tealightning.ablation import worker
 from tealightning.callbacks import EvaluationRecord
-from tealightning.estimators import _constants
+from tealightning.estimators import optimal_tea
 from tealightning.reliability.checkpoint import ResumableCheckpoint
 from tealightning.reliability.checkpoint_files import VerifiedCheckpointIO, checkpoints, newest_good, step_of, verify
 from tealightning.reliability.files import append_lines
@@ -268,15 +268,15 @@ def test_playground_that_does_not_fit_leaves_the_older_one(tmp_path, injected):
 @pytest.mark.fault("the disk is full while an estimator's constants are cached", how="a limit on the size of files")
 def test_constants_that_cannot_be_kept_are_computed(tmp_path, monkeypatch, injected):
     monkeypatch.setenv("TEALIGHTNING_CACHE", str(tmp_path))
-    _constants.constants.cache_clear()
+    optimal_tea.constants.cache_clear()
     with largest_file(100):
-        first = _constants.constants(7, 3, "tail_rms")
+        first = optimal_tea.constants(7, 3, "tail_rms")
     assert os.listdir(tmp_path) == []
-    _constants.constants.cache_clear()
-    second = _constants.constants(7, 3, "tail_rms")
+    optimal_tea.constants.cache_clear()
+    second = optimal_tea.constants(7, 3, "tail_rms")
     assert os.listdir(tmp_path) == ["optimal_tea-1-m7-k3-tail_rms.npz"]
     assert np.array_equal(first.signal, second.signal) and np.array_equal(first.noise, second.noise)
-    _constants.constants.cache_clear()
+    optimal_tea.constants.cache_clear()
     injected(times=1)
 
 

@@ -7,8 +7,14 @@ import pytest
 import torch
 
 from tealightning.functional.normal_tail import DEFAULT, Resolution, threshold_nodes, tilted_excess
-from tealightning.functional.optimal_tail import noise_matrices, rank_basis, signal_matrix
-from tealightning.functional.tail import calibrated_coefficients, calibration_matrix, expected_max_normal
+from tealightning.functional.optimal_tail import (
+    calibrated_coefficients,
+    calibration_matrix,
+    noise_matrices,
+    rank_basis,
+    signal_matrix,
+)
+from tealightning.functional.tail import expected_max_normal
 
 FINER = Resolution(threshold=64, t=80, centre=72, excess=80)
 

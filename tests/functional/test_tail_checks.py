@@ -15,16 +15,14 @@ from tealightning.functional.tail_checks import (
     tie_cause,
     tied,
 )
-from tealightning.functional.tail_prediction import (
-    _predict_held_out,
-    gaussian_prediction_error,
-    held_out_best_of_n,
-    prediction_budgets,
-)
 from tealightning.functional.tail_shape import (
+    _predict_held_out,
     expected_normal_order_statistics,
+    gaussian_prediction_error,
     gaussian_tail_null,
+    held_out_best_of_n,
     pooled_shape,
+    prediction_budgets,
     pwm_shape,
     qq_r2,
     standardised_tail,
@@ -154,12 +152,12 @@ def test_simulations_are_the_same_every_time():
 
 def test_predictions_come_from_a_group_and_measurements_from_the_others():
     samples = normal(5, 24)
-    found = _predict_held_out(samples, 8, (4, 16), 0.5, num_groups=3)
-    assert found.predicted.shape == found.measured.shape == (5, 3, 2)
+    predicted, measured, spread = _predict_held_out(samples, 8, (4, 16), 0.5, num_groups=3)
+    assert predicted.shape == measured.shape == (5, 3, 2)
     group, others = samples[:, 8:16], torch.cat([samples[:, :8], samples[:, 16:]], dim=1)
-    torch.testing.assert_close(found.predicted[:, 1], extrapolated_best_of_n(group, (4, 16), alpha=0.5))
-    torch.testing.assert_close(found.measured[:, 1], best_of_n(others, (4, 16)))
-    torch.testing.assert_close(found.spread[:, 1, 0], group.topk(4).values.std(dim=1, correction=0))
+    torch.testing.assert_close(predicted[:, 1], extrapolated_best_of_n(group, (4, 16), alpha=0.5))
+    torch.testing.assert_close(measured[:, 1], best_of_n(others, (4, 16)))
+    torch.testing.assert_close(spread[:, 1, 0], group.topk(4).values.std(dim=1, correction=0))
 
 
 def test_budgets_are_what_the_held_out_samples_can_measure():

@@ -14,16 +14,17 @@ from scipy.special import log_ndtr, ndtr
 
 from tealightning.functional.best_of_n import best_of_n
 from tealightning.functional.max_at_k import max_at_k_loo_weights
-from tealightning.functional.tail import expected_max_normal, gaussian_influence, tail_constants
-from tealightning.functional.tail_models import (
+from tealightning.functional.tail import (
     HIGHEST_SHAPE,
     LOWEST_SHAPE,
     TAIL_MODELS,
     empirical_weights,
     expected_max_gpd,
-    gpd_best_of_n,
+    expected_max_normal,
+    gaussian_influence,
     gpd_influence,
     gpd_weights,
+    tail_constants,
     tail_weights,
 )
 
@@ -103,12 +104,10 @@ def test_gpd_influence_is_the_gradient_for_generalised_pareto_rewards(shape, tar
         assert integral(w * score * probability, *ends) == pytest.approx(derivative, rel=1e-6, abs=1e-6)
 
 
-def test_gpd_best_of_n_is_exact_for_generalised_pareto_rewards():
+def test_expected_max_gpd_is_exact_for_generalised_pareto_rewards():
     shape, scale, alpha, n = -0.3, 1.7, 0.25, 128
     r = scale * (alpha**-shape - 1) / shape
-    tail_scale = scale + shape * r
-    mean_excess, std = tail_scale / (1 - shape), tail_scale / ((1 - shape) * math.sqrt(1 - 2 * shape))
-    best = r + gpd_best_of_n(column(mean_excess), column(std), target_n=n, alpha=alpha).item()
+    best = r + (scale + shape * r) * expected_max_gpd(column(shape), target_n=n, alpha=alpha)[0].item()
     assert best == pytest.approx(gpd_expected_max(scale, shape, n), abs=1e-9)
 
 
