@@ -62,9 +62,7 @@ class PlugInEstimator(TailEstimator):
     """Base of estimators that plug the group's own tail into the gradient of a tail model's best-of-N.
 
     Args:
-        target_n: N, the best-of-N budget at deployment.
-        alpha: Upper-tail level in (0, 1].
-        tail: `gaussian`; `gpd`, generalised Pareto with a shape from the group's own tail; `empirical`, no
+        tail: Model of the tail: `gaussian`; `gpd`, generalised Pareto with a shape from the group's own tail; `empirical`, no
             extrapolation.
     """
 

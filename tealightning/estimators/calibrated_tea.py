@@ -17,10 +17,6 @@ class CalibratedTEA(TailEstimator):
     `(1, ct_N)` (this project's own). Unbiased for `E[max of N]` at every m if the rewards are Gaussian, which costs
     variance: at m = 16 its noise is 2.5 times that of `Direct`; `OptimalTEA` is unbiased too, with less noise.
     A tail without spread gets zeros.
-
-    Args:
-        target_n: N, the best-of-N budget at deployment.
-        alpha: Upper-tail level in (0, 1].
     """
 
     min_tail = 3  # with 2 the quadratic term vanishes, so that no coefficient can make it follow the spread

@@ -15,15 +15,10 @@ class CatBon(AdvantageEstimator):
         A_i = z_i w_i,     w_i ~ N q_i^(N-1)
 
     `q` is the mid-rank quantile and `N q^(N-1)` the density ratio of the best of N to a single draw (Ousherovitch and
-    Tewari 2026, compute aligned training, arXiv 2604.24957).
+    Tewari 2026, compute aligned training, arXiv 2604.24957). Biased, whatever m: the weight of a reward r in the
+    gradient of `E[max of N]` is `N * integral up to r of F^(N-1)`, not `N F(r)^(N-1) r`. A constant group gets zeros.
 
-    Biased, whatever m: the weight of a reward r in the gradient of `E[max of N]` is `N * integral up to r of F^(N-1)`,
-    not `N F(r)^(N-1) r`, which treats the distribution F of the other N - 1 as if the policy did not move it too. With
-    `N >> m` nearly all weight falls on the best rollout. A constant group gets zeros.
-
-    Deviations: mid-ranks instead of `(number below + 1)/(m + 1)`, so that ties share; weights with mean 1 over the
-    group instead of the batch; z is not clipped to +-5, which it cannot exceed for m <= 26; no eps beside the sample
-    standard deviation.
+    Deviations: mid-ranks, so that ties share; the weights' mean is the group's, not the batch's; no clip of z, no eps.
 
     Args:
         target_n: N, the best-of-N budget at deployment; 1 gives standardised rewards.

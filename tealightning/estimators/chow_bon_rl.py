@@ -13,19 +13,16 @@ from tealightning.registry import register
 
 @register
 class ChowBonRL(AdvantageEstimator):
-    """REINFORCE on the set of rollouts, with the same advantage for all of them:
+    """REINFORCE on the set of rollouts: one action with reward `max R`, the same advantage for all of them:
 
         A_i = m (max R - b)
-
-    The group is one action with reward `max R`, its score the sum of the rollouts' scores.
 
     - `baseline="none"`: `b = 0`, unbiased for `E[max of m]`. A constant group gets m times its constant.
     - `baseline="mean"`: `b = mean(R)`. Since `E[mean(R) sum_i S_i] = grad E[R]`, what it ascends, without bias, is
       `E[max of m] - E[R]`: as a gradient of `E[max of m]` it is biased. A constant group gets zeros.
 
-    The objective is that of BoN-RL (Chow et al. 2024, arXiv 2412.15287). They differentiate (an approximation of) the
-    best-of-N distribution and sample from it; here it is the plain score-function gradient over the m rollouts that
-    were drawn. Their BoN-RLB for 0/1 rewards is not this estimator either; `PassAtN` is the nearest.
+    The objective is that of BoN-RL (Chow et al. 2024, arXiv 2412.15287), the method is another one: they differentiate
+    (an approximation of) the best-of-N distribution and sample from it. `PassAtN` is the nearest to their BoN-RLB.
 
     Args:
         baseline: Baseline that is subtracted from the maximum.

@@ -15,11 +15,6 @@ class Direct(PlugInEstimator):
     for the top `k = ceil(alpha m)` rollouts, where `e` is the excess over the k-th reward; exactly 0 for the others
     (and for the k-th). See `functional.tail`, also for the other tails. Biased by O(1/m). A tail without spread gets
     zeros.
-
-    Args:
-        target_n: N, the best-of-N budget at deployment.
-        alpha: Upper-tail level in (0, 1].
-        tail: Model of the tail: `gaussian`, `gpd` or `empirical`.
     """
 
     def compute(self, rewards: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from tealightning.registry import register
 
 @register
 class Entropic(AdvantageEstimator):
-    """Leave-one-out exponential tilt (TTT-Discover, Yuksekgonul et al. 2026):
+    """Leave-one-out exponential tilt (TTT-Discover, Yuksekgonul et al. 2026, arXiv 2601.16175):
 
         A_i = exp(beta R_i) / mean_{j != i} exp(beta R_j) - 1
 
@@ -22,10 +22,8 @@ class Entropic(AdvantageEstimator):
     makes the advantages invariant to shift and scale of the rewards; beta then depends on the group, and no fixed
     objective is ascended. A constant group gets zeros.
 
-    Deviations from arXiv 2601.16175: the search runs on rewards divided by the group's range, so that beta has no bound
-    in units of reward. A target that ties at the top put out of reach takes the limit beta -> infinity
-    (`functional.entropic`). Groups with `ln m <= kl_target`, such as 2 rollouts at ln 2, are refused: there the
-    winner's denominator vanishes. No eps is added to the denominator.
+    Deviations: beta has no bound in units of reward; a target that ties at the top put out of reach takes the limit
+    beta -> infinity (`functional.entropic`); groups with `ln m <= kl_target` are refused; no eps in the denominator.
 
     Args:
         kl_target: Divergence from uniform in nats, > 0 and below the log of the group size.

@@ -18,10 +18,8 @@ class GRPOLead(AdvantageEstimator):
         w(x) = low + (high - low) / (1 + exp(steepness (x - midpoint)))
 
     `share` is the share of the group whose reward exceeds `threshold` (arXiv 2504.09696): successes on hard prompts and
-    failures on easy ones count most. Follows no objective without bias. A constant group gets zeros.
-
-    Deviations: only the difficulty part of the paper; its length-dependent reward and its penalty for wrong answers
-    belong to the reward. A share needs a threshold, hence neither shift- nor scale-equivariant.
+    failures on easy ones count most. Follows no objective without bias; neither shift- nor scale-equivariant. A
+    constant group gets zeros. Deviation: only the difficulty part of the paper; the others belong to the reward.
 
     Args:
         threshold: Rewards above it are successes.
@@ -59,7 +57,6 @@ class GRPOLead(AdvantageEstimator):
     def compute(self, rewards: Tensor) -> Tensor:
         share = successes(rewards, self.threshold).mean(dim=1, keepdim=True)
         standardised = centred(rewards) / (sample_std(rewards) + self.eps)
-        return standardised * torch.where(standardised > 0, self._weight(share), self._weight(1 - share))
-
-    def _weight(self, share: Tensor) -> Tensor:
-        return difficulty_weight(share, low=self.low, high=self.high, steepness=self.steepness, midpoint=self.midpoint)
+        logistic = {"low": self.low, "high": self.high, "steepness": self.steepness, "midpoint": self.midpoint}
+        success, failure = (difficulty_weight(part, **logistic) for part in (share, 1 - share))
+        return standardised * torch.where(standardised > 0, success, failure)

@@ -16,12 +16,10 @@ class Infalign(AdvantageEstimator):
 
     Calibrate and transform (InfAlign-CTRL, Balashankar et al. 2024, arXiv 2412.19792): a reward counts as the share of
     answers that it beats, and for best-of-N that share is tilted exponentially. Only the order of the rewards matters.
-    A constant group gets zeros.
+    Biased: q depends on the policy, and the group's mean on the rollout itself. A constant group gets zeros.
 
-    Deviations: the paper calibrates each prompt offline against samples of a fixed reference policy; here the other
-    rollouts of the group stand in for them, so q follows the policy and its mean is always 1/2: an improving mean of
-    the rewards leaves no trace in it, and no group fades out once it beats the reference. The paper's transform
-    `exp(t q)` is scaled to [0, 1]. Biased: q depends on the policy, and the group's mean on the rollout itself.
+    Deviations: the other rollouts of the group stand in for the paper's fixed reference policy, so that q is 1/2 on
+    average and no group fades out once it beats the reference; the transform is scaled to [0, 1].
 
     Args:
         tilt: t > 0; near 0 the plain win rate.

@@ -23,9 +23,9 @@ class MaxAtK(AdvantageEstimator):
     - `baseline="none"`: `m/C(m,k) * sum_{I: i in I} max R_I`; a constant group gets k times that constant.
 
     With `scale="group_std"` these weights w become `(w - mean(w)) / std(w)`, sample standard deviation over the group
-    (Bagirov et al. 2025, arXiv 2510.23393): as large as GRPO's advantages whatever k and the scale of the rewards, but
-    biased, and without an off-policy form. At k = m only who is best is left, not by how much: take k near m/2. Weights
-    that are all equal give zeros.
+    (Bagirov et al. 2025, arXiv 2510.23393), zeros if all are equal: as large as GRPO's advantages whatever k and the
+    scale of the rewards, but biased, and without an off-policy form. At k = m only who is best is left, not by how
+    much: take k near m/2.
 
     Args:
         k: Subset size, 1 <= k <= group size; None = the whole group (of valid rollouts).
@@ -53,8 +53,7 @@ class MaxAtK(AdvantageEstimator):
 
     @property
     def min_group_size(self) -> int:
-        """k, and 2 at least where rollouts are compared; k + 1 where nothing but the subsets without a rollout tells it
-        from others."""
+        """k, and 2 at least where rollouts are compared; k + 1 where only subsets without a rollout tell it apart."""
         if self.scale == "group_std" and self.baseline == "none" and self.k is not None:
             return self.k + 1
         return max(self.k or 1, 1 if self.baseline == "none" else 2)

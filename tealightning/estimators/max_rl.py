@@ -16,11 +16,8 @@ class MaxRL(AdvantageEstimator):
 
     For 0/1 rewards, p the probability of a success, `grad log p = sum_k (1/k) grad pass@k`: prompts on which successes
     are rare count more. With m rollouts and eps = 0 it is unbiased for the sum up to k = m - 1. Scores in [0, 1] are
-    taken as they are, which follows `log E[R]`, with a bias at finite m. Multiplying all rewards by a constant changes
-    nothing but the share of eps.
-
-    A constant group gets zeros; so does a group of zeros. Negative rewards are a ValueError: a mean near 0, or below,
-    would blow the advantages up or turn their sign. `TailRL` is the same on 0/1 rewards and takes any others.
+    taken as they are, which follows `log E[R]`, with a bias at finite m. A constant group gets zeros; negative rewards
+    are a ValueError: a mean near 0, or below, would blow the advantages up or turn their sign.
 
     Args:
         eps: Added to the mean, > 0, in units of reward: keep it far below 1/m of a success.

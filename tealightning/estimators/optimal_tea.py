@@ -42,7 +42,6 @@ class OptimalTEA(TailEstimator):
     gets zeros.
 
     Args:
-        target_n: N, the best-of-N budget at deployment.
         alpha: Upper-tail level in (0, 1]; 1 uses the whole group and assumes that all of it is Gaussian.
         scale: What `s` is: `tail_rms`, the root mean square of the excesses; `tail_std`, their standard deviation
             (needs a tail of 5); `group_std`, the standard deviation of the whole group.

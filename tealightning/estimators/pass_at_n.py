@@ -13,25 +13,21 @@ from tealightning.registry import register
 
 @register
 class PassAtN(AdvantageEstimator):
-    """Gradient of `1 - (1-p)^N`, p the probability of a success, for any N; a success is a reward above `threshold`.
+    """Gradient `N (1-p)^(N-1) grad p` of `1 - (1-p)^N`, p the probability of a reward above `threshold`, for any N.
 
-        grad = N (1-p)^(N-1) grad p
-
-    The factor is replaced by its expectation given the other rollouts, under
-    `p ~ Beta(prior_successes, prior_failures)` before them: with f failures in the group, a success gets
+    The factor is replaced by its expectation given the other rollouts, under `p ~ Beta(prior_successes,
+    prior_failures)` before them (`functional.binary.pass_at_n_factors`): with f failures in the group, a success gets
 
         A = N * prod_{j=0}^{N-2} (prior_failures + f + j) / (prior_successes + prior_failures + m - 1 + j)
 
     - `baseline="none"`: failures get exactly 0. So does a group of successes only, although the formula leaves it
       `N prod_j (prior_failures + j)/(...)`: 3e-5 at m = 8, N = 16 and below 1e-10 at N = 128, but 0.1 at m = N = 4.
     - `baseline="loo"`: `R_i` minus the mean of the others' outcomes, times the factor that the others give. The same
-      expectation (that omission aside); smaller advantages where successes are common, much the same where they are
-      rare. Exact zeros only in groups without contrast.
+      expectation (that omission aside); smaller advantages where successes are common.
 
-    Derived here. With the improper prior (0, 2 - N) the factor is the unbiased `N C(f, N-1)/C(m-1, N-1)` of max@k at
-    k = N <= m (Walder and Karkhanis 2025, arXiv 2505.15201), which is 0 as soon as f < N - 1. A proper prior biases the
-    estimate towards its own p, by less the larger m, and gives a signal for N > m. Groups without successes or without
-    failures get zeros.
+    Derived here. The improper prior (0, 2 - N) gives max@k at k = N <= m (Walder and Karkhanis 2025, arXiv 2505.15201).
+    A proper prior biases the estimate towards its own p, by less the larger m, and gives a signal for N > m. Groups
+    without contrast get zeros.
 
     Args:
         target_n: N, the number of answers at deployment.

@@ -16,19 +16,14 @@ class PrefixTEA(PlugInEstimator):
         A_i = sum_j v_j (m/P_j) 1{i < P_j} w_i(first P_j rollouts)
 
     The prefixes `P_j = round(j m / num_prefixes)` have biases of known powers of `1/P_j`; the weights `v` of
-    `functional.tail.jackknife_weights` cancel the first `order - 1` of them (arXiv 2605.10716).
-
-    Depends on the order of the rollouts within the group, which is arbitrary: averaging over cyclic shifts
-    (`rotations`) has the same expectation and less variance, and needs no more rollouts. Prefixes whose tail has a
-    single rollout contribute zeros. A constant group gets zeros.
+    `functional.tail.jackknife_weights` cancel the first `order - 1` of them (arXiv 2605.10716). Depends on the order of
+    the rollouts, which is arbitrary: averaging over cyclic shifts (`rotations`) has the same expectation and less
+    variance. Prefixes whose tail has a single rollout contribute zeros. A constant group gets zeros.
 
     Args:
-        target_n: N, the best-of-N budget at deployment.
-        alpha: Upper-tail level in (0, 1].
         num_prefixes: J, number of prefixes, the whole group included.
         order: q, 1 (no debiasing) to `num_prefixes`.
         rotations: Cyclic shifts of the group to average over.
-        tail: Model of the tail: `gaussian`, `gpd` or `empirical`.
     """
 
     def __init__(

@@ -11,16 +11,14 @@ from tealightning.registry import register
 
 @register
 class RsGRPO(AdvantageEstimator):
-    """Risk-sensitive GRPO (arXiv 2509.24261):
+    """Risk-sensitive GRPO (arXiv 2509.24261), with the sample standard deviation:
 
         A_i = (1/beta) (exp(beta z_i) / mean_j exp(beta z_j) - 1),     z = (R - mean)/(std + eps)
 
-    with the sample standard deviation: the gradient of `(1/beta) log E[exp(beta z)]` with the group's own mean in
-    the denominator. beta -> 0 is GRPO. Biased: the standardisation and the denominator depend on the rollout itself.
-    Between -1/beta and (m-1)/beta, whatever the rewards. A constant group gets zeros.
-
-    Deviation: the authors' code takes rewards of 0 and 1 as they are; here they are standardised as in `GRPO` first, so
-    that beta has no unit and any reward will do.
+    The gradient of `(1/beta) log E[exp(beta z)]` with the group's own mean in the denominator; beta -> 0 is GRPO.
+    Biased: the standardisation and the denominator depend on the rollout itself. Between -1/beta and (m-1)/beta,
+    whatever the rewards. A constant group gets zeros. Deviation: rewards are standardised first, so that beta has no
+    unit; the authors' code takes rewards of 0 and 1 as they are.
 
     Args:
         beta: How much the top counts, > 0.

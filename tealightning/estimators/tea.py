@@ -26,11 +26,8 @@ class TEA(PlugInEstimator):
     The defaults are measured: see docs/estimators/tea.md. A tail without spread gets zeros.
 
     Args:
-        target_n: N, the best-of-N budget at deployment.
-        alpha: Upper-tail level in (0, 1].
         baseline: Baseline that is subtracted from the weights.
         scale: Scale that the weights are divided by.
-        tail: Model of the tail: `gaussian`, `gpd` or `empirical`.
     """
 
     def __init__(
