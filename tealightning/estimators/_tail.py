@@ -62,8 +62,8 @@ class PlugInEstimator(TailEstimator):
     """Base of estimators that plug the group's own tail into the gradient of a tail model's best-of-N.
 
     Args:
-        tail: Model of the tail: `gaussian`; `gpd`, generalised Pareto with a shape from the group's own tail; `empirical`, no
-            extrapolation.
+        tail: Model of the tail: `gaussian`; `gpd`, generalised Pareto with a shape from the group's own tail;
+            `empirical`, no extrapolation.
     """
 
     def __init__(self, *, target_n: int = 128, alpha: float = 0.25, tail: TailModel = "gaussian") -> None:

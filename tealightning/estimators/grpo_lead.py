@@ -5,14 +5,13 @@ from torch import Tensor
 
 from tealightning.checks import check_finite, check_positive
 from tealightning.errors import UserError
-from tealightning.estimators.base import AdvantageEstimator
+from tealightning.estimators.grpo import GRPO
 from tealightning.functional.binary import difficulty_weight, successes
-from tealightning.functional.moments import centred, sample_std
 from tealightning.registry import register
 
 
 @register
-class GRPOLead(AdvantageEstimator):
+class GRPOLead(GRPO):
     """GRPO's advantage times `w(share)` if positive, `w(1 - share)` if negative (GRPO-LEAD, Zhang and Zuo 2025).
 
         w(x) = low + (high - low) / (1 + exp(steepness (x - midpoint)))
@@ -27,11 +26,9 @@ class GRPOLead(AdvantageEstimator):
         high: Weight of the hardest, >= low.
         steepness: How fast the weight falls with the share, > 0.
         midpoint: Share at which it is half way.
-        eps: Added to the standard deviation, > 0, in units of reward.
     """
 
     objective = "E[R] (standardised, hard prompts first)"
-    min_group_size = 2  # one rollout has no spread
 
     def __init__(
         self,
@@ -48,7 +45,7 @@ class GRPOLead(AdvantageEstimator):
         self.high = check_finite("high", high)
         self.steepness = check_positive("steepness", steepness)
         self.midpoint = check_finite("midpoint", midpoint)
-        self.eps = check_positive("eps", eps)
+        super().__init__(eps=eps)
         if low < 0:
             raise UserError(f"low must be at least 0 (a negative weight would punish successes), got {low!r}.")
         if high < low:
@@ -56,7 +53,7 @@ class GRPOLead(AdvantageEstimator):
 
     def compute(self, rewards: Tensor) -> Tensor:
         share = successes(rewards, self.threshold).mean(dim=1, keepdim=True)
-        standardised = centred(rewards) / (sample_std(rewards) + self.eps)
+        standardised = super().compute(rewards)
         logistic = {"low": self.low, "high": self.high, "steepness": self.steepness, "midpoint": self.midpoint}
         success, failure = (difficulty_weight(part, **logistic) for part in (share, 1 - share))
         return standardised * torch.where(standardised > 0, success, failure)

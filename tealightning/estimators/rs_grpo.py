@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from tealightning.checks import check_positive
-from tealightning.estimators.base import AdvantageEstimator
-from tealightning.functional.moments import centred, sample_std
+from tealightning.estimators.grpo import GRPO
+from tealightning.functional.moments import centred
 from tealightning.registry import register
 
 
 @register
-class RsGRPO(AdvantageEstimator):
+class RsGRPO(GRPO):
     """Risk-sensitive GRPO (arXiv 2509.24261), with the sample standard deviation:
 
         A_i = (1/beta) (exp(beta z_i) / mean_j exp(beta z_j) - 1),     z = (R - mean)/(std + eps)
@@ -22,18 +22,16 @@ class RsGRPO(AdvantageEstimator):
 
     Args:
         beta: How much the top counts, > 0.
-        eps: Added to the standard deviation, > 0, in units of reward: groups with a smaller spread fade out.
     """
 
     objective = "log E[exp(beta z)]/beta (biased)"
-    min_group_size = 2  # one rollout has no spread
 
     def __init__(self, *, beta: float = 2.0, eps: float = 1e-4) -> None:
         self.beta = check_positive("beta", beta)
-        self.eps = check_positive("eps", eps)
+        super().__init__(eps=eps)
 
     def compute(self, rewards: Tensor) -> Tensor:
-        standardised = centred(rewards) / (sample_std(rewards) + self.eps)
+        standardised = super().compute(rewards)
         # Exponents below 0 do not overflow, and `exp(x) - 1` keeps the digits of a small beta.
         exponents = self.beta * (standardised - standardised.amax(dim=1, keepdim=True))
         return centred(torch.expm1(exponents)) / (self.beta * exponents.exp().mean(dim=1, keepdim=True))

@@ -14,13 +14,9 @@ def best_of_n_weights(counts: Tensor, width: int, n: int) -> Tensor:
 
         w_t = C(M-1-t, n-1) / C(M, n),     t = 0..M-1
 
-    `w_0 = n/M` and `w_{t+1} = w_t * (M-t-n)/(M-t-1)`: no factorials, so M of many thousands is safe.
-
-    Args:
-        counts: [P] int64, the M of each prompt.
-        width: Number of ranks to return; ranks from M on weigh 0.
-
-    Returns: [P, width] float64; rows sum to 1 where n <= M and mean nothing elsewhere.
+    `w_0 = n/M` and `w_{t+1} = w_t * (M-t-n)/(M-t-1)`: no factorials, so M of many thousands is safe. `counts` [P] int64
+    are the M of each prompt; the result, [P, width] float64, is 0 from rank M on. Its rows sum to 1 where n <= M and
+    mean nothing elsewhere.
 
     >>> best_of_n_weights(torch.tensor([4]), 4, 2)
     tensor([[0.5000, 0.3333, 0.1667, 0.0000]], dtype=torch.float64)
@@ -67,13 +63,8 @@ def best_of_n_selected(proxy: Tensor, other: Tensor, ns: Sequence[int], valid: T
     It is the mean over all subsets of size n. Of samples that tie in the proxy any is picked with equal probability:
     each gets the mean of `other` over the tied ones. With `other = proxy` it is `best_of_n`. Where the curve bends
     down in n, the proxy is over-optimised (Gao, Schulman and Hilton 2023; the estimator is that of
-    Nakano et al. 2021, "WebGPT").
-
-    Args:
-        proxy: [P, M] float; what selects.
-        other: [P, M] float; what is reported. Where either is NaN there is no sample, also for the selection.
-
-    Raises: ValueError for shapes that differ or n < 1.
+    Nakano et al. 2021, "WebGPT"). Both are [P, M] float (else a ValueError); where either is NaN there is no sample,
+    also for the selection.
 
     >>> proxy, gold = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.0, 6.0, 3.0]])
     >>> best_of_n_selected(proxy, gold, [1, 2, 3])
@@ -117,13 +108,8 @@ def win_rate(first: Tensor, second: Tensor, ns: Sequence[int]) -> Tensor:
         P(max_n first > max_n second) + P(max_n first = max_n second) / 2
 
     over all pairs of subsets of size n, drawn without replacement: unbiased, as in `best_of_n`. Sorting makes it
-    O(M log M) a prompt: the maximum is the order statistic of rank t with probability `best_of_n_weights`.
-
-    Args:
-        first: [Q, M1] float rewards, NaN = not a sample.
-        second: [Q, M2] float rewards of the same prompts.
-
-    Raises: ValueError for other shapes or n < 1.
+    O(M log M) a prompt: the maximum is the order statistic of rank t with probability `best_of_n_weights`. `first`
+    [Q, M1] and `second` [Q, M2] are rewards of the same prompts (else a ValueError), NaN = not a sample.
 
     >>> win_rate(torch.tensor([[0.0, 3.0]]), torch.tensor([[1.0, 2.0]]), [1, 2])
     tensor([[0.5000, 1.0000]], dtype=torch.float64)

@@ -17,9 +17,8 @@ def filter_logits(logits: Tensor, keep_ids: Tensor, *, top_k: int = 0, top_p: fl
     The sampled tokens `keep_ids` [...] always stay: rounding differences between engine and trainer can put a token of
     the edge on different sides, and its log-prob must stay finite.
 
-    Args:
-        top_k: Keep the k largest (ties at the k-th stay); 0 = all.
-        top_p: Keep the smallest set of largest probabilities that sums to at least `top_p`; 1 = all.
+    `top_k` keeps the k largest (ties at the k-th stay; 0 = all), `top_p` the smallest set of largest probabilities that
+    sums to at least `top_p` (1 = all).
 
     >>> filter_logits(torch.tensor([3.0, 2.0, 1.0]), torch.tensor(0), top_k=2)
     tensor([3., 2., -inf])
@@ -90,10 +89,8 @@ def linear_log_probs(
     through the output layer one after the other; their probabilities are kept for the backward pass where all of them
     fit into `max_logits_bytes`, and computed again otherwise. liger-kernel's fused kernel is used where it can be.
 
-    Args:
-        hidden: [n, D], inputs of the output layer at n positions.
-        weight: [V, D] of the output layer; under autocast the product is computed in autocast's dtype.
-        token_ids: [n] int64, the tokens that were sampled there.
+    `hidden` [n, D] are inputs of the output layer, `weight` [V, D] is its matrix (under autocast the product is in
+    autocast's dtype), `token_ids` [n] int64 are the tokens that were sampled there.
 
     Returns: (log-probs [n] float32 with gradient, entropies [n] float32 in nats without, or None)
 
@@ -232,12 +229,11 @@ def _is_installed() -> bool:
     return hasattr(importlib.import_module("liger_kernel.ops"), "LigerFusedLinearScaledCrossEntropyFunction")
 
 
+LogProbs = Callable[..., Any]
 _right: dict[tuple[Any, ...], bool] = {}
 
 
-def _is_right(
-    chunked: Callable[..., Any], hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float
-) -> bool:
+def _is_right(chunked: LogProbs, hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> bool:
     """Check the fused kernel against the chunks on some of these tokens, once for each shape.
 
     A kernel that is compiled for a card and shape it was never tried on can be wrong without an error.
@@ -257,9 +253,7 @@ def _is_right(
     return _right[shape]
 
 
-def _trial(
-    way: Callable[..., Any], hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float
-) -> list[Tensor]:
+def _trial(way: LogProbs, hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> list[Tensor]:
     """Log-probs, entropies and gradients of tokens that count differently."""
     # Copies, made outside inference mode: the first use can be in an evaluation, whose tensors autograd does not take.
     with torch.inference_mode(False), torch.enable_grad():

@@ -5,12 +5,11 @@ of whole sequences, [P, m] float64. Over the subsets I of size k,
 
     C(m,k)^-1 sum_I prod_{i in I} rho_i * max R_I
 
-is unbiased for E_pi[max of k]. Its gradient in pi has the two forms of weights below; at rho = 1 they are the
-on-policy ones. Bagirov et al. 2025 (arXiv 2510.23393) expand the products to first order around rho = 1; here they are
-exact, by elementary symmetric polynomials, in O(m k) after sorting. No subset is enumerated and nothing is divided by a
-ratio: polynomials are built up item by item, as means over subsets, so that binomial coefficients never appear on their
-own. The products themselves have the variance of importance sampling: their size is that of the k largest ratios, and
-sequences that differ much make them useless before they make them wrong.
+is unbiased for E_pi[max of k]. Bagirov et al. 2025 (arXiv 2510.23393) expand the products to first order around
+rho = 1; here they are exact, by elementary symmetric polynomials, in O(m k) after sorting: built up item by item, as
+means over subsets, so that no subset is enumerated, nothing is divided by a ratio, and binomial coefficients never
+appear on their own. The products have the variance of importance sampling: sequences that differ much make them useless
+before they make them wrong.
 """
 
 import torch
@@ -56,11 +55,9 @@ def max_at_k_weights(rewards: Tensor, k: int) -> Tensor:
         A_i = m/C(m,k) * sum over subsets I of size k with i in I of max(R_I)
 
     Walder and Karkhanis 2025, "Pass@K policy optimization". With ascending order statistics R_(1..m) and `a_l` of
-    `subset_shares`, summed over the gaps above i instead of over subsets:
+    `subset_shares`, summed over the gaps above i, so that tied rewards get identical weights:
 
         A_(i) = k R_(i) + sum_{l >= i} (R_(l+1) - R_(l)) * (k - a_{l-1})
-
-    so that tied rewards get identical weights.
 
     >>> max_at_k_weights(torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.float64), k=2)
     tensor([[4., 4., 6.]], dtype=torch.float64)

@@ -187,10 +187,8 @@ def noise_matrices(m: int, k: int, scale: TailScale, draws: int = _DRAWS) -> tup
 def rank_basis(rewards: Tensor, top: Tensor, scale: TailScale) -> tuple[Tensor, Tensor]:
     """Basis functions `e_j` and `e_j^2 / s` of the ranks j = 1..k-1, best first: [P, k-1] each; 0 where `s` is 0.
 
-    Args:
-        top: [P, k] float64, the k largest, descending.
-        scale: `tail_rms`: root mean square of the excesses; `tail_std`: their population standard deviation;
-            `group_std`: that of the whole group.
+    `top` [P, k] are the k largest, descending. `s` is the root mean square of the excesses (`tail_rms`), their standard
+    deviation (`tail_std`), or that of the whole group (`group_std`), with divisor k - 1, k - 1 and m.
 
     >>> rewards = torch.tensor([[0.0, 1.0, 3.0, 4.0]], dtype=torch.float64)
     >>> rank_basis(rewards, rewards.topk(3).values, "tail_rms")
@@ -207,8 +205,8 @@ def optimal_coefficients(moments: TailMoments, *, target_n: int, lam: float, sca
 
         c = M^-1 E^T (E M^-1 E^T)^-1 (1, scale_weight c_N),     M = V + lam Q
 
-    The minimum of the noise `c^T M c` over the coefficients with `E c = (1, scale_weight c_N)`, that is over the
-    exactly unbiased ones (Gauss-Markov). The noise matrices decide how noisy it is, never the mean.
+    The minimum of the noise `c^T M c` over the exactly unbiased coefficients, those with `E c = (1, scale_weight c_N)`
+    (Gauss-Markov).
 
     >>> moments = tail_moments(8, 3, "tail_rms")
     >>> optimal_coefficients(moments, target_n=16, lam=100, scale_weight=1).round(2)

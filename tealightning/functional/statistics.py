@@ -79,7 +79,7 @@ class Components:
 
 
 def crossed_components(values: Tensor, missing: int = 0) -> Components:
-    """Moment estimates of the variance of a grand mean, for `y_sq = mu + a_s + b_q + e_sq`.
+    """Moment estimates of the variance of a grand mean of `values` [S, Q, C], for `y_sq = mu + a_s + b_q + e_sq`.
 
         Var(mean) = var_a/S + var_b/Q + var_e/(SQ),  estimated by  (MS_seeds + max(MS_prompts - MS_residual, 0)) / (SQ)
 
@@ -90,11 +90,8 @@ def crossed_components(values: Tensor, missing: int = 0) -> Components:
         1/df = (V_seeds / (S-1) + V_prompts / (Q-1)) / (V_seeds + V_prompts)
 
     Satterthwaite (1946) squares the two shares, which is liberal when S is 3 (92%) because the shares are estimates.
-    One seed (or prompt): its variance part is 0. Variance and degrees of freedom are NaN where S = Q = 1.
-
-    Args:
-        values: [S, Q, C] float64 without NaN.
-        missing: How many cells were filled in; each takes a degree of freedom from the residual.
+    Each of the `missing` cells that were filled in takes a degree of freedom from the residual. One seed (or prompt):
+    its variance part is 0. Variance and degrees of freedom are NaN where S = Q = 1.
 
     >>> parts = crossed_components(torch.tensor([[1.0, 2.0], [2.0, 5.0]], dtype=torch.float64)[..., None])
     >>> parts.mean, parts.seed_variance, parts.prompt_variance
@@ -180,20 +177,16 @@ def crossed_interval(values: Tensor, *, confidence: float = 0.95, samples: int =
     With 2 seeds it falls to 91%; where skewed (exponential) effects of seeds are all the variance there is, to 88%.
 
     Sources: Owen (2007), "The pigeonhole bootstrap"; Cameron, Gelbach and Miller (2011), "Robust inference with
-    multiway clustering" (variances of crossed clusters add, minus the part counted twice); Satterthwaite (1946) for
-    the degrees of freedom of a sum of variances; Hall (1988) for studentising; Carpenter, Goldstein and Rasbash (2003)
-    for resampling effects rescaled to their estimated variance. Not theirs: the weights in `df`.
+    multiway clustering" (variances of crossed clusters add, minus the part counted twice); Hall (1988), studentising;
+    Carpenter, Goldstein and Rasbash (2003), resampling of effects rescaled to their estimated variance.
 
     One seed: over prompts only, so the spread of seeds is not in it. One prompt: over seeds only, a t interval. Fewer
     than 8 prompts: `r = 1`. One cell: NaN but for the mean. Constant columns: an interval of width 0 and p-value 0, or
     1 where the constant is 0; for bounded values that is too sure.
 
-    Args:
-        values: [S, Q, C] float, NaN = missing cell. A missing cell is filled by the additive fit, so that each seed and
-            prompt keeps its weight in the mean; a seed or prompt without any value in a column is left out of it.
-        samples: Bootstrap resamples, the same for all columns.
-
-    Raises: ValueError for another shape, a confidence outside (0, 1), or fewer than 100 samples.
+    A missing cell of `values` [S, Q, C] is NaN. It is filled by the additive fit, so that each seed and prompt keeps
+    its weight in the mean; a seed or prompt without any value in a column is left out of it. A ValueError for another
+    shape, a confidence outside (0, 1), or fewer than 100 resamples.
 
     >>> values = torch.randn(3, 24, 1, generator=torch.Generator().manual_seed(0))
     >>> interval = crossed_interval(values + 1)

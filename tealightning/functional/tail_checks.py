@@ -129,14 +129,9 @@ def check_tail(
 ) -> TailChecks:
     """Run all checks of the upper tail against Gaussian samples of the same size; `equal_samples` sets one M.
 
-    Args:
-        rewards: [P, W] float; NaN or inf = could not be scored.
-        m: Samples that best-of-n is predicted from.
-        tested_share: Upper share of the samples whose line and shape are compared with a Gaussian's, in (0, 1];
-            None = 2 alpha, at most 1.
-        ns: Budgets to predict, at most M - m; None = `prediction_budgets`.
-
-    Raises: ValueError if the group is too small for a tail of 2, or a budget is larger than M - m.
+    Best-of-n is predicted from m samples, for budgets of at most M - m (None = `prediction_budgets`). Line and shape
+    are those of the upper `tested_share` (None = 2 alpha, at most 1). A ValueError if m is too small for a tail of 2,
+    or a budget too large.
 
     >>> check_tail(torch.randn(50, 64)).tail.shape
     torch.Size([50, 16])

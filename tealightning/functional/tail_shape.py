@@ -60,12 +60,10 @@ def two_cluster_share(values: Tensor) -> Tensor:
 def expected_normal_order_statistics(m: int, k: int) -> Tensor:
     """Expected order statistics `E[Z_(j)]` of the `k` largest of `m` standard normals, largest first, [k] float64.
 
-    Accurate to about 1e-10:
-
         integral of x * m!/((j-1)! (m-j)!) * Phi(-x)^(j-1) * Phi(x)^(m-j) * phi(x) over x,     j = 1..k from the top
 
-    by the trapezoidal rule, which converges exponentially for such integrands: the step is a fifth of the narrowest
-    peak's width. Blom's `Phi^-1((m - j + 0.625)/(m + 0.25))` would be off by up to 0.02 at the extremes.
+    by the trapezoidal rule, which converges exponentially for such integrands, to about 1e-10. Blom's approximation
+    would be off by up to 0.02 at the extremes.
 
     >>> expected_normal_order_statistics(3, 2)
     tensor([ 8.4628e-01, -4.9707e-17], dtype=torch.float64)
@@ -225,8 +223,8 @@ def _predict_held_out(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Hold the first `num_groups` disjoint groups of `m` of the samples [Q, M] against the M - m others.
 
-    Returns: predictions `mu_a + ct_n sigma_a` of each group and unbiased best-of-n of the others, both [Q, groups,
-    len(ns)], and sigma_a of the group, [Q, groups, 1]
+    Returns predictions `mu_a + ct_n sigma_a` of each group and unbiased best-of-n of the others, both [Q, groups,
+    len(ns)], and sigma_a of the group, [Q, groups, 1].
     """
     others_count = samples.shape[1] - m
     counts = torch.tensor([others_count], device=samples.device)
@@ -292,9 +290,8 @@ def held_out_best_of_n(samples: Tensor, m: int, *, alpha: float, ns: tuple[int, 
     """Compare predicted and measured best-of-n: fit each of the `M // m` groups, measure on the other M - m samples.
 
     A group's interval for the measured value is `[predicted - high * sigma_a, predicted - low * sigma_a]` with the
-    quantiles of `_gaussian_prediction_null`: `level` of the groups are covered if rewards are Gaussian. A group whose
-    tail has no spread has a single point for an interval. `samples` [Q, M >= 2m] are in an order that carries no
-    information; a tail needs 2, and budgets are at most M - m.
+    quantiles of Gaussian samples, of which it covers `level`; a single point for a tail without spread. `samples`
+    [Q, M >= 2m] are in an order that carries no information; a tail needs 2, and budgets are at most M - m.
 
     >>> samples = torch.randn(50, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     >>> held_out_best_of_n(samples, 16, alpha=0.25, ns=(4, 48)).error.mean(dim=0)
