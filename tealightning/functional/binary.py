@@ -4,6 +4,7 @@
 """
 
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -60,32 +61,33 @@ def pass_at_n_factors(outcomes: Tensor, target_n: int, *, prior_successes: float
     return table[(failed.sum(dim=-1, keepdim=True) - failed).long()]
 
 
-def pass_at_n_weights(outcomes: Tensor, target_n: int, *, prior_successes: float, prior_failures: float) -> Tensor:
-    """Policy-gradient weights of pass@N, `A_i = R_i * factor_i` of `pass_at_n_factors`; failures get exactly 0.
+def pass_at_n_weights(
+    outcomes: Tensor,
+    target_n: int,
+    *,
+    prior_successes: float,
+    prior_failures: float,
+    baseline: Literal["none", "loo"] = "none",
+) -> Tensor:
+    """Policy-gradient weights of pass@N, with the factors of `pass_at_n_factors`; failures get exactly 0:
+
+        A_i = R_i * factor_i
+
+    With `baseline="loo"` the mean of the others' outcomes is subtracted from `R_i` (m >= 2), for the same expectation:
+    factor and baseline of rollout i know the others only. Zeros if all outcomes are equal. Where p is large the weights
+    become smaller; where it is small they hardly change, as the others seldom succeed.
 
     >>> outcomes = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
     >>> pass_at_n_weights(outcomes, 2, prior_successes=1, prior_failures=1)
     tensor([[1.5000, 0.0000, 0.0000]], dtype=torch.float64)
-    """
-    prior = {"prior_successes": prior_successes, "prior_failures": prior_failures}
-    return outcomes * pass_at_n_factors(outcomes, target_n, **prior)
-
-
-def pass_at_n_loo_weights(outcomes: Tensor, target_n: int, *, prior_successes: float, prior_failures: float) -> Tensor:
-    """Weights of pass@N with a leave-one-out baseline, of the same expectation as `pass_at_n_weights`; m >= 2:
-
-        A_i = (R_i - mean of the others' outcomes) * factor_i
-
-    The factor and the baseline of rollout i know the other rollouts only. Zeros if all outcomes are equal. Where p is
-    large the weights become smaller; where it is small they hardly change, as the others seldom succeed.
-
-    >>> outcomes = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
-    >>> pass_at_n_loo_weights(outcomes, 2, prior_successes=1, prior_failures=1)
+    >>> pass_at_n_weights(outcomes, 2, prior_successes=1, prior_failures=1, baseline="loo")
     tensor([[ 1.5000, -0.5000, -0.5000]], dtype=torch.float64)
     """
+    factors = pass_at_n_factors(outcomes, target_n, prior_successes=prior_successes, prior_failures=prior_failures)
+    if baseline == "none":
+        return outcomes * factors
     others = (outcomes.sum(dim=-1, keepdim=True) - outcomes) / (outcomes.shape[-1] - 1)
-    prior = {"prior_successes": prior_successes, "prior_failures": prior_failures}
-    return (outcomes - others) * pass_at_n_factors(outcomes, target_n, **prior)
+    return (outcomes - others) * factors
 
 
 def difficulty_weight(share: Tensor, *, low: float, high: float, steepness: float, midpoint: float) -> Tensor:

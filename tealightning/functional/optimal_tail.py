@@ -91,10 +91,9 @@ def calibrated_weights(rewards: Tensor, *, target_n: int, alpha: float) -> Tenso
     tensor([[-0.0000, -0.0000, -3.6408,  9.9167]], dtype=torch.float64)
     """
     a, b = calibrated_coefficients(rewards.shape[1], target_n, alpha)
-    tail = tail_statistics(rewards, alpha)
-    excess = (rewards - tail.threshold).clamp(min=0)
-    curvature = ratio_or_zero(excess - 2 * tail.mean_excess, tail.std)
-    return excess * (a + 0.5 * b * curvature) / alpha
+    threshold, mean_excess, std, _ = tail_statistics(rewards, alpha)
+    excess = (rewards - threshold).clamp(min=0)
+    return excess * (a + 0.5 * b * ratio_or_zero(excess - 2 * mean_excess, std)) / alpha
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,6 @@ Samples of one prompt share its difficulty, so counting them as independent woul
 function here takes one value a prompt. Results are float64, with one entry for each of C columns.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -67,8 +66,7 @@ MIN_SEED_SHARE = 0.05  # of the residual mean square: seed means that agree by c
 FILL_STEPS = 1000
 
 
-@dataclass(kw_only=True, slots=True)
-class Components:
+class Components(NamedTuple):
     """Means of C columns over seeds and prompts, with the parts of their variance."""
 
     mean: Tensor
@@ -111,13 +109,8 @@ def crossed_components(values: Tensor, missing: int = 0) -> Components:
     prompt_variance = (prompt_square - residual_square).clamp(min=0) / cells
     total = seed_variance + prompt_variance
     per_seed, per_prompt = seed_variance / max(seeds - 1, 1), prompt_variance / max(prompts - 1, 1)
-    return Components(
-        mean=origin + mean,
-        seed_variance=seed_variance,
-        prompt_variance=prompt_variance,
-        degrees_of_freedom=(total / (per_seed + per_prompt)).masked_fill(total == 0, 1.0),
-        prompt_effects=prompt_effects,
-    )
+    degrees_of_freedom = (total / (per_seed + per_prompt)).masked_fill(total == 0, 1.0)
+    return Components(origin + mean, seed_variance, prompt_variance, degrees_of_freedom, prompt_effects)
 
 
 def _drop_and_fill(values: Tensor) -> tuple[Tensor, int]:
@@ -146,8 +139,7 @@ MIN_RESAMPLED = 8  # with fewer prompts too many resamples are a single prompt r
 MIN_VARIANCE_RATIO = 0.25  # of a resample: one that misses the only unusual prompt would make the interval infinite
 
 
-@dataclass(kw_only=True, slots=True)
-class Interval:
+class Interval(NamedTuple):
     """Means of C columns with their uncertainty. NaN where a column has no value, or all but `mean` if it has one."""
 
     mean: Tensor
@@ -209,8 +201,7 @@ def crossed_interval(values: Tensor, *, confidence: float = 0.95, samples: int =
     for where, cells, missing in parts:
         if cells.numel():
             result[:, where] = _interval(crossed_components(cells, missing), confidence, samples, seed)
-    mean, low, high, standard_error, p_value = result
-    return Interval(mean=mean, low=low, high=high, standard_error=standard_error, p_value=p_value)
+    return Interval(*result)
 
 
 def _interval(parts: Components, confidence: float, samples: int, seed: int) -> Tensor:

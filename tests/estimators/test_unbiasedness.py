@@ -5,14 +5,14 @@ the check is known to see a bias.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from tealightning.estimators import build_estimator
-from tealightning.functional.binary import pass_at_n_loo_weights, pass_at_n_weights
+from tealightning.functional.binary import pass_at_n_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*the tail has 2 rollouts:UserWarning")
 
@@ -125,7 +125,7 @@ def test_max_rl_follows_the_sum_of_pass_at_k_below_m_and_the_log_likelihood_no_f
     assert (estimate - log_likelihood).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("weights", [pass_at_n_weights, pass_at_n_loo_weights])
+@pytest.mark.parametrize("weights", [pass_at_n_weights, partial(pass_at_n_weights, baseline="loo")])
 @pytest.mark.parametrize("m", SIZES)
 def test_pass_at_n_is_unbiased_with_the_improper_prior_and_biased_with_a_proper_one(weights, m):
     for target_n in range(1, m + 1):

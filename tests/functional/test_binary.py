@@ -8,7 +8,6 @@ import torch
 from tealightning.functional.binary import (
     difficulty_weight,
     pass_at_n_factors,
-    pass_at_n_loo_weights,
     pass_at_n_weights,
     successes,
 )
@@ -26,7 +25,7 @@ def test_pass_at_n_weights_by_hand():
     outcomes = torch.tensor([[0.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
     prior = {"prior_successes": 1.0, "prior_failures": 1.0}
     assert pass_at_n_weights(outcomes, 2, **prior).tolist() == [[0.0, 8 / 5, 0.0, 0.0]]
-    loo = pass_at_n_loo_weights(outcomes, 2, **prior)
+    loo = pass_at_n_weights(outcomes, 2, baseline="loo", **prior)
     torch.testing.assert_close(loo, torch.tensor([[-2 / 5, 8 / 5, -2 / 5, -2 / 5]], dtype=torch.float64))
 
 
@@ -40,7 +39,8 @@ def test_pass_at_1_is_the_mean_reward_without_and_with_its_leave_one_out_baselin
     prior = {"prior_successes": 0, "prior_failures": 1}
     assert torch.equal(pass_at_n_weights(ALL_GROUPS_OF_6, 1, **prior), ALL_GROUPS_OF_6)
     rloo = max_at_k_loo_weights(ALL_GROUPS_OF_6, 1)
-    torch.testing.assert_close(pass_at_n_loo_weights(ALL_GROUPS_OF_6, 1, **prior), rloo, rtol=0, atol=1e-12)
+    loo = pass_at_n_weights(ALL_GROUPS_OF_6, 1, baseline="loo", **prior)
+    torch.testing.assert_close(loo, rloo, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("a", "b"), [(1.0, 1.0), (0.5, 2.5), (3.0, 0.1)])
