@@ -6,7 +6,6 @@ from torch import Tensor
 from tealightning.checks import check_finite, check_positive
 from tealightning.errors import UserError
 from tealightning.estimators.grpo import GRPO
-from tealightning.functional.binary import difficulty_weight, successes
 from tealightning.registry import register
 
 
@@ -52,8 +51,10 @@ class GRPOLead(GRPO):
             raise UserError(f"high must be at least low={low}, got {high!r}.")
 
     def compute(self, rewards: Tensor) -> Tensor:
-        share = successes(rewards, self.threshold).mean(dim=1, keepdim=True)
+        share = (rewards > self.threshold).double().mean(dim=1, keepdim=True)
         standardised = super().compute(rewards)
-        logistic = {"low": self.low, "high": self.high, "steepness": self.steepness, "midpoint": self.midpoint}
-        success, failure = (difficulty_weight(part, **logistic) for part in (share, 1 - share))
+        success, failure = (
+            self.low + (self.high - self.low) * torch.sigmoid(-self.steepness * (part - self.midpoint))
+            for part in (share, 1 - share)
+        )
         return standardised * torch.where(standardised > 0, success, failure)

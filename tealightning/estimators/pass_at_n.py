@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tealightning.checks import check_choice, check_finite, check_integer, check_positive
 from tealightning.estimators.base import AdvantageEstimator
-from tealightning.functional.binary import pass_at_n_weights, successes
+from tealightning.functional.binary import pass_at_n_weights
 from tealightning.registry import register
 
 
@@ -65,7 +65,7 @@ class PassAtN(AdvantageEstimator):
                 UserWarning,
                 stacklevel=3,
             )
-        outcomes = successes(rewards, self.threshold)
+        outcomes = (rewards > self.threshold).double()
         prior = {"prior_successes": self.prior_successes, "prior_failures": self.prior_failures}
         weights = pass_at_n_weights(outcomes, self.target_n, baseline=self.baseline, **prior)
         return weights.masked_fill(outcomes.all(dim=1, keepdim=True), 0.0)

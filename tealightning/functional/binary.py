@@ -10,15 +10,6 @@ import torch
 from torch import Tensor
 
 
-def successes(rewards: Tensor, threshold: float) -> Tensor:
-    """Threshold rewards: 1 where `reward > threshold`, else 0; [P, m] float64.
-
-    >>> successes(torch.tensor([[0.2, 0.9]]), threshold=0.5)
-    tensor([[0., 1.]], dtype=torch.float64)
-    """
-    return (rewards > threshold).double()
-
-
 @lru_cache(maxsize=1024)
 def _miss_moments(others: int, power: int, prior_successes: float, prior_failures: float) -> tuple[float, ...]:
     """`E[(1-p)^power]` given f = 0..others failures among `others` rollouts:
@@ -88,14 +79,3 @@ def pass_at_n_weights(
         return outcomes * factors
     others = (outcomes.sum(dim=-1, keepdim=True) - outcomes) / (outcomes.shape[-1] - 1)
     return (outcomes - others) * factors
-
-
-def difficulty_weight(share: Tensor, *, low: float, high: float, steepness: float, midpoint: float) -> Tensor:
-    """Logistic weight of a prompt by its share of successes: `high` where few succeed, `low` where most do.
-
-        low + (high - low) / (1 + exp(steepness (share - midpoint)))
-
-    >>> difficulty_weight(torch.tensor([0.0, 0.75, 1.0]), low=0.4, high=1.5, steepness=10, midpoint=0.75)
-    tensor([1.4994, 0.9500, 0.4834])
-    """
-    return low + (high - low) * torch.sigmoid(-steepness * (share - midpoint))

@@ -16,7 +16,6 @@ r, t, c and the excess are Gauss-Legendre sums on windows outside of which the i
 """
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -29,8 +28,7 @@ Array = np.ndarray
 _NEGLIGIBLE = 40.0  # where the logarithm of an integrand is this far below its maximum, the integrand is 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Resolution:
+class Resolution(NamedTuple):
     """Nodes in each dimension."""
 
     threshold: int = 48

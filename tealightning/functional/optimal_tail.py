@@ -7,8 +7,8 @@ better than 1e-6 (`functional.normal_tail`).
 """
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -96,8 +96,7 @@ def calibrated_weights(rewards: Tensor, *, target_n: int, alpha: float) -> Tenso
     return excess * (a + 0.5 * b * ratio_or_zero(excess - 2 * mean_excess, std)) / alpha
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TailMoments:
+class TailMoments(NamedTuple):
     """Moments of the p = 2(k-1) basis functions, the k - 1 linear ones first, for standard normal rewards."""
 
     signal: np.ndarray  # [2, p], E: mean contribution to the gradient in (location, log-scale)
@@ -111,8 +110,7 @@ def tail_moments(m: int, k: int, scale: TailScale) -> TailMoments:
     >>> tail_moments(8, 3, "tail_rms").noise.shape
     (4, 4)
     """
-    noise, unrelated = noise_matrices(m, k, scale)
-    return TailMoments(signal=signal_matrix(m, k, scale), noise=noise, unrelated=unrelated)
+    return TailMoments(signal_matrix(m, k, scale), *noise_matrices(m, k, scale))
 
 
 def signal_matrix(m: int, k: int, scale: TailScale, resolution: Resolution = DEFAULT) -> np.ndarray:

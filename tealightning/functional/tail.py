@@ -17,7 +17,6 @@ population standard deviation of the excesses, [P, 1] float64.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -75,8 +74,7 @@ def expected_max_normal(n: int) -> float:
 _legendre = lru_cache(np.polynomial.legendre.leggauss)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TailConstants:
+class TailConstants(NamedTuple):
     """Constants of the surrogate for one `(target_n, alpha)`.
 
     `z = Phi^-1(1 - alpha)` is the threshold, `lambda_ = phi(z)/alpha` the mean and `kappa` the standard deviation

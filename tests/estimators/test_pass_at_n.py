@@ -114,6 +114,12 @@ def test_pass_at_n_warns_once_of_rewards_that_are_not_0_or_1():
         assert torch.equal(estimator(torch.tensor([[0.0, 1.0, 1.0]])), graded)
 
 
+def test_pass_at_n_takes_rewards_above_the_threshold_for_successes():
+    rewards, outcomes = torch.tensor([[0.5, 0.51, -1.0], [0.0, 1.0, 0.0]], dtype=torch.float64).split(1)
+    with pytest.warns(UserWarning, match="values other than 0 and 1"):
+        assert torch.equal(PassAtN()(rewards), PassAtN()(outcomes))
+
+
 @pytest.mark.parametrize(
     ("kwargs", "argument"),
     [

@@ -6,18 +6,12 @@ import pytest
 import torch
 
 from tealightning.functional.binary import (
-    difficulty_weight,
     pass_at_n_factors,
     pass_at_n_weights,
-    successes,
 )
 from tealightning.functional.max_at_k import max_at_k_loo_weights
 
 ALL_GROUPS_OF_6 = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * 6)
-
-
-def test_successes_exceed_the_threshold():
-    assert successes(torch.tensor([[0.5, 0.51, -1.0]]), 0.5).tolist() == [[0.0, 1.0, 0.0]]
 
 
 def test_pass_at_n_weights_by_hand():
@@ -73,9 +67,3 @@ def test_pass_at_n_factors_stay_finite_and_within_0_and_n(m, target_n):
 def test_pass_at_n_factors_refuse_a_prior_without_a_posterior():
     with pytest.raises(ValueError, match=r"above 1 - m = -3.*needs target_n <= m"):
         pass_at_n_factors(torch.zeros(1, 4, dtype=torch.float64), 5, prior_successes=0, prior_failures=-3)
-
-
-def test_difficulty_weight_runs_from_high_to_low():
-    share = torch.tensor([-1e9, 0.75, 1e9], dtype=torch.float64)
-    weight = difficulty_weight(share, low=0.4, high=1.5, steepness=10, midpoint=0.75)
-    torch.testing.assert_close(weight, torch.tensor([1.5, 0.95, 0.4], dtype=torch.float64))
