@@ -34,12 +34,9 @@ class PromptSamples(Metric):
             self.add_state(state, default=[], dist_reduce_fx="cat")
 
     def update(self, rewards: Tensor, valid: Tensor | None = None, keys: Tensor | None = None) -> None:
-        """Add the samples of some prompts; M may differ between calls.
+        """Add the samples [P, M] of some prompts; those that are not finite or not `valid` are left out.
 
-        Args:
-            rewards: [P, M] float; NaN or inf = could not be scored, left out.
-            valid: [P, M] bool, False = left out.
-            keys: [P] int64, which prompt each row belongs to. Give them always or never.
+        `keys` [P] int64 tell which prompt each row belongs to: give them always or never. M may differ between calls.
         """
         if rewards.ndim != 2:
             raise ValueError(f"rewards must have shape [P, M], got {tuple(rewards.shape)}.")
@@ -47,17 +44,14 @@ class PromptSamples(Metric):
             if tensor is not None and tensor.shape != shape:
                 raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}.")
         scored = torch.isfinite(rewards) if valid is None else torch.isfinite(rewards) & valid.bool()
-        self._append(scored, rewards.detach(), keys)
-
-    def _append(self, scored: Tensor, rewards: Tensor, keys: Tensor | None = None) -> None:
-        self.rewards.append(rewards[scored].double())
+        self.rewards.append(rewards.detach()[scored].double())
         self.counts.append(scored.sum(dim=1))
         self.keys.append(scored.new_empty(0, dtype=torch.int64) if keys is None else keys.long())
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gather from all ranks; a rank without updates takes part with empty tensors of the right dtype."""
         if isinstance(self.rewards, list) and not self.rewards:  # a tensor: gathered already, for `compute`
-            self._append(torch.empty(0, 0, dtype=torch.bool, device=self.device), torch.empty(0, 0, device=self.device))
+            PromptSamples.update(self, torch.empty(0, 0, device=self.device))  # not counted as an update
         super().sync(*args, **kwargs)
 
     def pooled(self) -> tuple[Tensor, Tensor]:
