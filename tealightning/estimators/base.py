@@ -25,12 +25,9 @@ class AdvantageEstimator(ABC):
     """
 
     registry: ClassVar[Registry] = ESTIMATORS
-    objective: ClassVar[str] = ""
-    """Objective that it ascends, for tables: "E[max of N]"."""
-    lowest_reward: ClassVar[float] = -math.inf
-    """Rewards below it are refused."""
-    rewards_advice: ClassVar[str] = ""
-    """The end of the message that refuses them: what to do instead."""
+    objective: ClassVar[str] = ""  # what it ascends, for tables: "E[max of N]"
+    lowest_reward: ClassVar[float] = -math.inf  # rewards below it are refused ...
+    rewards_advice: ClassVar[str] = ""  # ... and this ends the message: what to do instead
 
     @property
     def name(self) -> str:

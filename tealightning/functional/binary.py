@@ -4,7 +4,6 @@
 """
 
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -53,12 +52,7 @@ def pass_at_n_factors(outcomes: Tensor, target_n: int, *, prior_successes: float
 
 
 def pass_at_n_weights(
-    outcomes: Tensor,
-    target_n: int,
-    *,
-    prior_successes: float,
-    prior_failures: float,
-    baseline: Literal["none", "loo"] = "none",
+    outcomes: Tensor, target_n: int, *, prior_successes: float, prior_failures: float, baseline: str = "none"
 ) -> Tensor:
     """Policy-gradient weights of pass@N, with the factors of `pass_at_n_factors`; failures get exactly 0:
 
