@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tealightning.checks import check_alpha
+from tealightning.checks import check_share
 from tealightning.errors import UserError
 from tealightning.functional.best_of_n import best_of_n
 from tealightning.functional.statistics import mean_over_prompts
@@ -63,7 +63,7 @@ class BestOfN(PromptSamples):
         super().__init__(**kwargs)
         self.ns = check_budgets("ns", ns)
         self.extrapolate_ns = check_budgets("extrapolate_ns", extrapolate_ns, may_be_empty=True)
-        self.alpha = check_alpha(alpha)
+        self.alpha = check_share("alpha", alpha)
 
     def compute(self) -> dict[str, Tensor]:
         """The keys that the class describes, each a float64 scalar."""

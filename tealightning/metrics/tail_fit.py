@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tealightning.checks import check_alpha
+from tealightning.checks import check_share
 from tealightning.errors import UserError
 from tealightning.functional.tail import smallest_group
 from tealightning.functional.tail_checks import check_tail, summarise
@@ -51,7 +51,7 @@ class TailFit(PromptSamples):
 
     def __init__(self, m: int = 16, alpha: float = 0.25, tested_share: float | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.alpha = check_alpha(alpha)
+        self.alpha = check_share("alpha", alpha)
         if tested_share is not None and not 0 < tested_share <= 1:
             raise UserError(f"tested_share must be in (0, 1], or None for 2 alpha, got {tested_share!r}.")
         if isinstance(m, bool) or not isinstance(m, int) or m < smallest_group(alpha, 2):
