@@ -11,7 +11,7 @@ from tealightning.version import __version__
 
 _LAZY = {
     "PostTrainingModule": "tealightning.training.module",
-    "PolicyGradientLoss": "tealightning.training.loss",
+    "PolicyGradientLoss": "tealightning.training.micro_batches",
     "LoRA": "tealightning.training.lora",
     "PromptDataModule": "tealightning.data",
     "RolloutCallback": "tealightning.callbacks",

@@ -1,6 +1,8 @@
 """Load policies and tokenizers through transformers."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,47 +22,48 @@ def load_policy(
     gradient_checkpointing: bool = False,
     argument: str = "policy",
 ) -> Any:
-    """A causal LM in eval mode, so that training scores tokens exactly as sampling did (no dropout).
-
-    Args:
-        path: Folder or hub id.
-        dtype: "float32", "bfloat16" or "auto" (as saved).
-        argument: What error messages call the path.
-
-    Raises:
-        ValueError: if there is no loadable causal LM at `path`.
-    """
+    """The causal LM at `path` (a folder or hub id, which error messages call `argument`) in eval mode, so that training
+    scores tokens exactly as sampling did (no dropout). `dtype` is "float32", "bfloat16" or "auto" (as saved)."""
     from transformers import AutoModelForCausalLM
 
-    _check_exists(path, argument)
-    refuse_pickled_weights(path, argument)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
-        refuse_pickled_weights(path, argument, error)
-        raise UserError(f"{argument} {path!r} is no folder or hub id of a causal LM: {error}") from error
+    with _loading(path, argument, "is no folder or hub id of a causal LM"):
+        refuse_pickled_weights(path, argument)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+            )
+        except (OSError, ValueError) as error:
+            refuse_pickled_weights(path, argument, error)
+            raise
     model.eval()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
-        _train_mode_without_dropout(model)  # transformers checkpoints in train mode only
+        model.train()  # transformers checkpoints in train mode only
+        for module in model.modules():  # still without dropout
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = 0.0  # type: ignore[assignment]
     return model
 
 
 def policy_config(path: str, *, trust_remote_code: bool = False, argument: str = "policy") -> Any:
-    """The configuration of the causal LM at `path`, without its weights.
-
-    Raises:
-        ValueError: if there is no such model.
-    """
+    """The configuration of the causal LM at `path`, without its weights."""
     from transformers import AutoConfig
 
-    _check_exists(path, argument)
-    try:
+    with _loading(path, argument, "is no folder or hub id of a causal LM"):
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{argument} {path!r} is no folder or hub id of a causal LM: {error}") from error
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False, argument: str = "policy") -> Any:
+    """The tokenizer saved with a model; its pad token falls back to eos (masks come from lengths, so that is safe)."""
+    from transformers import AutoTokenizer
+
+    with _loading(path, argument, "has no tokenizer that transformers can load"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def positions_of(config: Any) -> int | None:
@@ -69,10 +72,7 @@ def positions_of(config: Any) -> int | None:
 
 
 def check_weights(path: str, *, argument: str = "policy") -> None:
-    """
-    Raises:
-        ValueError: if `path` is neither a hub id nor a folder with safetensors weights.
-    """
+    """Refuse what is neither a hub id nor a folder with safetensors weights."""
     _check_exists(path, argument)
     refuse_pickled_weights(path, argument)
     folder = Path(path)
@@ -80,35 +80,9 @@ def check_weights(path: str, *, argument: str = "policy") -> None:
         raise UserError(f"{argument} {path!r}: the folder has no weights (model.safetensors).")
 
 
-def load_tokenizer(path: str, *, trust_remote_code: bool = False, argument: str = "policy") -> Any:
-    """The tokenizer saved with a model; its pad token falls back to eos (masks come from lengths, so that is safe).
-
-    Raises:
-        ValueError: if there is no tokenizer at `path`.
-    """
-    from transformers import AutoTokenizer
-
-    _check_exists(path, argument)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{argument} {path!r} has no tokenizer that transformers can load: {error}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def refuse_pickled_weights(path: str, argument: str, error: Exception | None = None) -> None:
-    """Unpickling can run any code, and a model is often a stranger's: weights are safetensors or are not loaded.
-
-    Args:
-        path: Folder or hub id.
-        argument: What the error message calls it.
-        error: What loading it with safetensors alone has raised, which tells of files on the hub.
-
-    Raises:
-        ValueError: if there are weights, and none as safetensors.
-    """
+    """Refuse weights of which none are safetensors: unpickling can run any code, and a model is often a stranger's.
+    What loading with safetensors alone has raised, `error`, tells of files on the hub."""
     folder = Path(path)
     pickled = [file.name for pattern in _PICKLES for file in sorted(folder.glob(pattern))] if folder.is_dir() else []
     if any(folder.glob("*.safetensors")) or not (pickled or "safetensors" in str(error)):
@@ -121,19 +95,22 @@ def refuse_pickled_weights(path: str, argument: str, error: Exception | None = N
     ) from error
 
 
-def _check_exists(path: str, argument: str = "policy") -> None:
+@contextmanager
+def _loading(path: str, argument: str, problem: str) -> Iterator[None]:
+    """Let errors inside name the path and what is wrong with it."""
+    _check_exists(path, argument)
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{argument} {path!r} {problem}: {error}") from error
+
+
+def _check_exists(path: str, argument: str) -> None:
     """Say at once what asking the hub about a mistyped folder would only say after retries."""
     if not Path(path).is_dir() and not _HUB_ID.fullmatch(path):
         raise UserError(
             f"{argument} {path!r}: there is no such folder (looked in {Path.cwd()}), and it is no hub id (`org/name`). "
             "`tealightning playground --help` says how to build the policies of the example configs."
         )
-
-
-def _train_mode_without_dropout(model: torch.nn.Module) -> None:
-    model.train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]

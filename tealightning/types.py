@@ -20,13 +20,8 @@ from tealightning.checks import check_integer, check_positive, check_share
 from tealightning.errors import UserError
 
 Split = Literal["train", "val", "test"]
-"""Which prompts a batch is of."""
-
-Message = dict[str, str]
-"""One chat message, `{"role": ..., "content": ...}`."""
-
-Prompt = str | list[Message]
-"""A prompt as the user wrote it: plain text or a chat."""
+Message = dict[str, str]  # of a chat: {"role": ..., "content": ...}
+Prompt = str | list[Message]  # as the user wrote it: plain text or a chat
 
 
 @dataclass(kw_only=True, slots=True)
@@ -75,17 +70,14 @@ class RewardScores:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # name of a component -> what happened -> how often
 
     def __post_init__(self) -> None:
-        """Make NaN the only form of "could not be scored": infinities become NaN."""
+        # NaN is the only form of "could not be scored": infinities become NaN.
         self.total = _finite_or_nan(self.total)
         self.components = {name: _finite_or_nan(values) for name, values in self.components.items()}
 
 
 @dataclass(kw_only=True, slots=True)
 class RolloutBatch:
-    """Completions of one `PromptBatch` with their rewards; row `p * m + i` is rollout i of prompt p.
-
-    A reward is a finite number, or NaN: not scored.
-    """
+    """Completions of one `PromptBatch` with their rewards; row `p * m + i` is rollout i of prompt p."""
 
     prompt_ids: Tensor  # [B, Tp] int64, left-padded
     prompt_lengths: Tensor  # [B] int64
@@ -101,12 +93,10 @@ class RolloutBatch:
     weights_version: int = 0  # optimizer steps that the sampling weights had seen
 
     def __post_init__(self) -> None:
-        """Infinite rewards become NaN, also those of hand-made batches."""
         self.rewards = _finite_or_nan(self.rewards)
 
     @property
     def group_size(self) -> int:
-        """m."""
         return self.rewards.shape[1]
 
     @property
@@ -117,7 +107,7 @@ class RolloutBatch:
 
     @property
     def prompt_mask(self) -> Tensor:
-        """[B, Tp] bool, True = prompt token (prompts are left-padded)."""
+        """[B, Tp] bool, True = prompt token."""
         width = self.prompt_ids.shape[1]
         return torch.arange(width, device=self.prompt_ids.device) >= width - self.prompt_lengths[:, None]
 
@@ -128,12 +118,10 @@ class RolloutBatch:
 
     def to(self, device: Any, non_blocking: bool = False) -> "RolloutBatch":
         """A copy with every tensor on `device`."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        moved["reward_components"] = {k: v.to(device) for k, v in self.reward_components.items()}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        moved: Any = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors.items()}
+        moved["reward_components"] = {name: scores.to(device) for name, scores in self.reward_components.items()}
         return replace(self, **moved)
 
 
@@ -149,6 +137,15 @@ class PromptBatch:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def attached_rollouts(self) -> RolloutBatch:
+        """`rollouts`, or a RuntimeError if the rollout callback has attached none."""
+        if self.rollouts is None:
+            raise RuntimeError(
+                "The batch has no rollouts. Add RolloutCallback to the trainer's callbacks (CLI: section `rollout`)."
+            )
+        return self.rollouts
 
     @property
     def keys(self) -> Tensor:
@@ -167,15 +164,10 @@ def _finite_or_nan(values: Tensor) -> Tensor:
     return values.masked_fill(~values.isfinite(), math.nan)
 
 
-# ---------------------------------------------------------------- inside a training step
-
-
 @dataclass(kw_only=True, slots=True)
 class StepBatch:
-    """What one training step works on, the same for all of its micro-batches and inner epochs.
-
-    The sizes are the whole batch's (mean over ranks), so that no split of it changes the loss.
-    """
+    """What one training step works on, the same for all of its micro-batches and inner epochs. The sizes are the whole
+    batch's (mean over ranks), so that no split of it changes the loss."""
 
     rollouts: RolloutBatch
     advantages: Tensor  # [B] float64
@@ -211,9 +203,6 @@ class SkippedStep:
         where = f"; gradients not finite: {', '.join(self.parameters[:3])}" if self.parameters else ""
         more = f" and {len(self.parameters) - 3} more" if len(self.parameters) > 3 else ""
         return f"loss {self.loss:g}, KL {self.kl:g}, gradient norm {self.grad_norm:g}{where}{more}"
-
-
-# ---------------------------------------------------------------- evaluation
 
 
 @dataclass(kw_only=True, slots=True)

@@ -3,61 +3,46 @@
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 
 from tealightning.errors import UserError
 from tealightning.types import PromptBatch
 
-COUNTED = ("rollouts", "generated_tokens", "trained_tokens")
-
 
 class Budget(Callback):
     """Logs `train/total_rollouts`, `train/total_generated_tokens` and `train/total_trained_tokens`, over all ranks, and
-    ends training after the step in which one of the given budgets is reached.
+    ends training after the step in which one of the given budgets (None = no limit) is reached.
 
     Generated tokens are those that the engine sampled in training, trained ones those that went through the backward
     pass: fewer where rollouts without an advantage are skipped, more with several inner epochs. Evaluation is in none.
-
-    Args:
-        rollouts: Completions to train with; None = no limit.
-        generated_tokens: Completion tokens to sample; None = no limit.
-        trained_tokens: Completion tokens to train on; None = no limit.
-
-    Raises:
-        ValueError: for a budget below 1.
     """
 
     def __init__(
         self, *, rollouts: int | None = None, generated_tokens: int | None = None, trained_tokens: int | None = None
     ) -> None:
-        self.limits = dict(zip(COUNTED, (rollouts, generated_tokens, trained_tokens), strict=True))
+        self.limits = {"rollouts": rollouts, "generated_tokens": generated_tokens, "trained_tokens": trained_tokens}
         for name, limit in self.limits.items():
             if limit is not None and limit < 1:
                 raise UserError(f"{name} must be at least 1 or null, got {limit}.")
-        self.spent = dict.fromkeys(COUNTED, 0)
+        self.spent = dict.fromkeys(self.limits, 0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.is_spent:  # a run that had ended, resumed
-            trainer.should_stop = True
-
-    @property
-    def is_spent(self) -> bool:
-        """Whether one of the budgets is reached."""
-        return any(limit is not None and self.spent[name] >= limit for name, limit in self.limits.items())
+        self._stop_if_spent(trainer)  # a run that had ended, resumed
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: PromptBatch, *_: Any
     ) -> None:
-        rollouts = batch.rollouts
-        assert rollouts is not None, "the rollout callback attaches them before the batch"
-        counts = torch.stack([torch.tensor(rollouts.rewards.numel()), rollouts.completion_lengths.sum().cpu()])
-        totals = trainer.strategy.reduce(counts.to(pl_module.device), reduce_op="sum").tolist()
-        trained = trainer.callback_metrics["train/trained_tokens"]  # over ranks already
-        for name, count in zip(COUNTED, (*totals, float(trained)), strict=True):
-            self.spent[name] += round(count)
+        rollouts = batch.attached_rollouts
+        own = {"rollouts": rollouts.rewards.numel(), "generated_tokens": rollouts.completion_lengths.sum()}
+        counts = pl_module.over_ranks(own, "sum")
+        counts["trained_tokens"] = trainer.callback_metrics["train/trained_tokens"]  # over ranks already
+        for name, count in counts.items():
+            self.spent[name] += round(float(count))
             pl_module.log(f"train/total_{name}", float(self.spent[name]))
-        if self.is_spent:
+        self._stop_if_spent(trainer)
+
+    def _stop_if_spent(self, trainer: pl.Trainer) -> None:
+        if any(limit is not None and self.spent[name] >= limit for name, limit in self.limits.items()):
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:

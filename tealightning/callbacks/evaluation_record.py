@@ -31,14 +31,13 @@ class EvaluationRecord(Callback):
     - `keys` [Q] int64, the prompt (`PromptBatch.keys`);
     - `rewards` [Q, M] float64 of all samples, NaN = could not be scored; `gold` [Q, M] likewise, with a gold reward;
     - `lengths` [Q, M] int64 tokens, `truncated` [Q, M] bool;
-    - `kl` [Q] float64, KL of the policy to the reference in nats a completion: the mean over `kl_samples` samples of
-      the sum over tokens of the estimate k3 (Schulman 2020), which is never negative; `kl_per_token` [Q], divided by
-      the tokens. Without a KL (`kl_samples=0`) there are no such arrays;
+    - `kl` [Q] float64, KL of the policy to the reference in nats a completion (the mean over samples of the sum over
+      tokens of k3, Schulman 2020), and `kl_per_token` [Q]; neither with `kl_samples=0`;
     - `distinct_1`, `distinct_2`, `self_similarity` [Q] of the first `diversity_samples` samples of a prompt.
 
-    Every rank writes a file of its own (`<val|test>_<step>.rank<r>.npz` from rank 1 on), with the prompts that it had.
-    What the disk refuses is kept in memory and written with the next evaluation, or when the run ends; if that fails
-    too, the run fails, because an evaluation of weights that have moved on cannot be had again.
+    Every rank writes the prompts that it had (to `<val|test>_<step>.rank<r>.npz` from rank 1 on). What the disk refuses
+    is kept in memory and written with the next evaluation, or when the run ends; if that fails too, the run fails,
+    because an evaluation of weights that have moved on cannot be had again.
 
     Args:
         gold: A second reward that is measured only, never trained on: does what the policy learns carry over?
@@ -48,10 +47,8 @@ class EvaluationRecord(Callback):
 
     def __init__(self, *, gold: Reward | None = None, kl_samples: int = 16, diversity_samples: int = 16) -> None:
         if kl_samples < 0 or diversity_samples < 2:
-            raise UserError(
-                f"kl_samples must be at least 0 and diversity_samples at least 2, got {kl_samples} and "
-                f"{diversity_samples}."
-            )
+            given = f"{kl_samples} and {diversity_samples}"
+            raise UserError(f"kl_samples must be at least 0 and diversity_samples at least 2, got {given}.")
         self.gold = gold
         self.kl_samples = kl_samples
         self.diversity_samples = diversity_samples
@@ -64,11 +61,11 @@ class EvaluationRecord(Callback):
         if self.gold is not None:
             self.gold.setup(trainer.strategy.root_device)
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if is_sharded(pl_module.policy):  # ranks can only call it together
+            raise UserError("EvaluationRecord cannot score with a sharded policy: use trainer.strategy=ddp or auto.")
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """
-        Raises:
-            ValueError: if what the disk refused before is refused again.
-        """
         self._close()
         try:
             self._save()
@@ -93,29 +90,16 @@ class EvaluationRecord(Callback):
         """True if there is no record of `phase` at this optimizer step."""
         return self.last_step.get(phase) != global_step
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Refuse a policy that ranks can only call together.
-
-        Raises:
-            ValueError: if it is sharded.
-        """
-        if is_sharded(pl_module.policy):
-            raise UserError("EvaluationRecord cannot score with a sharded policy: use trainer.strategy=ddp or auto.")
-
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._rows = []
 
-    on_test_start = on_validation_start
-
     def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: PromptBatch, batch_idx: int, *args: Any
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: PromptBatch, *_: Any
     ) -> None:
         self._rows.append(self._measure(pl_module, batch))
 
-    def on_test_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: PromptBatch, batch_idx: int, *args: Any
-    ) -> None:
-        self._rows.append(self._measure(pl_module, batch))
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not (trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf")):
@@ -143,9 +127,8 @@ class EvaluationRecord(Callback):
 
     @torch.no_grad()
     def _measure(self, pl_module: Any, batch: PromptBatch) -> dict[str, np.ndarray]:
-        rollouts = batch.rollouts
-        assert rollouts is not None, "the rollout callback attaches them before the batch"
-        shape = tuple(rollouts.rewards.shape)
+        rollouts = batch.attached_rollouts
+        size, m = shape = tuple(rollouts.rewards.shape)
         measured: dict[str, Tensor] = {
             "keys": batch.keys,
             "rewards": rollouts.rewards,
@@ -153,43 +136,36 @@ class EvaluationRecord(Callback):
             "truncated": rollouts.truncated.view(shape),
         }
         if self.gold is not None:
-            prompts = [prompt for prompt in batch.prompts for _ in range(shape[1])]
-            metadata = [row for row in batch.metadata for _ in range(shape[1])]
+            prompts = [prompt for prompt in batch.prompts for _ in range(m)]
+            metadata = [row for row in batch.metadata for _ in range(m)]
             measured["gold"] = self.gold(prompts, rollouts.completions, metadata).total.view(shape)
         if self.kl_samples:
             kl, tokens = self._kl(pl_module, rollouts)
-            measured["kl"] = kl.mean(dim=1)
-            measured["kl_per_token"] = kl.sum(dim=1) / tokens.sum(dim=1)
-        groups = _token_groups(rollouts, self.diversity_samples)
+            measured |= {"kl": kl.mean(dim=1), "kl_per_token": kl.sum(dim=1) / tokens.sum(dim=1)}
+        ids, lengths = rollouts.completion_ids.cpu(), rollouts.completion_lengths.tolist()
+        firsts = [range(p * m, p * m + min(self.diversity_samples, m)) for p in range(size)]
+        groups = [[ids[row, : lengths[row]].tolist() for row in rows] for rows in firsts]
         measured |= {f"distinct_{n}": distinct_n(groups, n) for n in (1, 2)}
         measured["self_similarity"] = self_similarity(groups)
         return {key: value.cpu().numpy() for key, value in measured.items()}
 
     def _kl(self, pl_module: Any, rollouts: RolloutBatch) -> tuple[Tensor, Tensor]:
-        """KL to the reference in nats and tokens, both [P, kl_samples], of the first samples of each prompt."""
+        """KL to the reference in nats and tokens, both [P, kl_samples], of the first samples of each prompt. The
+        reference is what the module trains against, or the policy as it was loaded."""
+        self._reference = self._reference or pl_module.reference
+        if self._reference is None:
+            loaded = load_policy(pl_module.reference_path, argument="reference", **pl_module.load_kwargs)
+            self._reference = loaded.to(pl_module.device)
         prompts, m = rollouts.rewards.shape
         rows = torch.arange(prompts * m, device=rollouts.rewards.device).view(prompts, m)[:, : self.kl_samples]
         kl = torch.zeros(prompts * m, dtype=torch.float64, device=rows.device)
-        reference = self._loaded_reference(pl_module)
-        for chosen in split_rows(
-            rollouts.prompt_lengths,
-            rollouts.completion_lengths,
-            rows.flatten(),
-            max_tokens=pl_module.micro_batch_tokens,
-        ):
-            scores = score_completions(reference, rollouts, chosen)
+        lengths = (rollouts.prompt_lengths, rollouts.completion_lengths)
+        for chosen in split_rows(*lengths, rows.flatten(), max_tokens=pl_module.micro_batch_tokens):
+            scores = score_completions(self._reference, rollouts, chosen)
             length = scores.mask.shape[1]
             log_ratio = (rollouts.rollout_log_probs[chosen, :length] - scores.log_probs).double()
             kl[chosen] = torch.where(scores.mask, kl_estimate(log_ratio, "k3"), 0.0).sum(dim=1)
         return kl[rows], rollouts.completion_lengths[rows].double()
-
-    def _loaded_reference(self, pl_module: Any) -> Any:
-        """What the module trains against, or the policy as it was loaded."""
-        if self._reference is None:
-            self._reference = pl_module.reference or load_policy(
-                pl_module.reference_path, argument="reference", **pl_module.load_kwargs
-            ).to(pl_module.device)
-        return self._reference
 
     def state_dict(self) -> dict[str, Any]:
         return {"last_step": self.last_step}
@@ -203,11 +179,3 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
     write_whole(path, content.getvalue())
-
-
-def _token_groups(rollouts: RolloutBatch, samples: int) -> list[list[list[int]]]:
-    """Token ids of the first samples of each prompt."""
-    prompts, m = rollouts.rewards.shape
-    ids, lengths = rollouts.completion_ids.cpu(), rollouts.completion_lengths.tolist()
-    kept = range(min(samples, m))
-    return [[ids[p * m + i, : lengths[p * m + i]].tolist() for i in kept] for p in range(prompts)]

@@ -1,4 +1,4 @@
-"""What a run shows of itself: best-of-n before and after training, and samples of what the policy says."""
+"""What a run leaves to look at: best-of-n before and after, samples of what the policy says, the policy itself."""
 
 import csv
 import io
@@ -10,15 +10,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from safetensors import SafetensorError
 
 from tealightning.errors import UserError
 from tealightning.functional.best_of_n import best_of_n
 from tealightning.functional.statistics import mean_over_prompts, paired_difference
-from tealightning.reliability.files import append_lines, going_on_without, run_folder, write_whole
+from tealightning.reliability import files
 from tealightning.types import Evaluation, PromptBatch
-
-COLUMNS = ["phase", "step", "prompt_id", "prompt", "completion", "reward", "tokens", "truncated"]
-"""Of the table of samples."""
 
 
 class BestOfNReport(Callback):
@@ -26,8 +24,7 @@ class BestOfNReport(Callback):
     and the rewards behind them, `rewards_before.jsonl` and `rewards_after.jsonl`; prints the table when training ends.
 
     The first validation is Lightning's sanity check if `trainer.num_sanity_val_steps` is -1 (the whole split, before
-    the first step). Both evaluations use the same prompts and sampling seeds, and the difference's standard error is
-    taken over prompts.
+    the first step). Both use the same prompts and sampling seeds; standard errors are over prompts.
     """
 
     def __init__(self) -> None:
@@ -44,9 +41,9 @@ class BestOfNReport(Callback):
             self.before = evaluation
         else:
             self.after = evaluation
-        folder = run_folder(trainer)
+        folder = files.run_folder(trainer)
         if self.after is not None and trainer.is_global_zero:
-            self._try_to_write(folder, pl_module.ns)
+            self.write(folder, pl_module.ns)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not self.is_behind(trainer.global_step):
@@ -58,18 +55,18 @@ class BestOfNReport(Callback):
 
     def show(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Print the table and where table and curve lie."""
-        folder = run_folder(trainer)
+        folder = files.run_folder(trainer)
         if self.before is None or self.after is None:
             rank_zero_warn("No best-of-n comparison: set trainer.num_sanity_val_steps=-1 to evaluate before training.")
             return
         if trainer.is_global_zero and not self._is_written:
-            self._try_to_write(folder, pl_module.ns)
-        files = f"Table: {folder / 'best_of_n.md'}\nCurve: {folder / 'best_of_n.png'}"
+            self.write(folder, pl_module.ns)
+        written = f"Table: {folder / 'best_of_n.md'}\nCurve: {folder / 'best_of_n.png'}"
         rank_zero_info(
             f"\nBest-of-n reward on {len(self.after.keys)} validation prompts, {max(pl_module.ns)} samples each, "
             f"before training (step {self.before.step}) and after (step {self.after.step}); ± standard error over "
             f"prompts\n\n{self.table(pl_module.ns)}\n\n"
-            f"{files if self._is_written else f'Not written to {folder}.'}"
+            f"{written if self._is_written else f'Not written to {folder}.'}"
         )
 
     def rows(self, ns: list[int]) -> list[dict[str, float]]:
@@ -81,65 +78,50 @@ class BestOfNReport(Callback):
             "after": mean_over_prompts(after),
             "difference": paired_difference((self.before.keys, before), (self.after.keys, after)),
         }
-        rows = []
-        for index, n in enumerate(ns):
-            row: dict[str, float] = {"n": n}
+        rows: list[dict[str, float]] = [{"n": n} for n in ns]
+        for index, row in enumerate(rows):
             for name, estimate in columns.items():
-                row[name] = float(estimate.mean[index])
-                row[f"{name}_se"] = float(estimate.standard_error[index])
-            rows.append(row)
+                row |= {name: float(estimate.mean[index]), f"{name}_se": float(estimate.standard_error[index])}
         return rows
 
     def table(self, ns: list[int]) -> str:
         """The rows as a markdown table."""
-        lines = [
-            "|    n | before          | after           | difference      |",
-            "|-----:|" + "-" * 17 + "|" + "-" * 17 + "|" + "-" * 17 + "|",
-        ]
+        lines = ["|    n | before          | after           | difference      |", "|-----:|" + ("-" * 17 + "|") * 3]
         for row in self.rows(ns):
             cells = [f"{row[k]:.3f} ± {row[f'{k}_se']:.3f}" for k in ("before", "after", "difference")]
             lines.append(f"| {row['n']:>4} | " + " | ".join(f"{c:<15}" for c in cells) + " |")
         return "\n".join(lines)
 
-    def _try_to_write(self, folder: Path, ns: list[int]) -> None:
-        self._is_written = False
-        with going_on_without(
-            f"the best-of-n report to {folder}; to be tried again at the next validation and the end"
-        ):
-            self.write(folder, ns)
-            self._is_written = True
-
     def write(self, folder: Path, ns: list[int]) -> None:
-        """Write table, curve and rewards into `folder`.
-
-        Raises:
-            OSError: if one of them cannot be written; the older one is then still there.
-        """
+        """Write table, curve and rewards; what the disk refuses is still the older one."""
         assert self.before is not None and self.after is not None
+        self._is_written = False
         rows = self.rows(ns)
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
         labels = {f"before (step {self.before.step})": "before", f"after (step {self.after.step})": "after"}
-        files = {
+        contents = {
             "best_of_n.md": (self.table(ns) + "\n").encode(),
             "best_of_n.csv": table.getvalue().encode(),
             "rewards_before.jsonl": reward_lines(self.before).encode(),
             "rewards_after.jsonl": reward_lines(self.after).encode(),
             "best_of_n.png": best_of_n_plot(rows, labels),
         }
-        for name, data in files.items():
-            write_whole(folder / name, data)
+        retried = "to be tried again at the next validation and the end"
+        with files.going_on_without(f"the best-of-n report to {folder}; {retried}"):
+            for name, data in contents.items():
+                files.write_whole(folder / name, data)
+            self._is_written = True
 
     def state_dict(self) -> dict[str, Any]:
         saved = {"before": self.before, "after": self.after}
         return {name: e and {"step": e.step, "keys": e.keys, "rewards": e.rewards} for name, e in saved.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, saved in state_dict.items():
-            evaluation = saved and Evaluation(step=saved["step"], keys=saved["keys"], rewards=saved["rewards"])
-            setattr(self, name, evaluation)
+        for name, e in state_dict.items():
+            setattr(self, name, e and Evaluation(step=e["step"], keys=e["keys"], rewards=e["rewards"]))
 
 
 def reward_lines(evaluation: Evaluation) -> str:
@@ -151,12 +133,8 @@ def reward_lines(evaluation: Evaluation) -> str:
 
 
 def best_of_n_plot(rows: list[dict[str, float]], curves: dict[str, str]) -> bytes:
-    """Best-of-n curves with bands of two standard errors on a log-n axis, as PNG.
-
-    Args:
-        rows: One dict for each n with `n`, and `<column>` and `<column>_se` for each curve.
-        curves: Label -> column.
-    """
+    """Best-of-n curves (label -> column) with bands of two standard errors on a log-n axis, as PNG. Rows have `n`, and
+    `<column>` and `<column>_se` for each curve."""
     from matplotlib.figure import Figure  # not pyplot: no global backend is touched
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -178,17 +156,12 @@ def best_of_n_plot(rows: list[dict[str, float]], curves: dict[str, str]) -> byte
     return image.getvalue()
 
 
-# ---------------------------------------------------------------- samples
-
-
 class SampleTable(Callback):
     """Writes what the policy says: to `<run folder>/samples.jsonl`, and as a table to wandb or text to TensorBoard.
 
-    Of each prompt the best, the median and the worst completion by reward are shown.
-
     Args:
         every_n_steps: Training batches between tables; the first batch of each validation is always shown.
-        num_prompts: Prompts of a batch to show.
+        num_prompts: Prompts of a batch to show, each with its best, median and worst completion by reward.
     """
 
     def __init__(self, every_n_steps: int = 10, num_prompts: int = 2) -> None:
@@ -198,46 +171,38 @@ class SampleTable(Callback):
         self.num_prompts = num_prompts
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: PromptBatch, *_: Any
     ) -> None:
         if trainer.fit_loop.total_batch_idx % self.every_n_steps == 0:
             self._show(trainer, batch, "train")
 
     def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: PromptBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: PromptBatch, batch_idx: int, *args: Any
     ) -> None:
         if batch_idx == 0:
             self._show(trainer, batch, "val")
 
     def _show(self, trainer: pl.Trainer, batch: PromptBatch, phase: str) -> None:
-        folder = run_folder(trainer)
+        file = files.run_folder(trainer) / "samples.jsonl"
         if not trainer.is_global_zero or batch.rollouts is None:
             return
         rows = table_rows(batch, phase=phase, step=trainer.global_step, num_prompts=self.num_prompts)
-        with going_on_without(f"sampled completions to {folder / 'samples.jsonl'}; these are lost"):
-            append_lines(folder / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        with files.going_on_without(f"sampled completions to {file}; these are lost"):
+            files.append_lines(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         for logger in trainer.loggers:
             if hasattr(logger, "log_table"):  # wandb
-                values = [[row[c] for c in COLUMNS] for row in rows]
-                logger.log_table(f"samples/{phase}", columns=COLUMNS, data=values, step=trainer.global_step)
+                table = {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
+                logger.log_table(f"samples/{phase}", step=trainer.global_step, **table)
             elif add_text := getattr(getattr(logger, "experiment", None), "add_text", None):  # TensorBoard
                 add_text(f"samples/{phase}", _markdown(rows), trainer.global_step)
 
 
 def table_rows(batch: PromptBatch, *, phase: str, step: int, num_prompts: int) -> list[dict[str, Any]]:
     """Best, median and worst completion (by reward; unscorable ones last) of the first prompts of the batch."""
-    rollouts = batch.rollouts
-    assert rollouts is not None
+    rollouts = batch.attached_rollouts
     rows = []
-    for p in range(min(num_prompts, len(batch))):
-        rewards = rollouts.rewards[p].nan_to_num(nan=float("-inf"))
-        order = rewards.argsort(descending=True).tolist()
+    for p, prompt in enumerate(batch.prompts[:num_prompts]):
+        order = rollouts.rewards[p].nan_to_num(nan=float("-inf")).argsort(descending=True).tolist()
         for i in dict.fromkeys([order[0], order[len(order) // 2], order[-1]]):
             row = p * rollouts.group_size + i
             rows.append(
@@ -245,7 +210,7 @@ def table_rows(batch: PromptBatch, *, phase: str, step: int, num_prompts: int) -
                     "phase": phase,
                     "step": step,
                     "prompt_id": batch.ids[p],
-                    "prompt": batch.prompts[p] if isinstance(batch.prompts[p], str) else json.dumps(batch.prompts[p]),
+                    "prompt": prompt if isinstance(prompt, str) else json.dumps(prompt),
                     "completion": rollouts.completions[row],
                     "reward": float(rollouts.rewards[p, i]) if rollouts.valid[p, i] else None,
                     "tokens": int(rollouts.completion_lengths[row]),
@@ -261,3 +226,28 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
         cells = [str(row[c]).replace("|", "\\|").replace("\n", " ") for c in ("prompt", "completion", "reward")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+class ExportPolicy(Callback):
+    """When training ends, writes `<run folder>/<folder>`: safetensors weights, config and tokenizer, as
+    `AutoModelForCausalLM.from_pretrained` and vLLM load them. The folder is there once it is complete; until then an
+    older one keeps its place."""
+
+    def __init__(self, folder: str = "policy") -> None:
+        self.folder = folder
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        target = files.run_folder(trainer) / self.folder
+        if not trainer.is_global_zero:
+            pl_module.export(str(target))  # gathers the weights, writes nothing
+            return
+        try:
+            with files.whole_folder(target) as new:
+                pl_module.export(str(new))
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"The trained policy could not be written to {target}: {error}. Nothing of it is there, and an older "
+                "one is as it was. Free space on that disk and go on from the last checkpoint: without steps left to "
+                "train, that writes the policy."
+            ) from error
+        rank_zero_info(f"Trained policy: {target}")

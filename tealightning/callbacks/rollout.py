@@ -7,17 +7,19 @@ from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 
-from tealightning.callbacks.rollout_checks import UnscorableGuard, check_prompts, model_length, padding_id
+from tealightning.callbacks.rollout_checks import UnscorableGuard, check_prompts, padding_id
 from tealightning.errors import UserError
+from tealightning.pretrained import positions_of
 from tealightning.reliability.progress import Activity, during
 from tealightning.rewards.base import Reward
 from tealightning.rollouts import EngineContext, RolloutCollector, RolloutEngine, policy_weights, prompt_seed
 from tealightning.rollouts.collector import rollout_metrics
 from tealightning.rollouts.prefetch import Collected, OneStepAhead
 from tealightning.types import PromptBatch, RolloutBatch, SamplingConfig, Split
+
+MOST_TOKENS = 8192  # of prompt and completion, where nothing else says how long they get
 
 
 class RolloutCallback(Callback):
@@ -36,9 +38,9 @@ class RolloutCallback(Callback):
         steps_ahead: 0 = on-policy. 1 = while a step trains, the rollouts of the next one are collected, from weights
             that are one step old when they are trained on: for an engine that works elsewhere (VLLMServerEngine), and
             with `loss.importance_cap`, which corrects for it.
-        score_as_finished: Score a prompt's completions while those of others are still being generated: for a slow
-            reward (over HTTP, on another device) and an engine that has some earlier than others (VLLMServerEngine).
-            The reward is then called once a prompt.
+        score_as_finished: Score a prompt's completions while those of others are still being generated, prompt by
+            prompt: for a slow reward (over HTTP, on another device) and an engine that has some earlier than others
+            (VLLMServerEngine).
         max_unscorable: Largest share of the completions of a training step, or of an evaluation so far, that may be
             unscorable (NaN); above it the run stops with an error, to be resumed. 1 = never.
         seed: Of the samples; None = the run's `seed_everything`.
@@ -61,14 +63,8 @@ class RolloutCallback(Callback):
     ) -> None:
         if group_size < 1:
             raise UserError(f"rollout.group_size must be at least 1, got {group_size}.")
-        if max_model_len is not None and max_model_len < 2:
-            raise UserError(
-                f"rollout.max_model_len must be at least 2 (a prompt and a token) or null, got {max_model_len}."
-            )
-        self.engine = engine
-        self.reward = reward
-        self.group_size = group_size
-        self.sampling = sampling or SamplingConfig()
+        if max_model_len is not None and max_model_len < 2:  # a prompt and a token
+            raise UserError(f"rollout.max_model_len must be at least 2 or null, got {max_model_len}.")
         if steps_ahead not in (0, 1):
             raise UserError(f"rollout.steps_ahead must be 0 or 1, got {steps_ahead}.")
         if steps_ahead and not engine.is_concurrent:
@@ -76,6 +72,10 @@ class RolloutCallback(Callback):
                 f"rollout.steps_ahead=1 needs an engine that works elsewhere while the trainer computes "
                 f"(VLLMServerEngine), got {type(engine).__name__}."
             )
+        self.engine = engine
+        self.reward = reward
+        self.group_size = group_size
+        self.sampling = sampling or SamplingConfig()
         self.steps_ahead = steps_ahead
         self.score_as_finished = score_as_finished
         self._unscorable = UnscorableGuard(max_unscorable)
@@ -86,30 +86,24 @@ class RolloutCallback(Callback):
         self._ahead = OneStepAhead()
         self._policy: Any = None  # what the engine was started with
         self._synced_step: int | None = None
+        self._run_seed = 0
 
-    # ---------------------------------------------------------------- life cycle
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work before any model is loaded."""
         self._ahead = OneStepAhead()  # what an earlier run may have left in flight is not this one's
+        self._run_seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
         if trainer.world_size == 1:  # vLLM makes a process group of size 1, which Lightning takes for several ranks
             warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
         self.check(stage, pl_module)
         if sets := getattr(getattr(trainer, "datamodule", None), "prompt_sets", None):
             config = pl_module.policy_config
-            length = self._model_len(trainer, config)
-            check_prompts(sets, config, pl_module.tokenizer, self.sampling, length)  # type: ignore[arg-type]
+            check_prompts(sets, config, pl_module.tokenizer, self.sampling, self._model_len(trainer, config))
 
     def check(self, stage: str, pl_module: Any) -> None:
-        """Check the settings against the module's.
-
-        Raises:
-            ValueError: if the group is too small for the estimator, or older rollouts are not corrected for.
-        """
-        if stage != "fit":
-            return
-        pl_module.estimator.check_group_size(self.group_size)
-        if self.steps_ahead and pl_module.loss.importance_cap is None:
+        """Refuse a group that is too small for the module's estimator, and older rollouts that nothing corrects for."""
+        if stage == "fit":
+            pl_module.estimator.check_group_size(self.group_size)
+        if stage == "fit" and self.steps_ahead and pl_module.loss.importance_cap is None:
             raise UserError(
                 "rollout.steps_ahead=1 trains on rollouts of older weights: set model.loss.importance_cap (2.0 is "
                 "usual), which corrects for them."
@@ -128,9 +122,8 @@ class RolloutCallback(Callback):
         self.close()
 
     def close(self) -> None:
-        """Release engine and reward. Not called between stages: an engine serves fit, validate and test in turn.
-
-        A collection under way is not waited for, its thread ends with the process at the latest."""
+        """Release engine and reward. Not called between stages: an engine serves fit, validate and test in turn. A
+        collection under way is not waited for, its thread ends with the process at the latest."""
         self._collector = self._policy = None
         try:
             self.engine.close()
@@ -156,44 +149,37 @@ class RolloutCallback(Callback):
         self._synced_step = None  # a stage may have loaded other weights
         if self._policy is pl_module.policy:
             return
+        config = pl_module.policy.config
+        context = EngineContext(
+            policy=pl_module.policy,
+            policy_path=pl_module.policy_path,
+            tokenizer=pl_module.tokenizer,
+            device=pl_module.device,
+            max_model_len=self._model_len(trainer, config),
+            seed=self._run_seed,
+        )
         with during(Activity.STARTING):
-            self._start_engine(trainer, pl_module)
+            self.reward.setup(pl_module.device)
+            self.engine.start(context)
         self._collector = RolloutCollector(
             engine=self.engine,
             reward=self.reward,
             sampling=self.sampling,
-            pad_token_id=padding_id(pl_module.tokenizer, pl_module.policy.config),
-            vocab_size=getattr(pl_module.policy.config, "vocab_size", None),
+            pad_token_id=padding_id(pl_module.tokenizer, config),
+            vocab_size=getattr(config, "vocab_size", None),
             score_as_finished=self.score_as_finished,
         )
         self._policy = pl_module.policy
 
-    def _start_engine(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.reward.setup(pl_module.device)
-        self.engine.start(
-            EngineContext(
-                policy=pl_module.policy,
-                policy_path=pl_module.policy_path,
-                tokenizer=pl_module.tokenizer,
-                device=pl_module.device,
-                max_model_len=self._model_len(trainer, pl_module.policy.config),
-                seed=self._run_seed,
-            )
-        )
-
     def _model_len(self, trainer: pl.Trainer, config: Any) -> int:
+        """Tokens of a prompt and its completion: what prompts need and the model holds, if nothing else is set."""
         longest_prompt = getattr(getattr(trainer, "datamodule", None), "max_prompt_tokens", None)
-        return self.max_model_len or model_length(config, self.sampling, longest_prompt)
-
-    @property
-    def _run_seed(self) -> int:
-        return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+        needed = MOST_TOKENS if longest_prompt is None else longest_prompt + self.sampling.max_new_tokens
+        return self.max_model_len or min(positions_of(config) or MOST_TOKENS, needed)
 
     # ---------------------------------------------------------------- batches
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: PromptBatch, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: PromptBatch, batch_idx: int) -> None:
         started = time.perf_counter()
         with during(Activity.GENERATING):  # what is left of it
             collected = self._ahead.take(batch.ids)
@@ -204,11 +190,7 @@ class RolloutCallback(Callback):
         metrics |= {"sync_seconds": synced, "step": self.rollout_step}
         if self.steps_ahead:
             metrics |= {"wait_seconds": waited, "staleness": trainer.global_step - rollouts.weights_version}
-        with during(Activity.OTHER):  # ranks meet in it
-            unscorable, total, all_metrics = _over_ranks(trainer, pl_module, rollouts, metrics)
-        self._unscorable.check(unscorable, total, "train", self.reward.problem)
-        batch.rollouts = rollouts.to(pl_module.device)
-        for name, value in all_metrics.items():
+        for name, value in self._attach(pl_module, batch, rollouts, "train", metrics).items():
             pl_module.log(f"rollout/{name}", value, batch_size=len(batch))
         pl_module.log("reward", metrics["reward_mean"], prog_bar=True, logger=False, batch_size=len(batch))
         self.rollout_step += 1
@@ -217,33 +199,11 @@ class RolloutCallback(Callback):
         else:
             self.engine.offload()
 
-    def on_validation_batch_start(
-        self,
-        trainer: pl.Trainer,
-        pl_module: Any,
-        batch: PromptBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._evaluate(trainer, pl_module, batch, "val")
-
-    def on_test_batch_start(
-        self,
-        trainer: pl.Trainer,
-        pl_module: Any,
-        batch: PromptBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._evaluate(trainer, pl_module, batch, "test")
-
-    def _evaluate(self, trainer: pl.Trainer, pl_module: Any, batch: PromptBatch, split: Split) -> None:
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: PromptBatch, *args: Any) -> None:
+        split: Split = "test" if trainer.testing else "val"
         self._sync(trainer, pl_module)
         rollouts, _ = self._collect(trainer, batch, split, max(pl_module.ns), 0)
-        with during(Activity.OTHER):  # ranks meet in it
-            unscorable, total, _ = _over_ranks(trainer, pl_module, rollouts, {})
-        self._unscorable.check(unscorable, total, split, self.reward.problem)
-        batch.rollouts = rollouts.to(pl_module.device)
+        self._attach(pl_module, batch, rollouts, split, {})
         for name, value in rollout_metrics(rollouts).items():
             pl_module.log(
                 f"{split}/{name}",
@@ -256,15 +216,39 @@ class RolloutCallback(Callback):
                 on_epoch=True,
             )
 
+    on_test_batch_start = on_validation_batch_start  # type: ignore[assignment]
+
+    def _attach(
+        self, pl_module: Any, batch: PromptBatch, rollouts: RolloutBatch, split: Split, metrics: dict[str, float]
+    ) -> dict[str, float]:
+        """Attach the rollouts to their batch unless too many could not be scored; `metrics` of all ranks (means, but
+        maxima where the name ends in `_max`), in a collective for the sums and one for the maxima."""
+        maxima = {name: value for name, value in metrics.items() if name.endswith("_max")}
+        means = {name: value for name, value in metrics.items() if name not in maxima}
+        counts = {"unscorable completions": (~rollouts.valid).sum(), "all completions": rollouts.valid.numel()}
+        with during(Activity.OTHER):  # ranks meet in it
+            sums = pl_module.over_ranks(means | counts, "sum")
+            reduced = pl_module.over_ranks(maxima, "max") if maxima else {}
+        unscorable, total = (int(sums[name]) for name in counts)
+        self._unscorable.check(unscorable, total, split, self.reward.problem)
+        batch.rollouts = rollouts.to(pl_module.device)
+        reduced |= {name: sums[name] / pl_module.trainer.world_size for name in means}
+        return {name: float(reduced[name]) for name in metrics}
+
     def _start_next(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Begin to collect the next step's rollouts, from the weights as they are before this step's update."""
         steps = trainer.global_step + pl_module.inner_epochs
         if trainer.max_steps in range(steps + 1):
             return  # there is no next step
-        upcoming = _loader_of(trainer).peek()
-        self._ahead.submit(
-            upcoming.ids, partial(self._collect, trainer, upcoming, "train", self.group_size, self.rollout_step)
-        )
+        loader: Any = trainer.train_dataloader
+        if not hasattr(loader, "peek"):
+            raise UserError(
+                f"rollout.steps_ahead=1 needs a training loader with `peek`, such as PromptDataModule's, got "
+                f"{type(loader).__name__}."
+            )
+        batch = loader.peek()
+        collect = partial(self._collect, trainer, batch, "train", self.group_size, self.rollout_step)
+        self._ahead.submit(batch.ids, collect)
 
     def _collect(self, trainer: pl.Trainer, batch: PromptBatch, split: Split, num_samples: int, step: int) -> Collected:
         assert self._collector is not None, "the engine is started before the first batch"
@@ -286,33 +270,3 @@ class RolloutCallback(Callback):
             self.engine.sync_weights(policy_weights(pl_module.policy))
         self._synced_step = trainer.global_step
         return time.perf_counter() - started
-
-
-def _over_ranks(
-    trainer: pl.Trainer, pl_module: Any, rollouts: RolloutBatch, metrics: dict[str, float]
-) -> tuple[int, int, dict[str, float]]:
-    """Unscorable completions, all completions, and metrics (means, but maxima where the name ends in `_max`) of all
-    ranks, in a collective for the sums and one for the maxima."""
-    means = {name: torch.tensor(value) for name, value in metrics.items() if not name.endswith("_max")}
-    maxima = {name: value for name, value in metrics.items() if name.endswith("_max")}
-    counts = {"unscorable completions": (~rollouts.valid).sum(), "all completions": rollouts.valid.numel()}
-    sums = {name: float(value) for name, value in pl_module.over_ranks(means | counts, "sum").items()}
-    highest = pl_module.over_ranks(maxima, "max") if maxima else {}
-    reduced = {name: sums[name] / trainer.world_size for name in means}
-    reduced |= {name: float(value) for name, value in highest.items()}
-    return int(sums["unscorable completions"]), int(sums["all completions"]), {name: reduced[name] for name in metrics}
-
-
-def _loader_of(trainer: pl.Trainer) -> Any:
-    """The training loader.
-
-    Raises:
-        ValueError: if it cannot say what comes next.
-    """
-    loader = trainer.train_dataloader
-    if not hasattr(loader, "peek"):
-        raise UserError(
-            f"rollout.steps_ahead=1 needs a training loader with `peek`, such as PromptDataModule's, got "
-            f"{type(loader).__name__}."
-        )
-    return loader

@@ -5,18 +5,7 @@ from typing import Any
 
 from tealightning.data.prompts import PromptSet
 from tealightning.errors import UserError
-from tealightning.pretrained import positions_of
 from tealightning.types import SamplingConfig, Split
-
-MOST_TOKENS = 8192
-"""Prompt and completion, where nothing else says how long they get."""
-
-
-def model_length(config: Any, sampling: SamplingConfig, max_prompt_tokens: int | None) -> int:
-    """Tokens of a prompt and its completion that an engine prepares for: what the model holds, at most 8,192, or what
-    prompts of that length need."""
-    needed = MOST_TOKENS if max_prompt_tokens is None else max_prompt_tokens + sampling.max_new_tokens
-    return min(positions_of(config) or MOST_TOKENS, needed)
 
 
 def padding_id(tokenizer: Any, config: Any) -> int:
@@ -29,47 +18,32 @@ def padding_id(tokenizer: Any, config: Any) -> int:
 def check_prompts(
     prompt_sets: Mapping[Any, PromptSet], config: Any, tokenizer: Any, sampling: SamplingConfig, length: int
 ) -> None:
-    """Whether every prompt fits the policy.
-
-    Args:
-        prompt_sets: phase -> its prompts.
-        config: The policy's configuration.
-        tokenizer: What encoded the prompts.
-        length: Tokens of a prompt and its completion together.
-
-    Raises:
-        ValueError: if completions leave no room for prompts, or naming the prompt that is too long, or holds a token
-            that the policy has no embedding for.
-    """
+    """Refuse completions that leave no room for prompts in `length` tokens, and name a prompt (of a phase) that is too
+    long, or that holds a token which the policy has no embedding for."""
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    if sampling.max_new_tokens >= length:
+    room = length - sampling.max_new_tokens
+    if room <= 0:
         raise UserError(
             f"rollout.sampling.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt in the {length} "
             "tokens that the policy takes, prompt and completion together."
         )
     for phase, prompts in prompt_sets.items():
-        if vocabulary is not None:
-            _check_vocabulary(phase, prompts, tokenizer, vocabulary)
+        position = int(prompts.tokens.argmax())
+        token = int(prompts.tokens[position])
+        if vocabulary is not None and token >= vocabulary:
+            raise UserError(
+                f"data.{phase}: {prompts.name_of(prompts.prompt_of_token(position))} holds token {token} "
+                f"({tokenizer.convert_ids_to_tokens(token)!r}), and the policy has {vocabulary} embeddings: tokenizer "
+                "and policy do not belong together, or its embedding has to be resized (resize_token_embeddings)."
+            )
         longest = int(prompts.lengths.argmax())
-        tokens, room = int(prompts.lengths[longest]), length - sampling.max_new_tokens
-        if tokens > room:
+        if (tokens := int(prompts.lengths[longest])) > room:
             raise UserError(
                 f"data.{phase}: {prompts.name_of(longest)} has {tokens} tokens, more than the {room} that are left of "
                 f"{length} beside rollout.sampling.max_new_tokens={sampling.max_new_tokens}. Drop such prompts with "
-                f"data.max_prompt_tokens={max(room, 1)}, lower max_new_tokens, or raise rollout.max_model_len if the "
-                "policy can hold more."
+                f"data.max_prompt_tokens={room}, lower max_new_tokens, or raise rollout.max_model_len if the policy "
+                "can hold more."
             )
-
-
-def _check_vocabulary(phase: Any, prompts: PromptSet, tokenizer: Any, vocabulary: int) -> None:
-    position = int(prompts.tokens.argmax())
-    token = int(prompts.tokens[position])
-    if token >= vocabulary:
-        raise UserError(
-            f"data.{phase}: {prompts.name_of(prompts.prompt_of_token(position))} holds token {token} "
-            f"({tokenizer.convert_ids_to_tokens(token)!r}), and the policy has {vocabulary} embeddings: tokenizer and "
-            "policy do not belong together, or its embedding has to be resized (resize_token_embeddings)."
-        )
 
 
 class UnscorableError(RuntimeError):
@@ -77,34 +51,20 @@ class UnscorableError(RuntimeError):
 
 
 class UnscorableGuard:
-    """Compares the share of unscorable completions with a limit: in training step by step, in evaluation over what the
-    evaluation has had so far, since its last batch may be a single prompt. All ranks decide alike.
-
-    Args:
-        max_share: Largest share in [0, 1] with which a run goes on; 1 = any.
-
-    Raises:
-        ValueError: if `max_share` is outside [0, 1].
-    """
+    """Compares the share of unscorable completions with a limit in [0, 1] (1 = any): in training step by step, in
+    evaluation over what it has had so far, since its last batch may be a single prompt. All ranks decide alike."""
 
     def __init__(self, max_share: float) -> None:
         if not 0 <= max_share <= 1:
             raise UserError(f"rollout.max_unscorable must be a share in [0, 1], got {max_share}.")
         self.max_share = max_share
-        self._unscorable = self._total = 0  # completions of the evaluation under way
+        self.begin_evaluation()
 
     def begin_evaluation(self) -> None:
-        """Forget the evaluation before."""
-        self._unscorable = self._total = 0
+        self._unscorable = self._total = 0  # completions of the evaluation under way
 
     def check(self, unscorable: int, total: int, split: Split, problem: str | None) -> None:
-        """Count a batch.
-
-        Args:
-            unscorable: Completions of all ranks that could not be scored.
-            total: All completions of all ranks.
-            split: Of the batch.
-            problem: What the reward says about it.
+        """Count a batch, of all ranks. `problem` is what the reward says about it.
 
         Raises:
             UnscorableError: on every rank, if the share is above the limit.

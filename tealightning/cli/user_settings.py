@@ -21,7 +21,7 @@ from tealightning.estimators.base import ESTIMATORS
 from tealightning.registry import Registry, snake_case
 from tealightning.rewards.base import REWARDS
 from tealightning.rollouts.base import ENGINES
-from tealightning.training.loss import PolicyGradientLoss
+from tealightning.training.micro_batches import PolicyGradientLoss
 from tealightning.training.module import PostTrainingModule
 from tealightning.types import SamplingConfig
 

@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA) through peft: only small matrices beside the frozen linear layers are trained."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,17 +11,13 @@ from torch import Tensor, nn
 from tealightning.checks import check_integer, check_positive
 from tealightning.errors import MissingPackageError, UserError
 
-_ADAPTER = "default"
-_CHECKPOINT_KEY = "lora"
-
 
 @dataclass(kw_only=True, slots=True)
 class LoRA:
     """Settings of the adapter: each targeted weight W [out, in] acts as `W + scale * B @ A`, and A, B are trained.
 
     `scale` is `alpha / rank`, or `alpha / sqrt(rank)` if rank-stabilised (Hu et al. 2021, Kalajdzievski 2023). B starts
-    at 0, so that training starts from the policy as it was loaded. There is no dropout: scores of the trainer
-    must be those of sampling.
+    at 0: training starts from the policy as it was loaded. No dropout: the trainer scores as it sampled.
 
     Args:
         rank: Rows of A [rank, in] and columns of B [out, rank].
@@ -44,10 +40,9 @@ class LoRA:
 
 
 def add_adapter(policy: Any, lora: LoRA) -> None:
-    """Freeze a transformers model and put a trainable adapter into it, in place.
+    """Freeze a transformers model and put a trainable adapter into it, in place; in float32 if it is in half precision.
 
-    The model stays what it was to everyone else (`config`, `generate`, the arguments of `forward`): peft's wrapper
-    around it, which would hide them, is not kept. The adapter of a model in bfloat16 or float16 is in float32.
+    peft's wrapper around it, which would hide `config`, `generate` and the arguments of `forward`, is not kept.
 
     Raises:
         ImportError: if peft is not installed.
@@ -59,12 +54,8 @@ def add_adapter(policy: Any, lora: LoRA) -> None:
         raise MissingPackageError(
             f'model.lora needs peft, which cannot be imported ({error}): pip install "tealightning[lora]".'
         ) from error
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        target_modules=lora.target_modules,
-        use_rslora=lora.rank_stabilized,
-    )
+    scale: Any = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rank_stabilized}
+    config = LoraConfig(target_modules=lora.target_modules, **scale)
     try:
         get_peft_model(policy, config)  # also lets checkpointed layers have a gradient behind the frozen embedding
     except ValueError as error:
@@ -75,18 +66,30 @@ def add_adapter(policy: Any, lora: LoRA) -> None:
     _check_untied(policy)
 
 
+def _check_untied(policy: nn.Module) -> None:
+    """Refuse adapters on weights that have several names: merged, they would no longer be one weight."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in policy.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(plain_name(name))
+    for layer in _adapter_layers(policy):
+        tied = names[id(layer.get_base_layer().weight)]
+        if len(tied) > 1:
+            raise UserError(
+                f"model.lora.target_modules targets a weight that this policy ties ({', '.join(tied)}), and the merged "
+                "policy could not tie it any more. Leave it out."
+            )
+
+
 def has_adapter(policy: nn.Module) -> bool:
     """Whether `add_adapter` has put an adapter into the policy."""
     return hasattr(policy, "peft_config")
 
 
-def adapter_layers(policy: nn.Module) -> dict[str, Any]:
-    """peft's layers by their name; empty without an adapter."""
-    if not has_adapter(policy):
-        return {}
+def _adapter_layers(policy: nn.Module) -> list[Any]:
+    """peft's layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return {name: module for name, module in policy.named_modules() if isinstance(module, BaseTunerLayer)}
+    return [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
 
 
 class WithoutAdapter:
@@ -103,14 +106,13 @@ class WithoutAdapter:
             return self.policy(*args, **kwargs)
 
     def to(self, device: torch.device) -> "WithoutAdapter":
-        """Nothing to do: it is where the policy is."""
-        return self
+        return self  # it is where the policy is
 
 
 @contextmanager
 def adapter_off(policy: nn.Module) -> Iterator[None]:
     """Inside, the policy is the one that it was before training."""
-    layers = adapter_layers(policy).values()
+    layers = _adapter_layers(policy)
     try:
         for layer in layers:
             layer.enable_adapters(False)
@@ -128,17 +130,18 @@ def merged_names(policy: nn.Module) -> list[str]:
     return [name for name, _, _ in _without_adapter(policy)]
 
 
+@torch.no_grad()
 def merged_parameters(policy: nn.Module, device: torch.device | str | None = None) -> Iterator[tuple[str, Tensor]]:
     """`(name, tensor)` of every parameter of the policy, with names and weights as if the adapter had been trained in.
 
-    A targeted weight is `W + scale * B @ A`, computed when its turn comes, in the dtype of W; all others are the live
-    parameters, detached, not copied. Tied parameters appear under every name.
-
-    Args:
-        device: Where the computed ones go; None = where they are.
+    A targeted weight is `W + scale * B @ A`, computed when its turn comes, in the dtype of W, and put on `device` if
+    given; all others are the live parameters, detached, not copied. Tied parameters appear under every name.
     """
-    for name, parameter, layer in _without_adapter(policy):
-        yield name, parameter.detach() if layer is None else _merged(layer).to(device)
+    for name, weight, layer in _without_adapter(policy):
+        if layer is None:
+            yield name, weight.detach()
+        else:
+            yield name, (weight + layer.get_delta_weight("default")).to(weight.dtype).to(device)
 
 
 def merged_state_dict(policy: nn.Module) -> dict[str, Tensor]:
@@ -148,77 +151,17 @@ def merged_state_dict(policy: nn.Module) -> dict[str, Tensor]:
     return dict(merged_parameters(policy, device="cpu")) | buffers
 
 
-def _without_adapter(policy: nn.Module) -> Iterator[tuple[str, nn.Parameter, Any]]:
-    """Name without peft's additions, parameter, and the layer that adapts it (None = nothing does)."""
-    layers = adapter_layers(policy)
-    adapter = {id(parameter) for layer in layers.values() for parameter in _adapter_of(layer)}
-    adapted = {id(layer.get_base_layer().weight): layer for layer in layers.values()}
-    for name, parameter in policy.named_parameters(remove_duplicate=False):
-        if id(parameter) not in adapter:
-            yield plain_name(name), parameter, adapted.get(id(parameter))
-
-
 def plain_name(name: str) -> str:
     """The name of a parameter in the policy as it was loaded."""
     return name.replace(".base_layer.", ".").replace("_orig_mod.", "")  # what peft and torch.compile add
 
 
-def _adapter_of(layer: Any) -> Iterator[nn.Parameter]:
-    for name in layer.adapter_layer_names:
-        yield from getattr(layer, name).parameters()
-
-
-@torch.no_grad()
-def _merged(layer: Any) -> Tensor:
-    weight = layer.get_base_layer().weight
-    return (weight + layer.get_delta_weight(_ADAPTER)).to(weight.dtype)
-
-
-def _check_untied(policy: nn.Module) -> None:
-    """Refuse adapters on weights that have several names: merged, they would no longer be one weight."""
-    names: dict[int, list[str]] = {}
+def _without_adapter(policy: nn.Module) -> Iterator[tuple[str, nn.Parameter, Any]]:
+    """Name without peft's additions, parameter, and the layer that adapts it (None = nothing does)."""
+    layers = _adapter_layers(policy)
+    matrices = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names]
+    adapter = {id(parameter) for matrix in matrices for parameter in matrix.parameters()}
+    adapted = {id(layer.get_base_layer().weight): layer for layer in layers}
     for name, parameter in policy.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(plain_name(name))
-    for layer in adapter_layers(policy).values():
-        tied = names[id(layer.get_base_layer().weight)]
-        if len(tied) > 1:
-            raise UserError(
-                f"model.lora.target_modules targets a weight that this policy ties ({', '.join(tied)}), and the merged "
-                "policy could not tie it any more. Leave it out."
-            )
-
-
-# ---------------------------------------------------------------- checkpoints
-
-
-def drop_frozen(module: nn.Module, checkpoint: dict[str, Any], lora: LoRA | None) -> None:
-    """Leave frozen weights out of a checkpoint that is about to be written, and note the adapter's settings."""
-    if lora is None:
-        return
-    frozen = _frozen_names(module)
-    checkpoint["state_dict"] = {n: value for n, value in checkpoint["state_dict"].items() if n not in frozen}
-    checkpoint[_CHECKPOINT_KEY] = asdict(lora)
-
-
-def add_frozen(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """`state` completed by the module's own frozen weights, so that strict loading misses and ignores nothing else."""
-    frozen = _frozen_names(module)
-    return {name: value for name, value in module.state_dict().items() if name in frozen} | dict(state)
-
-
-def check_checkpoint(checkpoint: Mapping[str, Any], lora: LoRA | None) -> None:
-    """Refuse a checkpoint of other settings, whose weights would be another policy's.
-
-    Raises:
-        ValueError: saying which settings it has.
-    """
-    saved, own = checkpoint.get(_CHECKPOINT_KEY), None if lora is None else asdict(lora)
-    if saved != own:
-        raise UserError(
-            f"the checkpoint was written with model.lora={saved or 'null'} and this run has {own or 'null'}: resume "
-            "with the same."
-        )
-
-
-def _frozen_names(module: nn.Module) -> set[str]:
-    return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        if id(parameter) not in adapter:
+            yield plain_name(name), parameter, adapted.get(id(parameter))

@@ -1,18 +1,19 @@
-"""Split a rollout batch into micro-batches, and score the completions of one: log-probs and entropies of its tokens."""
+"""Micro-batches of rollouts: how a batch is split, the log-probs of a part, and its share of the loss."""
 
 import inspect
+import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tealightning.checks import check_choice, check_not_negative, check_positive, check_share
+from tealightning.errors import UserError
+from tealightning.functional import losses
 from tealightning.functional.log_probs import linear_log_probs, token_entropy, token_log_probs
-from tealightning.types import CompletionScores, RolloutBatch, SamplingConfig
+from tealightning.types import CompletionScores, RolloutBatch, SamplingConfig, StepBatch
 
 
 def tokens_of_a_pass(device: torch.device) -> int:
@@ -24,20 +25,11 @@ def tokens_of_a_pass(device: torch.device) -> int:
 def split_rows(
     prompt_lengths: Tensor, completion_lengths: Tensor, rows: Tensor, *, max_tokens: int, max_rows: int | None = None
 ) -> list[Tensor]:
-    """Split `rows` into micro-batches of at most `max_tokens` padded tokens, longest first.
+    """Partition `rows` [R] of a batch (lengths [B]) into micro-batches of at most `max_tokens` padded tokens.
 
-    Sorting by length keeps padding low; longest first makes an out-of-memory error come at the start of a step.
-
-    Args:
-        prompt_lengths: [B] int64.
-        completion_lengths: [B] int64.
-        rows: [R] int64, the rollouts to train on.
-        max_tokens: Of a micro-batch: its rows times (its longest prompt + its longest completion), because prompts are
-            padded on the left and completions on the right; a longer single rollout gets its own.
-        max_rows: Most rollouts in a micro-batch.
-
-    Returns:
-        Index tensors that partition `rows`; at least one if `rows` is not empty.
+    Sorting by length keeps padding low; longest first makes an out-of-memory error come at the start of a step. Prompts
+    are padded on the left and completions on the right, so a micro-batch has its rows times (its longest prompt + its
+    longest completion) tokens; a longer single rollout gets one of its own.
     """
     if len(rows) == 0:
         return []
@@ -54,23 +46,11 @@ def split_rows(
     return list(ordered.split(sizes))
 
 
-def trim(rollouts: RolloutBatch, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`rows` of the batch without the padding that only longer rollouts need.
-
-    Returns:
-        (input_ids [rows, tp + t], attention_mask [rows, tp + t] bool, completion_mask [rows, t] bool)
-    """
-    width = max(1, int(rollouts.prompt_lengths[rows].max()))
-    length = max(1, int(rollouts.completion_lengths[rows].max()))
-    prompt_ids = rollouts.prompt_ids[rows][:, -width:]
-    prompt_mask = rollouts.prompt_mask[rows][:, -width:]
-    completion_mask = rollouts.completion_mask[rows][:, :length]
-    input_ids = torch.cat([prompt_ids, rollouts.completion_ids[rows][:, :length]], dim=1)
-    return input_ids, torch.cat([prompt_mask, completion_mask], dim=1), completion_mask
+# ---------------------------------------------------------------- log-probs
 
 
 def score_completions(
-    model: torch.nn.Module, rollouts: RolloutBatch, rows: Tensor, *, with_entropy: bool = False
+    model: nn.Module, rollouts: RolloutBatch, rows: Tensor, *, with_entropy: bool = False
 ) -> CompletionScores:
     """Log-probs of the sampled tokens under `model` and the rollouts' own sampling distribution.
 
@@ -79,138 +59,201 @@ def score_completions(
     once, except for models that change them after the output layer.
     """
     head = linear_head(model)
-    if head is not None:
-        inputs, scorer = _prepared(model, rollouts, rows, with_entropy=with_entropy)
-        if scored_by_head(model, head, scorer, inputs):
-            return scorer.scores
-    return score_through_logits(model, rollouts, rows, with_entropy=with_entropy)
+    scores = None if head is None else _score_in_head(model, head, rollouts, rows, with_entropy)
+    return scores or score_through_logits(model, rollouts, rows, with_entropy=with_entropy)
 
 
 def score_through_logits(
-    model: torch.nn.Module, rollouts: RolloutBatch, rows: Tensor, *, with_entropy: bool = False
+    model: nn.Module, rollouts: RolloutBatch, rows: Tensor, *, with_entropy: bool = False
 ) -> CompletionScores:
     """`score_completions` with all logits at once: for models that change them, and for hooks of the output layer."""
-    inputs, scorer = _prepared(model, rollouts, rows, with_entropy=with_entropy)
-    mask, sampling = scorer.mask, rollouts.sampling
+    inputs, targets, mask = _model_inputs(model, rollouts, rows)
     logits = model(**inputs).logits[:, -mask.shape[1] - 1 : -1]
-    log_probs = token_log_probs(logits, scorer.targets, **_distribution(sampling))
+    log_probs = token_log_probs(logits, targets, **_distribution(rollouts.sampling))
     scores = CompletionScores(log_probs=log_probs.masked_fill(~mask, 0.0), mask=mask)
     if with_entropy:
         with torch.no_grad():
-            entropy = token_entropy(logits, temperature=sampling.temperature)
+            entropy = token_entropy(logits, temperature=rollouts.sampling.temperature)
         scores.entropy = entropy.masked_fill(~mask, 0.0)
     return scores
 
 
-def _prepared(
-    model: torch.nn.Module, rollouts: RolloutBatch, rows: Tensor, *, with_entropy: bool
-) -> tuple[dict[str, Any], "_HeadScorer"]:
-    """The model's arguments, and what is to be scored."""
+def trim(rollouts: RolloutBatch, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`rows` of the batch without the padding that only longer rollouts need.
+
+    Returns:
+        (input_ids [rows, tp + t], attention_mask [rows, tp + t] bool, completion_mask [rows, t] bool)
+    """
+    width = max(1, int(rollouts.prompt_lengths[rows].max()))
+    length = max(1, int(rollouts.completion_lengths[rows].max()))
+    completion_mask = rollouts.completion_mask[rows][:, :length]
+    input_ids = torch.cat([rollouts.prompt_ids[rows][:, -width:], rollouts.completion_ids[rows][:, :length]], dim=1)
+    return input_ids, torch.cat([rollouts.prompt_mask[rows][:, -width:], completion_mask], dim=1), completion_mask
+
+
+def _model_inputs(model: nn.Module, rollouts: RolloutBatch, rows: Tensor) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Arguments of the model's forward pass, and the targets [rows, t] with their mask."""
     input_ids, attention_mask, mask = trim(rollouts, rows)
-    targets = input_ids[:, -mask.shape[1] :]
-    inputs = _model_inputs(model, input_ids, attention_mask, kept=mask.shape[1] + 1)
-    return inputs, _HeadScorer(targets=targets, mask=mask, sampling=rollouts.sampling, with_entropy=with_entropy)
-
-
-@dataclass(kw_only=True)
-class _HeadScorer:
-    """Stands in for the output layer: keeps the scores of the sampled tokens and returns their log-probs."""
-
-    targets: Tensor  # [rows, t] int64
-    mask: Tensor  # [rows, t] bool
-    sampling: SamplingConfig
-    with_entropy: bool
-
-    def __call__(self, hidden: Tensor, head: torch.nn.Linear) -> Tensor:
-        """[rows, t] from `hidden` [rows, t + 1 or more, D], of which padding is left out."""
-        log_probs, entropy = linear_log_probs(
-            hidden[:, -self.mask.shape[1] - 1 : -1][self.mask],
-            head.weight,
-            self.targets[self.mask],
-            bias=head.bias,
-            with_entropy=self.with_entropy,
-            **_distribution(self.sampling),
-        )
-        self.scores = CompletionScores(
-            log_probs=_padded(log_probs, self.mask),
-            mask=self.mask,
-            entropy=None if entropy is None else _padded(entropy, self.mask),
-        )
-        return self.scores.log_probs
-
-
-def _model_inputs(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor, *, kept: int) -> dict[str, Any]:
-    """Arguments of the model's forward pass; logits are needed at the last `kept` positions."""
-    forward: Any = model.forward
-    accepted = _accepted_arguments(getattr(forward, "__func__", forward))  # a bound method in the cache would keep it
+    accepted = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
     if "position_ids" in accepted:
         inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
     if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = kept
-    return inputs
-
-
-@cache
-def _accepted_arguments(forward: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(forward).parameters)
+        inputs["logits_to_keep"] = mask.shape[1] + 1
+    return inputs, input_ids[:, -mask.shape[1] :], mask
 
 
 def _distribution(sampling: SamplingConfig) -> dict[str, Any]:
     return {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
 
 
-def _padded(values: Tensor, mask: Tensor) -> Tensor:
-    """[rows, t]: `values` [n] where `mask` is True, 0 elsewhere."""
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
-
-
-# ---------------------------------------------------------------- scores in place of logits
-
-_ALTERS_LOGITS: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
+_ALTERS_LOGITS: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 """Models found to do something to the output layer's result (a softcap, a scale) or not to call the layer at all."""
 
 
-def linear_head(model: Any) -> torch.nn.Linear | None:
+def linear_head(model: Any) -> nn.Linear | None:
     """The output layer if the logits are exactly what it returns, else None.
 
-    Whether a model changes its logits afterwards is found out by `scored_by_head`, not from lists of architectures.
+    Whether a model changes its logits afterwards is found out by scoring, not from lists of architectures.
     """
     if model in _ALTERS_LOGITS or hasattr(model, "_orig_mod"):  # torch.compile would compile anew at every call
         return None
     head = model.get_output_embeddings()
-    return head if type(head) is torch.nn.Linear else None
+    return head if type(head) is nn.Linear else None
 
 
-def scored_by_head(
-    model: Any, head: torch.nn.Linear, score: Callable[[Tensor, torch.nn.Linear], Tensor], inputs: dict[str, Any]
-) -> bool:
-    """Call `model(**inputs)` with `score(hidden [rows, kept, D], head)` in the place of the output layer.
+def _score_in_head(
+    model: Any, head: nn.Linear, rollouts: RolloutBatch, rows: Tensor, with_entropy: bool
+) -> CompletionScores | None:
+    """Call the whole model, so that wrappers around it (FSDP, adapters, autocast) do their work, with a function in the
+    place of its output layer that returns log-probs and not logits.
 
-    The whole model is called, so that wrappers around it (FSDP, adapters, autocast) do their work.
+    None if the model did not pass them on as they were: they are worthless then, and the model is remembered.
+    """
+    inputs, targets, mask = _model_inputs(model, rollouts, rows)
+    made: list[CompletionScores] = []
+
+    def padded(values: Tensor) -> Tensor:
+        return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+    def score(hidden: Tensor) -> Tensor:
+        """[rows, t] from [rows, t + 1 or more, D], of which padding is left out."""
+        log_probs, entropy = linear_log_probs(
+            hidden[:, -mask.shape[1] - 1 : -1][mask],
+            head.weight,
+            targets[mask],
+            bias=head.bias,
+            with_entropy=with_entropy,
+            **_distribution(rollouts.sampling),
+        )
+        entropies = None if entropy is None else padded(entropy)
+        made.append(CompletionScores(log_probs=padded(log_probs), mask=mask, entropy=entropies))
+        return made[-1].log_probs
+
+    head.forward = score  # type: ignore[assignment, method-assign]
+    try:
+        result = model(**inputs).logits
+    finally:
+        del head.forward
+    if len(made) == 1:
+        scores = made[0]
+        if result is scores.log_probs or (result.shape == mask.shape and result.equal(scores.log_probs)):
+            return scores
+    _ALTERS_LOGITS.add(model)
+    return None
+
+
+# ---------------------------------------------------------------- loss
+
+
+@dataclass(kw_only=True, slots=True)
+class PolicyGradientLoss:
+    """The clipped policy-gradient loss with an optional KL penalty.
+
+    Args:
+        clip_lower: The ratio to the behaviour policy is clipped at 1 - clip_lower. With one inner epoch the ratio is 1
+            and nothing is clipped.
+        clip_upper: ... and at 1 + clip_upper.
+        reduction: `token_mean`, `sequence_mean` or `constant` (see `functional.losses.token_weights`).
+        constant: Tokens that `constant` divides by; None = sampling.max_new_tokens (Dr. GRPO), 1 = textbook sum.
+        kl_coef: Weight of the KL penalty to the frozen reference; 0 loads no reference model.
+        kl_estimator: `k1`, `k2` or `k3` (see `functional.losses.kl_estimate`).
+        importance_cap: Cap of the truncated importance weights that correct engine/trainer log-prob mismatch;
+            None = no correction.
+    """
+
+    clip_lower: float = 0.2
+    clip_upper: float = 0.2
+    reduction: losses.Reduction = "token_mean"
+    constant: float | None = None
+    kl_coef: float = 0.0
+    kl_estimator: losses.KLEstimator = "k3"
+    importance_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        check_share("loss.clip_lower", self.clip_lower)
+        check_not_negative("loss.kl_coef", self.kl_coef)
+        check_choice("loss.reduction", self.reduction, get_args(losses.Reduction))
+        check_choice("loss.kl_estimator", self.kl_estimator, get_args(losses.KLEstimator))
+        for name, value in (("clip_upper", self.clip_upper), ("importance_cap", self.importance_cap)):
+            if value is not None and not value > 0:
+                raise UserError(f"loss.{name} must be above 0, got {value}.")
+        if self.constant is not None:
+            check_positive("loss.constant", self.constant)
+            if self.reduction != "constant":
+                warnings.warn(f"loss.constant has no effect with reduction={self.reduction!r}.", stacklevel=3)
+
+
+def micro_batch_loss(
+    settings: PolicyGradientLoss, step: StepBatch, chosen: Tensor, scores: CompletionScores
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The share of the batch loss of the rollouts `chosen` [rows], and what the metrics need of them.
+
+    Args:
+        scores: With gradient; with entropies on the first pass over a batch.
 
     Returns:
-        Whether the model passed the scores on as they were. If not they are worthless, and the model is remembered:
-        `linear_head` is None from then on.
+        (scalar loss with gradient, {name: sum over tokens, or maximum for names that end in `_max`})
     """
-    made: list[Tensor] = []
+    policy_log_probs, mask = scores.log_probs, scores.mask
+    here = (chosen, slice(mask.shape[1]))
+    rollout_log_probs = step.rollouts.rollout_log_probs[here]
+    behaviour = policy_log_probs.detach() if step.behaviour_log_probs is None else step.behaviour_log_probs[here]
+    token_loss, clipped = losses.clipped_policy_loss(
+        policy_log_probs,
+        behaviour,
+        step.advantages[chosen].to(policy_log_probs.dtype),
+        clip_lower=settings.clip_lower,
+        clip_upper=settings.clip_upper,
+    )
+    if settings.importance_cap is not None:
+        cap = settings.importance_cap
+        token_loss = token_loss * losses.truncated_importance_weights(behaviour, rollout_log_probs, cap)
+    weights = losses.token_weights(
+        mask,
+        settings.reduction,
+        num_tokens=step.num_tokens,
+        num_sequences=step.num_sequences,
+        constant=float(settings.constant or step.rollouts.sampling.max_new_tokens),
+    )
+    loss = (weights * token_loss).sum()
+    sums = {"policy_loss": loss.detach(), "clipped": (clipped & mask).sum(), "tokens": mask.sum()}
+    if scores.entropy is not None:
+        mismatch = (policy_log_probs.detach() - rollout_log_probs).abs().masked_fill(~mask, 0.0)
+        sums |= {"entropy": scores.entropy.sum(), "mismatch": mismatch.sum(), "mismatch_max": mismatch.max()}
+    if step.ref_log_probs is not None:
+        ref_log_probs = step.ref_log_probs[here]
+        penalty = losses.kl_penalty(policy_log_probs, ref_log_probs, settings.kl_estimator)
+        loss = loss + settings.kl_coef * (weights * penalty).sum()
+        kl = losses.kl_estimate(policy_log_probs.detach() - ref_log_probs, settings.kl_estimator)
+        sums["kl"] = (kl * mask).sum()
+    return loss, sums
 
-    def forward(hidden: Tensor) -> Tensor:
-        made.append(score(hidden, head))
-        return made[0]
 
-    with _forward_of(head, forward):
-        result = model(**inputs).logits
-    passed_on = len(made) == 1 and (result is made[0] or (result.shape == made[0].shape and result.equal(made[0])))
-    if not passed_on:
-        _ALTERS_LOGITS.add(model)
-    return passed_on
-
-
-@contextmanager
-def _forward_of(module: torch.nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    module.forward = forward  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        del module.forward
+def merge_sums(total: dict[str, Tensor], part: dict[str, Tensor]) -> None:
+    """Add a micro-batch's sums to the step's, in place; maxima stay maxima."""
+    for key, value in part.items():
+        value = value.float()
+        if key in total:
+            value = torch.maximum(total[key], value) if key.endswith("_max") else total[key] + value
+        total[key] = value

@@ -9,7 +9,7 @@ Shapes: P prompts, m rollouts each, B = P * m rollouts, T tokens of the longest 
                         ref_log_probs = reference(rows)                      [B, T], with a KL penalty only
       inner epochs      for chosen in micro-batches of rows:                 longest first, within a token budget
                             scores = score_completions(policy, chosen)       micro_batches.py: log-probs [rows, t]
-                            loss = micro_batch_loss(advantages, scores)      loss.py: clipped loss + KL penalty
+                            loss = micro_batch_loss(advantages, scores)      ... clipped loss + KL penalty
                             backward(loss)                                   denominators are the whole batch's
                         clip the gradient, optimizer.step()                  on no rank if one is not finite
     after the step      log train/..., rollout/log_prob_...                  docs/metrics.md
@@ -18,7 +18,7 @@ The module knows no engine and no reward: `batch.rollouts` is there when `traini
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -30,11 +30,11 @@ from tealightning.checks import check_choice
 from tealightning.errors import UserError
 from tealightning.estimators import AdvantageEstimator
 from tealightning.reliability.progress import beat
+from tealightning.training import micro_batches
 from tealightning.training.lora import LoRA
-from tealightning.training.loss import PolicyGradientLoss, merge_sums, micro_batch_loss
-from tealightning.training.micro_batches import score_completions, split_rows, tokens_of_a_pass
-from tealightning.training.nonfinite import SkippedSteps, is_not_finite, skipped_step, unclipped_norm
-from tealightning.training.policy_module import PolicyModule, attached_rollouts
+from tealightning.training.micro_batches import PolicyGradientLoss, micro_batch_loss, score_completions, split_rows
+from tealightning.training.nonfinite import SkippedSteps
+from tealightning.training.policy_module import PolicyModule
 from tealightning.training.policy_weights import gradient_sync, is_sharded, whole
 from tealightning.types import PromptBatch, RolloutBatch, StepBatch
 
@@ -52,10 +52,10 @@ class PostTrainingModule(PolicyModule):
         advantage_scale: `batch_rms` divides all advantages of a step by their root mean square over the whole batch,
             which frees the learning rate from the reward's scale; `none` leaves them.
         inner_epochs: Optimizer steps on each batch of rollouts; above 1 the ratio clipping does its work.
-        inner_epoch_correction: How inner epochs after the first account for a policy that has moved since it was
-            sampled from: `clip` keeps the advantages and clips the ratio of each token (PPO); `exact` computes
-            advantages anew from the ratios of whole completions, unbiased at any distance but noisier the further it
-            is (estimators with an off-policy form: max_at_k without a scale).
+        inner_epoch_correction: For inner epochs after the first, whose policy has moved since it was sampled from:
+            `clip` keeps the advantages and clips the ratio of each token (PPO); `exact` computes advantages anew from
+            the ratios of whole completions, unbiased but noisier the further the policy is (estimators with an
+            off-policy form: max_at_k without a scale).
         micro_batch_tokens: Padded tokens of one forward and backward pass: decides memory and speed, never the
             gradient. None = 16,384 on a GPU and 2,048 on a CPU.
         micro_batch_size: Most rollouts of one pass; None = as many as fit.
@@ -117,35 +117,34 @@ class PostTrainingModule(PolicyModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.skipped = SkippedSteps()
-        self._check_settings(inner_epoch_correction)
+        check_choice("advantage_scale", advantage_scale, ("none", "batch_rms"))
+        check_choice("inner_epoch_correction", inner_epoch_correction, ("clip", "exact"))
+        self._check_settings()
 
-    def _check_settings(self, inner_epoch_correction: str) -> None:
-        check_choice("advantage_scale", self.advantage_scale, ("none", "batch_rms"))
-        optional = {"micro_batch_tokens": self._micro_batch_tokens, "micro_batch_size": self.micro_batch_size}
-        for name, value in ({"inner_epochs": self.inner_epochs} | optional).items():
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1{' or null' if name in optional else ''}, got {value}.")
+    def _check_settings(self) -> None:
+        if self.inner_epochs < 1:
+            raise UserError(f"inner_epochs must be at least 1, got {self.inner_epochs}.")
+        for name in ("_micro_batch_tokens", "micro_batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name.lstrip('_')} must be at least 1 or null, got {value}.")
         if self.gradient_clip_norm is not None and not self.gradient_clip_norm > 0:
             raise UserError(f"gradient_clip_norm must be above 0 or null, got {self.gradient_clip_norm}.")
-        check_choice("inner_epoch_correction", inner_epoch_correction, ("clip", "exact"))
-        if not self.is_exact_off_policy:
-            return
-        if not self.estimator.has_off_policy_form:
+        if self.is_exact_off_policy and not self.estimator.has_off_policy_form:
             raise UserError(
                 "inner_epoch_correction=exact needs an estimator with an off-policy form (max_at_k with scale=none), "
                 f"got {self.estimator!r}."
             )
-        if self.loss.importance_cap is not None:
+        if self.is_exact_off_policy and self.loss.importance_cap is not None:
             raise UserError(
                 "inner_epoch_correction=exact and loss.importance_cap both correct ratios: set one of them only."
             )
-        if self.inner_epochs == 1:
+        if self.is_exact_off_policy and self.inner_epochs == 1:
             warnings.warn("model.inner_epoch_correction=exact has no effect with inner_epochs=1.", stacklevel=3)
 
     @property
     def micro_batch_tokens(self) -> int:
         """Padded tokens of one forward and backward pass, on the device where the policy is."""
-        return self._micro_batch_tokens or tokens_of_a_pass(self.device)
+        return self._micro_batch_tokens or micro_batches.tokens_of_a_pass(self.device)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
@@ -154,7 +153,7 @@ class PostTrainingModule(PolicyModule):
     # ---------------------------------------------------------------- the step, from top to bottom
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        rollouts = attached_rollouts(batch)
+        rollouts = batch.attached_rollouts
         step = self._step_batch(rollouts, self.estimator(rollouts.rewards))
         sampled_log_probs = self._untrained_log_probs(step)  # the first inner epoch adds those that it trains on
         sums: dict[str, Tensor] = {}
@@ -172,7 +171,6 @@ class PostTrainingModule(PolicyModule):
                 break
         if self.lr_scheduler is not None and (self.skipped.last is None or epoch > 0):
             self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
-        self.skipped.end()
         self._log_step(step, sums, trained_tokens)
 
     def _step_batch(self, rollouts: RolloutBatch, advantages: Tensor) -> StepBatch:
@@ -194,45 +192,41 @@ class PostTrainingModule(PolicyModule):
     def _scaled(self, advantages: Tensor, squares: Tensor, num_sequences: Tensor) -> Tensor:
         """[P, m] float64: advantages over their root mean square in the batch, if asked for."""
         mean_square = squares / num_sequences.clamp(min=1)
-        is_scaled = self.advantage_scale == "batch_rms" and bool(mean_square > 0)
-        return advantages / mean_square.sqrt() if is_scaled else advantages
+        if self.advantage_scale == "none" or not mean_square > 0:
+            return advantages
+        return advantages / mean_square.sqrt()
 
     def _rows_to_train(self, rollouts: RolloutBatch, advantages: Tensor) -> Tensor:
         """[R] indices of the rollouts that a loss term needs: all scored ones with a KL penalty, else those with an
         advantage. Leaving the others out changes no gradient: the denominators stay the whole batch's."""
         needed = rollouts.valid if self.loss.kl_coef > 0 else advantages != 0
-        needed = needed.flatten() & (rollouts.completion_lengths > 0)
-        return needed.nonzero().squeeze(1)
+        return (needed.flatten() & (rollouts.completion_lengths > 0)).nonzero().squeeze(1)
 
     def _optimizer_step(self, step: StepBatch, epoch: int) -> tuple[dict[str, Tensor], Tensor]:
-        """One pass over the step's rollouts, one optimizer step; where loss or gradient is not finite on any rank, no
-        rank steps.
-
-        Returns:
-            (metrics' sums over this rank, log-probs [B, T] of the trained rollouts before the step)
+        """One pass over the step's rollouts and one optimizer step, which no rank takes where loss or gradient is not
+        finite on any: the metrics' sums over this rank, and log-probs [B, T] of the trained rollouts before the step.
         """
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         sums, log_probs = self._backward(step, is_first=epoch == 0)
-        norm = unclipped_norm(self.policy)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
         sums["grad_norm"] = whole(norm)
-        own = {"not_finite": is_not_finite(sums), "mismatch_max": sums.get("mismatch_max", 0.0)}
-        highest = self.over_ranks(own, "max")
+        is_finite = torch.stack(
+            [sums[key].isfinite() for key in ("policy_loss", "kl", "grad_norm") if key in sums]
+        ).all()
+        highest = self.over_ranks({"not_finite": ~is_finite, "mismatch_max": sums.get("mismatch_max", 0.0)}, "max")
         if epoch == 0:
             sums["mismatch_max"] = highest["mismatch_max"]
         if highest["not_finite"]:
-            advantages = step.advantages.view_as(step.rollouts.rewards)
-            self.skipped.add(skipped_step(sums, self.policy, epoch, advantages, log_probs))
+            self.skipped.add(sums, self.policy, epoch, step.advantages.view_as(step.rollouts.rewards), log_probs)
             return sums, log_probs
         torch.nn.utils.clip_grads_with_norm_(self.policy.parameters(), self.gradient_clip_norm or float("inf"), norm)
         optimizer.step()
         return sums, log_probs
 
     def _backward(self, step: StepBatch, *, is_first: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """Add up the gradient over micro-batches; ranks meet in the last one's backward. Returns as `_optimizer_step`.
-
-        Entropy and the engine/trainer mismatch are those of the sampling weights: of the first inner epoch only.
-        """
+        """Add up the gradient over micro-batches; ranks meet in the last one's backward. Entropy and the mismatch of
+        engine and trainer are those of the sampling weights: of the first inner epoch only."""
         # A rank with nothing to train still has to meet the others in backward: in a rollout weighted by 0.
         splits = self._micro_batches(self.policy, step.rollouts, step.rows, at_least=1)
         sums: dict[str, Tensor] = {}
@@ -243,7 +237,7 @@ class PostTrainingModule(PolicyModule):
                 loss, part = micro_batch_loss(self.loss, step, _some(chosen), scores)
                 self.manual_backward(loss if len(chosen) > 0 else loss * 0)
             if len(chosen) > 0:
-                merge_sums(sums, part)
+                micro_batches.merge_sums(sums, part)
                 log_probs[chosen, : scores.mask.shape[1]] = scores.log_probs.detach()
         return sums, log_probs
 
@@ -277,8 +271,8 @@ class PostTrainingModule(PolicyModule):
     # ---------------------------------------------------------------- inner epochs after the first
 
     def _untrained_log_probs(self, step: StepBatch) -> Tensor:
-        """[B, T] log-probs, under the weights that sampled, of the scored rollouts that the step does not train on:
-        exact correction needs them. 0 elsewhere."""
+        """[B, T] log-probs, under the weights that sampled, of the scored rollouts that the step does not train on, for
+        exact correction; 0 elsewhere."""
         if not self.is_exact_off_policy or self.inner_epochs == 1:
             return torch.zeros_like(step.rollouts.rollout_log_probs)
         others = step.rollouts.valid.flatten()
@@ -293,8 +287,9 @@ class PostTrainingModule(PolicyModule):
         rollouts = step.rollouts
         scored = rollouts.valid.flatten().nonzero().squeeze(1)
         log_ratios = (self._frozen_log_probs(self.policy, rollouts, scored) - sampled_log_probs).double().sum(dim=1)
-        # Finite; estimators decide what is too large.
-        ratios = log_ratios.view_as(rollouts.rewards).clamp(max=700).exp()
+        ratios = (
+            log_ratios.view_as(rollouts.rewards).clamp(max=700).exp()
+        )  # finite; estimators decide what is too large
         advantages = self.estimator.off_policy(rollouts.rewards, ratios)
         squares = self.over_ranks({"squares": (advantages**2).sum()}, "mean")["squares"]
         advantages = self._scaled(advantages, squares, step.num_sequences)
@@ -306,13 +301,8 @@ class PostTrainingModule(PolicyModule):
     def _micro_batches(self, model: Any, rollouts: RolloutBatch, rows: Tensor, *, at_least: int = 0) -> list[Tensor]:
         """Micro-batches of `rows`. Empty ones follow where the other ranks of a sharded model have more: it is called
         by all of them together or not at all."""
-        splits = split_rows(
-            rollouts.prompt_lengths,
-            rollouts.completion_lengths,
-            rows,
-            max_tokens=self.micro_batch_tokens,
-            max_rows=self.micro_batch_size,
-        )
+        lengths = (rollouts.prompt_lengths, rollouts.completion_lengths)
+        splits = split_rows(*lengths, rows, max_tokens=self.micro_batch_tokens, max_rows=self.micro_batch_size)
         calls = max(at_least, len(splits))
         if is_sharded(model):
             calls = int(self.over_ranks({"calls": calls}, "max")["calls"])
@@ -329,7 +319,16 @@ class PostTrainingModule(PolicyModule):
             beat()
         return log_probs
 
-    # ---------------------------------------------------------------- checkpoints
+    # ---------------------------------------------------------------- ranks and checkpoints
+
+    def over_ranks(self, values: Mapping[str, Tensor | float], op: str) -> dict[str, Tensor]:
+        """Reduce named scalars (the same names on every rank) in one collective, to float64 scalars on this device.
+
+        Args:
+            op: `sum`, `max`, or `mean`, which fits data parallelism: it averages the ranks' gradients.
+        """
+        scalars = [torch.as_tensor(value).detach().to(self.device, torch.float64) for value in values.values()]
+        return dict(zip(values, self.trainer.strategy.reduce(torch.stack(scalars), reduce_op=op), strict=True))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

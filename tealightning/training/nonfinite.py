@@ -1,10 +1,9 @@
-"""Skip optimizer steps whose loss or gradient is not finite; count and describe them."""
+"""Optimizer steps that are skipped because loss or gradient is not finite: counted, described, and ended at last."""
 
-import warnings
 from collections.abc import Mapping
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -31,65 +30,41 @@ class SkippedSteps:
         self.last: SkippedStep | None = None  # of the rollout step under way, or just done
 
     def begin(self) -> None:
-        """A rollout step begins."""
+        """A rollout step begins; one without a skipped step ends a row of them."""
+        if self.last is None:
+            self.in_a_row = 0
         self.last = None
 
-    def add(self, skipped: SkippedStep) -> None:
+    def add(
+        self, sums: Mapping[str, Tensor], policy: nn.Module, inner_epoch: int, advantages: Tensor, log_probs: Tensor
+    ) -> None:
         """An optimizer step was skipped, on all ranks.
 
         Raises:
             UnhealthyRun: after `MOST_IN_A_ROW` without an end.
         """
-        self.last = skipped
+        self.last = SkippedStep(
+            inner_epoch=inner_epoch,
+            loss=float(sums.get("policy_loss", 0.0)),
+            kl=float(sums.get("kl", 0.0)),
+            grad_norm=float(sums["grad_norm"]),
+            advantages=advantages,
+            policy_log_probs=log_probs,
+            parameters=_not_finite_gradients(policy),
+        )
         self.total += 1
         self.in_a_row += 1
         if self.in_a_row == 1:
-            _warn(
-                f"An optimizer step was skipped, and weights and optimizer left as they are: {skipped}. "
+            rank_zero_warn(
+                f"An optimizer step was skipped, and weights and optimizer left as they are: {self.last}. "
                 "train/nonfinite_steps counts these."
             )
         if self.in_a_row >= MOST_IN_A_ROW:
-            raise UnhealthyRun(f"{self.in_a_row} optimizer steps in a row were skipped, the last one with {skipped}.")
-
-    def end(self) -> None:
-        """The rollout step is done."""
-        if self.last is None:
-            self.in_a_row = 0
+            raise UnhealthyRun(f"{self.in_a_row} optimizer steps in a row were skipped, the last one with {self.last}.")
 
 
-def unclipped_norm(policy: nn.Module) -> Tensor:
-    """Norm of the policy's gradient, before clipping; sharded where the policy is."""
-    return torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
-
-
-def is_not_finite(sums: Mapping[str, Tensor]) -> Tensor:
-    """Scalar float64, 1 where the loss, its KL penalty or the norm of its gradient is NaN or infinite, else 0."""
-    values = [sums[key].double() for key in ("policy_loss", "kl", "grad_norm") if key in sums]
-    return (~torch.isfinite(torch.stack(values)).all()).double()
-
-
-def not_finite_gradients(policy: nn.Module) -> list[str]:
+def _not_finite_gradients(policy: nn.Module) -> list[str]:
     """Names of the parameters whose gradient (of a sharded one: this rank's share) has a NaN or infinity."""
     gradients = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
     shares = {name: g.to_local() if isinstance(g, DTensor) else g for name, g in gradients.items()}
     return [name for name, share in shares.items() if not bool(torch.isfinite(share).all())]
-
-
-def skipped_step(
-    sums: Mapping[str, Tensor], policy: nn.Module, inner_epoch: int, advantages: Tensor, policy_log_probs: Tensor
-) -> SkippedStep:
-    """The description of a step from what it has computed."""
-    return SkippedStep(
-        inner_epoch=inner_epoch,
-        loss=float(sums.get("policy_loss", 0.0)),
-        kl=float(sums.get("kl", 0.0)),
-        grad_norm=float(sums["grad_norm"]),
-        advantages=advantages,
-        policy_log_probs=policy_log_probs,
-        parameters=not_finite_gradients(policy),
-    )
-
-
-@rank_zero_only
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=3)

@@ -1,34 +1,28 @@
 """LightningModule around a causal LM: load it with reference and adapter, evaluate best-of-n, checkpoint, export."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from torch import Tensor
+from torch import nn
 
 from tealightning.errors import UserError
 from tealightning.metrics import BestOfN, TailFit
-from tealightning.metrics.best_of_n import check_budgets
 from tealightning.pretrained import load_policy, load_tokenizer, policy_config
-from tealightning.training.lora import LoRA, WithoutAdapter, add_adapter, add_frozen, check_checkpoint, drop_frozen
+from tealightning.training.lora import LoRA, WithoutAdapter, add_adapter
 from tealightning.training.policy_weights import policy_state_dict, shard
-from tealightning.types import PromptBatch, RolloutBatch
+from tealightning.types import PromptBatch
 
 
 class PolicyModule(pl.LightningModule):
-    """Loads, evaluates, checkpoints and exports a policy: the base class of `PostTrainingModule`, which trains it.
+    """Loads, evaluates, checkpoints and exports a policy: the base class of `PostTrainingModule`, which trains it and
+    documents the arguments.
 
     Args:
-        policy: Folder or hub id of the policy.
-        reference: Folder or hub id of the reference; None = the policy as it was loaded.
         with_reference: Whether training needs the reference.
-        lora: Adapter to train; None = all weights.
         load_kwargs: `dtype` and `trust_remote_code` of `pretrained.load_policy`.
-        gradient_checkpointing: Recompute activations in the backward pass.
-        ns: Best-of-n budgets; `max(ns)` completions are sampled a prompt.
-        extrapolate_ns: Budgets beyond `max(ns)`, extrapolated and logged under their own keys.
     """
 
     def __init__(
@@ -53,17 +47,14 @@ class PolicyModule(pl.LightningModule):
         self.policy: Any = None  # a transformers.PreTrainedModel once `configure_model` ran
         self._reference_is_base = lora is not None and reference is None
         self._reference: tuple[Any, ...] = ()  # in a tuple: no submodule, so neither checkpointed nor wrapped
-        self.ns = sorted(check_budgets("ns", ns))
-        extrapolated = check_budgets("extrapolate_ns", extrapolate_ns, may_be_empty=True)
-        if extrapolated and min(extrapolated) <= self.ns[-1]:
+        self.ns, splits = sorted(ns), ("val", "test")
+        self.best_of_n = nn.ModuleDict({split: BestOfN(ns=self.ns, extrapolate_ns=extrapolate_ns) for split in splits})
+        self.tail_fit = nn.ModuleDict({split: TailFit() for split in splits})
+        if extrapolate_ns and min(extrapolate_ns) <= self.ns[-1]:
             raise UserError(
                 f"extrapolate_ns must hold budgets above max(ns)={self.ns[-1]}, up to which they are measured; got "
                 f"{list(extrapolate_ns)}."
             )
-        self.best_of_n = torch.nn.ModuleDict(
-            {split: BestOfN(ns=self.ns, extrapolate_ns=extrapolate_ns) for split in ("val", "test")}
-        )
-        self.tail_fit = torch.nn.ModuleDict({split: TailFit() for split in ("val", "test")})
 
     # ---------------------------------------------------------------- loading
 
@@ -126,48 +117,45 @@ class PolicyModule(pl.LightningModule):
         self._log_metrics("test")
 
     def _update_metrics(self, split: str, batch: PromptBatch) -> None:
-        rewards = attached_rollouts(batch).rewards
-        for metric in self._metrics(split):
-            metric.update(rewards, keys=batch.keys.to(rewards.device))
+        rewards = batch.attached_rollouts.rewards
+        for metrics in (self.best_of_n, self.tail_fit):
+            metrics[split].update(rewards, keys=batch.keys.to(rewards.device))  # type: ignore[operator]
 
     def _log_metrics(self, split: str) -> None:
-        for metric in self._metrics(split):
+        for metrics in (self.best_of_n, self.tail_fit):
+            metric: Any = metrics[split]
             values = {f"{split}/{key}": value for key, value in metric.compute().items()}
             self.log_dict(values, sync_dist=True)  # the same on all ranks already; says so to Lightning
             metric.reset()
 
-    def _metrics(self, split: str) -> list[Any]:
-        return [self.best_of_n[split], self.tail_fit[split]]
-
-    # ---------------------------------------------------------------- ranks
-
-    def over_ranks(self, values: Mapping[str, Tensor | float], op: str) -> dict[str, Tensor]:
-        """Reduce named scalars over ranks, all in one collective.
-
-        Args:
-            values: The same names on every rank.
-            op: `sum`, `max`, or `mean`, which fits data parallelism: it averages the ranks' gradients.
-
-        Returns:
-            The same names; float64 scalars on this module's device.
-        """
-        stacked = torch.stack(
-            [torch.as_tensor(value).detach().to(self.device, torch.float64) for value in values.values()]
-        )
-        return dict(zip(values, self.trainer.strategy.reduce(stacked, reduce_op=op), strict=True))
-
     # ---------------------------------------------------------------- checkpoints and export
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        drop_frozen(self, checkpoint, self.lora)
+        """Leave out the frozen weights, which are in the policy's folder, and note the adapter's settings."""
+        if self.lora is not None:
+            frozen, state = self._frozen_names(), checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: value for name, value in state.items() if name not in frozen}
+            checkpoint["lora"] = asdict(self.lora)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_checkpoint(checkpoint, self.lora)
+        """Refuse a checkpoint of other settings of the adapter, whose weights would be another policy's."""
+        saved, own = checkpoint.get("lora"), None if self.lora is None else asdict(self.lora)
+        if saved != own:
+            raise UserError(
+                f"the checkpoint was written with model.lora={saved or 'null'} and this run has {own or 'null'}: "
+                "resume with the same."
+            )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Also without the frozen weights, which an adapter's checkpoint leaves out."""
-        state = state_dict if self.lora is None else add_frozen(self, state_dict)
-        return super().load_state_dict(state, strict=strict, assign=assign)
+        """Also without the frozen weights, which an adapter's checkpoint lacks; strict loading misses no others."""
+        if self.lora is not None:
+            frozen = self._frozen_names()
+            own = {name: value for name, value in self.state_dict().items() if name in frozen}
+            state_dict = own | dict(state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _frozen_names(self) -> set[str]:
+        return {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
     def export(self, folder: str) -> None:
         """Save policy and tokenizer in Hugging Face format (safetensors), loadable by transformers and vLLM. An adapter
@@ -176,16 +164,3 @@ class PolicyModule(pl.LightningModule):
         if self.global_rank == 0:
             self.policy.save_pretrained(folder, state_dict=state)
             self.tokenizer.save_pretrained(folder)
-
-
-def attached_rollouts(batch: PromptBatch) -> RolloutBatch:
-    """The rollouts that the rollout callback has attached.
-
-    Raises:
-        RuntimeError: if there is no such callback.
-    """
-    if batch.rollouts is None:
-        raise RuntimeError(
-            "The batch has no rollouts. Add RolloutCallback to the trainer's callbacks (CLI: section `rollout`)."
-        )
-    return batch.rollouts

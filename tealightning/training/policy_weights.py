@@ -15,8 +15,7 @@ def policy_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """`(name, tensor)` of every parameter, detached, not copied, each when its turn comes: a sharded one is gathered,
     and one with an adapter is merged, so that there is never a second copy of them all.
 
-    Tied parameters appear under every name: an engine that keeps its own copy of `lm_head.weight` would otherwise go on
-    with the old one while the embedding that it is tied to moves on.
+    Tied parameters appear under every name: an engine with a copy of `lm_head.weight` would otherwise keep the old one.
     """
     if has_adapter(policy):
         return merged_parameters(policy)
@@ -54,11 +53,8 @@ def checked_off(weights: Iterable[tuple[str, Tensor]], missing: set[str]) -> Ite
 
 
 def refuse_partial_push(missing: set[str]) -> None:
-    """Called when a push has ended, because vLLM cannot end one in the middle.
-
-    Raises:
-        ValueError: if a parameter of the policy was missing; an engine would go on with its old value.
-    """
+    """Refuse a push that lacked a parameter, whose old value an engine would go on with. Called when it has ended,
+    because vLLM cannot end one in the middle."""
     if missing:
         raise ValueError(
             f"sync_weights needs every parameter of the policy, tied ones under each name (policy_weights gives "
@@ -70,15 +66,9 @@ def refuse_partial_push(missing: set[str]) -> None:
 
 
 def shard(model: nn.Module, mesh: Any, *, lora: bool = False) -> None:
-    """Shard a transformers model over a device mesh of Lightning's `ModelParallelStrategy`, in place, one unit a
-    decoder layer: a rank holds a share of each weight, and layers are gathered in use.
-
-    Embedding, output layer and final norm are a unit of their own, which stays gathered from a forward pass to its
-    backward pass.
-
-    Raises:
-        ValueError: for tensor parallelism, or with an adapter.
-    """
+    """Shard a transformers model over a device mesh of Lightning's `ModelParallelStrategy`, in place: a rank holds a
+    share of each weight, and layers are gathered in use. Embedding, output layer and final norm are a unit of their
+    own, which stays gathered from a forward pass to its backward pass."""
     from torch.distributed.fsdp import fully_shard
 
     if mesh["tensor_parallel"].size() > 1:
@@ -88,7 +78,9 @@ def shard(model: nn.Module, mesh: Any, *, lora: bool = False) -> None:
         )
     if lora:
         raise UserError("model.lora cannot be sharded: use trainer.strategy=ddp, or model.lora=null.")
-    for layer in _decoder_layers(model):
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    # The list that holds most of the model is that of the decoder layers.
+    for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=[]):
         fully_shard(layer, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])
 
@@ -109,9 +101,3 @@ def gradient_sync(policy: Any, strategy: Any, *, wanted: bool) -> Any:
         policy.set_requires_gradient_sync(wanted)
     block = getattr(strategy, "block_backward_sync", None)
     return block() if block is not None and not wanted else nullcontext()
-
-
-def _decoder_layers(model: nn.Module) -> nn.ModuleList | list[nn.Module]:
-    """The list of modules that holds most of the model."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=[])

@@ -1,16 +1,11 @@
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tealightning import HealthChecks
-from tealightning.callbacks.health import CHECKS
-from tealightning.callbacks.health_checks import (
-    GOOD_STEPS_THAT_END_AN_EPISODE,
-    RULES,
-    HealthCheck,
-    StepSummary,
-)
+from tealightning.callbacks.health_checks import GOOD_STEPS_THAT_END_AN_EPISODE, HEALTH_CHECKS, StepSummary
 from tealightning.types import SkippedStep
 
 GOOD = {
@@ -25,16 +20,16 @@ GOOD = {
 }
 
 
-RULE = {rule.name: rule for rule in RULES}
-
-
 def seen(metrics=(), **fields):
     usual = {"skipped": None, "global_step": 5, "weights_version": 5, "steps_ahead": 0, "tie_cause": None}
     return StepSummary(metrics=GOOD | dict(metrics), **usual | fields)
 
 
 def check_of(name, limit, patience=2):
-    return HealthCheck(RULE[name], limit, patience)
+    """A fresh check as `HealthChecks` makes them: with the limit that a setting of it has."""
+    check = HEALTH_CHECKS[name]
+    steps = patience if check.patience_from == "patience" else limit if check.patience_from else check.patience
+    return replace(check, limit=limit, patience=steps)
 
 
 def skipped():
@@ -140,12 +135,13 @@ def test_ties_that_are_meant_are_left_alone():
 
 
 def test_null_switches_a_check_off():
-    assert HealthChecks(**{rule.setting: None for rule in RULES}).counts == {}
-    assert set(HealthChecks().counts) == set(CHECKS)
+    settings = {check.limit_from or check.patience_from for check in HEALTH_CHECKS.values()}
+    assert HealthChecks(**dict.fromkeys(settings)).counts == {}
+    assert HealthChecks().counts == dict.fromkeys(HEALTH_CHECKS, 0)
 
 
 def test_settings_name_every_check():
-    assert all(f"`{check}`" in HealthChecks.__doc__ for check in CHECKS)
+    assert all(f"`{check}`" in HealthChecks.__doc__ for check in HEALTH_CHECKS)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ from playground_fits import fit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tealightning import SampleTable
-from tealightning.callbacks.report import COLUMNS, table_rows
+from tealightning.callbacks.report import table_rows
+
+COLUMNS = ["phase", "step", "prompt_id", "prompt", "completion", "reward", "tokens", "truncated"]
 
 
 def read(file):
