@@ -71,10 +71,8 @@ class EvaluationRecord(Callback):
             self._save()
         except OSError as error:
             names = ", ".join(path.name for path in self._unwritten)
-            raise UserError(
-                f"Evaluations could not be written: {names} ({error}). Free space on that disk and go on from the last "
-                "checkpoint."
-            ) from error
+            advice = "Free space on that disk and go on from the last checkpoint."
+            raise UserError(f"Evaluations could not be written: {names} ({error}). {advice}") from error
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._close()
@@ -93,23 +91,13 @@ class EvaluationRecord(Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._rows = []
 
-    def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: PromptBatch, *_: Any
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: PromptBatch, *_: Any) -> None:
         self._rows.append(self._measure(pl_module, batch))
 
-    on_test_start = on_validation_start
-    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
-
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if not (trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf")):
-            self._write(trainer, "val")
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._write(trainer, "test")
-
-    def _write(self, trainer: pl.Trainer, phase: str) -> None:
-        folder = run_folder(trainer) / FOLDER
+        if trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf"):
+            return  # a glance at a few batches is no evaluation
+        phase, folder = "test" if trainer.testing else "val", run_folder(trainer) / FOLDER
         if self._rows:
             rank = f".rank{trainer.global_rank}" if trainer.global_rank else ""
             arrays = {key: np.concatenate([rows[key] for rows in self._rows]) for key in self._rows[0]}
@@ -119,6 +107,9 @@ class EvaluationRecord(Callback):
         self._rows = []
         if not self._unwritten:
             self.last_step[phase] = trainer.global_step
+
+    on_test_start, on_test_end = on_validation_start, on_validation_end
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
     def _save(self) -> None:
         for path in list(self._unwritten):

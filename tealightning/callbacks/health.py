@@ -2,7 +2,6 @@
 
 import json
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from tealightning.callbacks.rollout import RolloutCallback
 from tealightning.errors import UserError
 from tealightning.functional.tail_checks import TIE_CAUSES, tie_cause, tied
 from tealightning.registry import did_you_mean
-from tealightning.reliability.files import run_folder, write_whole
+from tealightning.reliability.files import going_on_without, run_folder, write_whole
 from tealightning.training.nonfinite import UnhealthyRun
 from tealightning.types import PromptBatch, SkippedStep
 
@@ -144,13 +143,11 @@ def _save_batch(folder: Path, batch: PromptBatch, skipped: SkippedStep, where: d
     rollouts, m = batch.attached_rollouts, batch.attached_rollouts.group_size
     names = ("prompt_ids", "prompt_lengths", "completion_ids", "completion_lengths", "rollout_log_probs", "rewards")
     tensors = {name: getattr(rollouts, name) for name in names}
-    tensors |= {"policy_log_probs": skipped.policy_log_probs, "advantages": skipped.advantages}
+    tensors |= {name: getattr(skipped, name) for name in ("policy_log_probs", "advantages")}
     described = {
         "weights_version": rollouts.weights_version,
         "inner_epoch": skipped.inner_epoch,
-        "loss": _number(skipped.loss),
-        "kl": _number(skipped.kl),
-        "grad_norm": _number(skipped.grad_norm),
+        **{name: _number(getattr(skipped, name)) for name in ("loss", "kl", "grad_norm")},
         "parameters_with_a_gradient_that_is_not_finite": skipped.parameters,
         "prompts": [
             {
@@ -164,13 +161,11 @@ def _save_batch(folder: Path, batch: PromptBatch, skipped: SkippedStep, where: d
         ],
     }
     stem = f"step_{where['step']}_rank_{where['rank']}"
-    content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
-    try:
-        write_whole(folder / f"{stem}.safetensors", content)
-        text = json.dumps(described | where, indent=1, ensure_ascii=False)
-        write_whole(folder / f"{stem}.json", text.encode())
-    except OSError as error:
-        warnings.warn(f"The batch of a skipped step could not be saved: {error}.", stacklevel=2)
+    with going_on_without(f"the batch of a skipped step to {folder}"):
+        write_whole(
+            folder / f"{stem}.safetensors", save({key: t.detach().cpu().contiguous() for key, t in tensors.items()})
+        )
+        write_whole(folder / f"{stem}.json", json.dumps(described | where, indent=1, ensure_ascii=False).encode())
 
 
 def _number(value: float) -> float | str:

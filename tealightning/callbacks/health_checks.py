@@ -11,12 +11,8 @@ from tealightning.types import SkippedStep
 
 ENTROPY = "train/entropy"
 MISMATCH = "rollout/log_prob_abs_diff_mean"
-
-ROUNDING = 1e-4
-"""Nats a token: a mismatch below it is float32's, and multiples of that mean nothing."""
-
-GOOD_STEPS_THAT_END_AN_EPISODE = 10
-"""So that a value that moves around its threshold is reported once."""
+ROUNDING = 1e-4  # nats a token: a mismatch below it is float32's, and multiples of that mean nothing
+GOOD_STEPS_THAT_END_AN_EPISODE = 10  # so that a value that moves around its threshold is reported once
 
 TIE_ADVICE: dict[TieCause, str] = {
     "bfloat16": "all scores are bfloat16 numbers. Let the reward score in float32",

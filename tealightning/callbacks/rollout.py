@@ -27,8 +27,7 @@ class RolloutCallback(Callback):
 
     Training samples `group_size` completions a prompt, validation and test `max(ns)` of the module. Before each batch
     the engine takes over the trainer's weights if an optimizer step was made since. Seeds depend on the run's seed, the
-    rollout step and the prompt's id only (in validation and test not on the step: every evaluation of a run uses the
-    same random numbers, so differences between checkpoints are paired).
+    prompt's id and, in training only, the rollout step: differences between two evaluations of a run are paired.
 
     Args:
         engine: Generates completions.
@@ -136,9 +135,9 @@ class RolloutCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rollout_step = state_dict["rollout_step"]
 
-    def rank_state_dict(self, *, of_step_under_way: bool = False, wait: bool = True) -> dict[str, Any]:
+    def rank_state_dict(self, **options: bool) -> dict[str, Any]:
         """What this rank has sampled and not trained on (see `OneStepAhead.state`): ResumableCheckpoint keeps it."""
-        ahead = self._ahead.state(of_step_under_way=of_step_under_way, wait=wait)
+        ahead = self._ahead.state(**options)
         return {} if ahead is None else {"ahead": ahead}
 
     def load_rank_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -228,7 +228,7 @@ class PostTrainingModule(PolicyModule):
         """Add up the gradient over micro-batches; ranks meet in the last one's backward. Entropy and the mismatch of
         engine and trainer are those of the sampling weights: of the first inner epoch only."""
         # A rank with nothing to train still has to meet the others in backward: in a rollout weighted by 0.
-        splits = self._micro_batches(self.policy, step.rollouts, step.rows, at_least=1)
+        splits = self._micro_batches(self.policy, step.rollouts, step.rows) or [step.rows]
         sums: dict[str, Tensor] = {}
         log_probs = torch.zeros_like(step.rollouts.rollout_log_probs)
         for index, chosen in enumerate(splits):
@@ -298,15 +298,15 @@ class PostTrainingModule(PolicyModule):
 
     # ---------------------------------------------------------------- passes over micro-batches
 
-    def _micro_batches(self, model: Any, rollouts: RolloutBatch, rows: Tensor, *, at_least: int = 0) -> list[Tensor]:
+    def _micro_batches(self, model: Any, rollouts: RolloutBatch, rows: Tensor) -> list[Tensor]:
         """Micro-batches of `rows`. Empty ones follow where the other ranks of a sharded model have more: it is called
         by all of them together or not at all."""
         lengths = (rollouts.prompt_lengths, rollouts.completion_lengths)
         splits = split_rows(*lengths, rows, max_tokens=self.micro_batch_tokens, max_rows=self.micro_batch_size)
-        calls = max(at_least, len(splits))
         if is_sharded(model):
-            calls = int(self.over_ranks({"calls": calls}, "max")["calls"])
-        return splits + [rows[:0]] * (calls - len(splits))
+            calls = int(self.over_ranks({"calls": len(splits)}, "max")["calls"])
+            splits += [rows[:0]] * (calls - len(splits))
+        return splits
 
     @torch.no_grad()
     def _frozen_log_probs(self, model: Any, rollouts: RolloutBatch, rows: Tensor) -> Tensor:
