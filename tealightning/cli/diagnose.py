@@ -73,21 +73,14 @@ for the sweeps, plots.
 
 With -c/--config (and the options that then apply: `tealightning diagnose gradients -c --help`) it measures them on a
 policy and a reward instead.
-"""
-GRADIENTS_EPILOG = """\
-examples:
-  tealightning diagnose gradients
-  tealightning diagnose gradients --estimators direct prefix_tea:rotations=1 "tea:scale=none,alpha=0.5"
-  tealightning diagnose gradients -m 16 64 -N 128 512 --worlds gaussian mixture gpd_0.1 two_arms_0.2
-  tealightning diagnose gradients --worlds gaussian --sweeps all --groups 100000
-  tealightning diagnose gradients --decision
+
+  tealightning diagnose gradients -m 16 64 --worlds gaussian gpd_0.1 two_arms_0.2 --estimators direct "tea:scale=none"
 """
 
 
 def gradients_parser() -> argparse.ArgumentParser:
     """Options of `diagnose gradients` without a configuration."""
-    texts = {"description": GRADIENTS_DESCRIPTION, "epilog": GRADIENTS_EPILOG}
-    parser = new_parser("gradients", "runs/diagnose_gradients", **texts)
+    parser = new_parser("gradients", "runs/diagnose_gradients", description=GRADIENTS_DESCRIPTION)
     add = parser.add_argument
     add("-m", type=at_least(2), nargs="+", metavar="M", help="rollouts a prompt (default: 16 32)")
     add("-N", "--target_n", type=at_least(1), nargs="+", metavar="N", help="best-of-N of deployment (default: 128)")
@@ -95,15 +88,9 @@ def gradients_parser() -> argparse.ArgumentParser:
     add("--alpha", type=upper_share, nargs="+", default=[0.25], help=alpha_help)
     estimators_help = "default: all registered ones and a few variants; N, alpha and k = min(N, m) are filled in"
     add("--estimators", nargs="+", metavar="NAME[:PARAMETER=VALUE,...]", help=estimators_help)
-    worlds_help = (
-        "default: gaussian gpd_-0.3 gpd_0 gpd_0.2 student_t5 mixture bounded discrete two_arms; "
-        "also gpd_SHAPE and two_arms_PROBABILITY_OF_B"
-    )
+    worlds_help = "gaussian, gpd_SHAPE, student_t5, mixture, bounded, discrete, two_arms_PROBABILITY (default: nine)"
     add("--worlds", nargs="+", metavar="WORLD", help=worlds_help)
-    sweeps_help = (
-        "m (16 to 512), alpha (0.1 to 1), tail (generalised Pareto rewards of index -0.4 to 0.3); at the first m, N "
-        "and alpha (default: none)"
-    )
+    sweeps_help = "over m, alpha, or the tail index of the rewards; at the first m, N and alpha (default: none)"
     add("--sweeps", nargs="+", default=["none"], choices=["none", "m", "alpha", "tail", "all"], help=sweeps_help)
     groups = at_least(512, " (two steps over 256 prompts)")
     add("--groups", type=groups, default=20_000, help="groups behind each figure (default: 20000)")
@@ -153,13 +140,6 @@ match what is measured at larger n?
 
 The rewards come from a file, from a finished run, or are sampled from the policy that a config names. Writes tail.md
 (verdict, tables), tail.csv (a line a prompt), tail.json, qq.png and prediction.png.
-"""
-TAIL_EPILOG = """\
-examples:
-  tealightning diagnose tail --run runs/maze/version_0
-  tealightning diagnose tail --run runs/maze/version_0 --which before -m 32
-  tealightning diagnose tail --rewards rewards.jsonl
-  tealightning diagnose tail -c configs/experiments/prose.yaml --prompts 64 --samples 256 --model.policy=my_policy
 
 files for --rewards: JSON lines {"rewards": [0.1, 2.3, null], "id": "optional"}, a prompt a line, null = could not be
 scored; or CSV with the columns prompt_id and reward, a sample a line.
@@ -171,24 +151,19 @@ With -c, all further options are settings of the config, as in `tealightning fit
 def tail_parser() -> argparse.ArgumentParser:
     """Options of `diagnose tail`."""
     usage = "tealightning diagnose tail (--rewards FILE | --run FOLDER | -c CONFIG [--setting=value]...) [options]"
-    texts = {"usage": usage, "description": TAIL_DESCRIPTION, "epilog": TAIL_EPILOG}
-    parser = new_parser("tail", "runs/diagnose_tail", **texts)
+    parser = new_parser("tail", "runs/diagnose_tail", usage=usage, description=TAIL_DESCRIPTION)
     source, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
     source.add_argument("--rewards", type=Path, metavar="FILE", help="rewards in JSON lines or CSV")
     source.add_argument("--run", type=Path, metavar="FOLDER", help="folder of a run: its validation rewards")
     config_help = "sample from this policy (repeatable, later ones win)"
     source.add_argument("-c", "--config", action="append", metavar="CONFIG", help=config_help)
-    which_help = "with --run: before or after training (default: after)"
-    add("--which", choices=["before", "after"], default="after", help=which_help)
+    add("--which", choices=["before", "after"], default="after", help="training, with --run (default: after)")
     add("--prompts", type=at_least(1), default=64, help="with -c: validation prompts (default: 64)")
     add("--samples", type=at_least(1), default=128, help="with -c: completions a prompt (default: 128)")
     size_help = "samples that best-of-n is predicted from: the group_size of training (default: 16)"
     add("-m", "--group-size", type=at_least(1), default=16, help=size_help)
     add("--alpha", type=upper_share, default=0.25, help="upper-tail level, that of the estimator (default: 0.25)")
-    share_help = (
-        "upper share of each prompt's rewards that is compared with a Gaussian (default: 2 * alpha, the part that "
-        "an estimator with that alpha assumes to be Gaussian)"
-    )
+    share_help = "upper share of each prompt's rewards that is compared with a Gaussian (default: 2 * alpha)"
     add("--tested-share", type=upper_share, metavar="SHARE", help=share_help)
     add("--ns", type=int, nargs="+", metavar="N", help="budgets to predict (default: powers of two up to samples - m)")
     return parser

@@ -14,11 +14,9 @@ from tealightning.callbacks import RolloutCallback
 from tealightning.cli.diagnose import at_least, new_parser, upper_share
 from tealightning.cli.training import build_training
 from tealightning.data import PromptDataModule
-from tealightning.diagnostics import fidelity_report
+from tealightning.diagnostics import fidelity_report, policy_fidelity
+from tealightning.diagnostics import pool as pools
 from tealightning.diagnostics.measurements import EstimatorSpec, parse_estimators
-from tealightning.diagnostics.policy_fidelity import measure_on_policy
-from tealightning.diagnostics.pool import RolloutPool, half_size, pool_of, write_rewards
-from tealightning.diagnostics.projections import LinearProjection, score_vectors
 from tealightning.errors import UserError
 from tealightning.estimators import ESTIMATORS
 from tealightning.reporting.provenance import provenance
@@ -40,30 +38,32 @@ def diagnose_policy_gradients(args: Sequence[str]) -> None:
     """Measure, print the table, and write page, CSV, plot and the pool's rewards."""
     options, config_args = _parser().parse_known_args(args)
     specs = parse_estimators(options.estimators)
-    needed = max(2 * options.target_n, 4 * max(options.group_sizes))
-    if options.pool < needed:  # before anything is sampled
-        why = "each half needs N rollouts, and two groups of m"
-        raise UserError(f"--pool must be at least {needed} ({why}), got {options.pool}.")
+    needed = max(2 * options.target_n, 4 * max(options.group_sizes))  # each half needs N rollouts, and two groups of m
+    if options.pool < needed:
+        raise UserError(f"--pool must be at least {needed} (the larger of 2 N and 4 m), got {options.pool}.")
     times = [time.perf_counter()]
     module, pool = collect_pool(config_args, num_prompts=options.prompts, num_samples=options.pool, split=options.split)
     specs, left_out = _suitable(specs, pool) if options.estimators is None else (specs, [])
 
     times.append(time.perf_counter())
-    projection = LinearProjection(module.policy, size=options.projection, seed=options.seed)
+    projection = pools.LinearProjection(module.policy, size=options.projection, seed=options.seed)
     with tqdm(total=pool.rewards.numel(), desc="Score vectors", unit=" rollouts", dynamic_ncols=True) as bar:
         settings: dict[str, Any] = {"max_tokens": module.micro_batch_tokens, "on_progress": bar.update}
-        vectors = [score_vectors(module.policy, batch, projection, **settings) for batch in pool.batches]
+        vectors = [pools.score_vectors(module.policy, batch, projection, **settings) for batch in pool.batches]
 
     times.append(time.perf_counter())
+    scores = torch.cat(vectors).view(*pool.rewards.shape, -1)
     settings = {name: getattr(options, name) for name in ("target_n", "group_sizes", "alpha", "seed")}
-    ceiling, rows = measure_on_policy(pool.rewards, torch.cat(vectors).view(*pool.rewards.shape, -1), specs, **settings)
+    ceiling, rows = policy_fidelity.measure_on_policy(pool.rewards, scores, specs, **settings)
 
     times.append(time.perf_counter())
-    facts = [*_facts(options, module, pool, projection, times), *left_out]
+    phases = ("rollouts", "score vectors", "estimators")
+    seconds = [f"{name} {end - start:.0f}" for name, start, end in zip(phases, times, times[1:], strict=False)]
+    facts = [*_facts(options, module, pool, projection), f"seconds: {', '.join(seconds)}", *left_out]
     source = provenance(["diagnose", "gradients", *args], seed=options.seed)
     files = fidelity_report.write_policy_fidelity(options.out, ceiling, rows, source, facts, target_n=options.target_n)
     files.append(options.out / "rewards.jsonl")
-    write_rewards(files[-1], pool)
+    pools.write_rewards(files[-1], pool)
     print("\n".join(f"- {fact}" for fact in facts))
     print(f"\n{fidelity_report.ceiling_text(ceiling)}\n\n{fidelity_report.policy_table(rows)}\n")
     for name, file in zip(("Page", "Figures", "Plot", "Rewards"), files, strict=True):
@@ -87,9 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _suitable(specs: Sequence[EstimatorSpec], pool: RolloutPool) -> tuple[list[EstimatorSpec], list[str]]:
+def _suitable(specs: Sequence[EstimatorSpec], pool: pools.RolloutPool) -> tuple[list[EstimatorSpec], list[str]]:
     """The estimators that suit the rewards, and a sentence about the others."""
-    scored = pool.rewards[pool.valid]
+    scored = pool.rewards[pool.rewards.isfinite()]
     lowest = float(scored.min()) if len(scored) else 0.0
     is_binary = bool(((scored == 0) | (scored == 1)).all())
     kinds = {
@@ -101,34 +101,25 @@ def _suitable(specs: Sequence[EstimatorSpec], pool: RolloutPool) -> tuple[list[E
 
 
 def _facts(
-    options: argparse.Namespace,
-    module: PostTrainingModule,
-    pool: RolloutPool,
-    projection: LinearProjection,
-    times: Sequence[float],
+    options: argparse.Namespace, module: PostTrainingModule, pool: pools.RolloutPool, projection: pools.LinearProjection
 ) -> list[str]:
     """What was measured, in short sentences."""
     means = pool.rewards.nanmean(dim=1, keepdim=True)
     within = (pool.rewards - means).square().nanmean().sqrt()
-    phases = ("rollouts", "score vectors", "estimators")
-    seconds = [f"{name} {end - start:.0f}" for name, start, end in zip(phases, times, times[1:], strict=False)]
+    unscored = int((~pool.rewards.isfinite()).sum())
     return [
         f"policy: {module.policy_path}, {projection.covered:.0%} of its trainable parameters (its linear layers) "
         f"projected to {projection.num_features} numbers",
-        f"pool: {len(pool.ids)} prompts ({options.split}) with {options.pool} rollouts, {int((~pool.valid).sum())} not "
-        f"scored, halves of {half_size(pool.rewards)}; reward's standard deviation {within:.3g} within prompts, "
+        f"pool: {len(pool.ids)} prompts ({options.split}) with {options.pool} rollouts, {unscored} not scored, "
+        f"halves of {pools.half_size(pool.rewards)}; reward's standard deviation {within:.3g} within prompts, "
         f"{means.std():.3g} between",
         f"N = {options.target_n}, alpha = {options.alpha:g}",
-        f"seconds: {', '.join(seconds)}",
     ]
-
-
-# ---------------------------------------------------------------- the pool
 
 
 def collect_pool(
     args: Sequence[str], *, num_prompts: int, num_samples: int, split: Literal["val", "test"] = "val"
-) -> tuple[PostTrainingModule, RolloutPool]:
+) -> tuple[PostTrainingModule, pools.RolloutPool]:
     """Sample and score `num_samples` rollouts of the split's first `num_prompts` prompts; the module has its policy on
     the device that it sampled on.
 
@@ -139,15 +130,9 @@ def collect_pool(
         UserError: for a config that does not parse, a split with fewer prompts, or several devices.
     """
     command = {"val": "validate", "test": "test"}[split]
-    overrides = [
-        f"--model.ns=[{num_samples}]",
-        f"--trainer.limit_val_batches={num_prompts}",
-        f"--trainer.limit_test_batches={num_prompts}",
-        "--trainer.logger=false",
-        "--trainer.callbacks=null",
-        "--trainer.enable_checkpointing=false",
-        "--trainer.enable_model_summary=false",
-    ]
+    limits = [f"--trainer.limit_{each}_batches={num_prompts}" for each in ("val", "test")]
+    without = ("logger=false", "callbacks=null", "enable_checkpointing=false", "enable_model_summary=false")
+    overrides = [f"--model.ns=[{num_samples}]", *limits, *(f"--trainer.{setting}" for setting in without)]
     cli = build_training(command, [*args, *overrides])
     if cli.trainer.world_size > 1:  # before any process is launched
         raise UserError(
@@ -158,12 +143,12 @@ def collect_pool(
     cli.trainer.callbacks.append(collector)  # type: ignore[attr-defined]
     cli.datamodule.val_batch_size = 1
     device = cli.trainer.strategy.root_device
-    run = getattr(cli.trainer, command)
-    run(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config[command]["ckpt_path"], verbose=False)
+    checkpoint = cli.config[command]["ckpt_path"]
+    getattr(cli.trainer, command)(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, verbose=False)
     for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, RolloutCallback):
             callback.close()
-    return cli.model.to(device), pool_of(collector.batches)
+    return cli.model.to(device), pools.pool_of(collector.batches)
 
 
 class _BatchCollector(Callback):

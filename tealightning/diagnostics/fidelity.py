@@ -17,7 +17,6 @@ of parameter space that has nothing to do with the reward (a score of variance 1
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -28,13 +27,11 @@ from torch import Generator, Tensor
 
 from tealightning.diagnostics.worlds import World
 
-BATCHES = (1, 32, 256)
-"""Prompts a step for which figures are given."""
+BATCHES = (1, 32, 256)  # prompts a step for which figures are given
 _BLOCKS = 50  # of the jackknife
 _CHUNK = 1 << 18  # rollouts in memory at once
 
-Advantages = Callable[[Tensor], Tensor]
-"""An estimator: rewards [P, m] to advantages [P, m]."""
+Advantages = Callable[[Tensor], Tensor]  # an estimator: rewards [P, m] to advantages [P, m]
 Figures = dict[str, float]
 """Figures of an estimator, the same schema in analytic worlds and on a policy. Beside each `NAME` stand its standard
 error `NAME_se`, or the ends of its 95% interval `NAME_low` and `NAME_high`; NaN where a figure means nothing."""
@@ -52,10 +49,8 @@ class GroupGradients(NamedTuple):
 
 
 def sample_chunks(world: World, m: int, *, groups: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rewards and scores of `groups` groups, in pieces that fit in memory.
-
-    The random numbers follow from seed, world and m only: all estimators meet the same groups, whatever else is run.
-    """
+    """Rewards and scores of `groups` groups, in pieces that fit in memory; random numbers follow from seed, world and m
+    only: all estimators meet the same groups, whatever else is run."""
     generator = Generator().manual_seed(crc32(f"{seed}/{world.name}/{m}".encode()))
     size = max(1, _CHUNK // m)
     for start in range(0, groups, size):
@@ -78,9 +73,7 @@ def group_gradients(
 
 def fidelity(groups: GroupGradients, truth: Tensor, directions: Sequence[str]) -> Figures:
     """Figures of one estimator from G >= 512 groups, against the exact gradient [d] float64 along named directions."""
-    figures = _jackknifed(groups, truth, directions) | _norms(groups.gradients, truth)
-    for batch in BATCHES:
-        figures |= _steps(groups.gradients, truth, batch)
+    figures = _jackknifed(groups, truth, directions) | _norms(groups.gradients, truth) | _steps(groups.gradients, truth)
     exact = {"true_norm": float(truth.norm()), "true_norm_se": 0.0}
     return figures | exact | {"groups": float(len(groups.gradients)), "groups_se": 0.0}
 
@@ -130,9 +123,8 @@ def _norms(gradients: Tensor, truth: Tensor) -> Figures:
     covariance = torch.atleast_2d(gradients.T.cov()) / len(gradients)
     mean, norm = gradients.mean(0), float(truth.norm())
     bias, error = norm_of_mean(mean - truth, covariance)
-    sine, sine_error = _sine(mean, covariance, truth / norm)
     figures = {"bias": bias, "bias_se": error, "normalised_bias": bias / norm, "normalised_bias_se": error / norm}
-    return figures | {"scaled_bias": sine, "scaled_bias_se": sine_error}
+    return figures | dict(zip(("scaled_bias", "scaled_bias_se"), _sine(mean, covariance, truth / norm), strict=True))
 
 
 def _sine(mean: Tensor, covariance: Tensor, along: Tensor) -> tuple[float, float]:
@@ -151,8 +143,8 @@ def _sine(mean: Tensor, covariance: Tensor, along: Tensor) -> tuple[float, float
 def norm_of_mean(mean: Tensor, covariance: Tensor) -> tuple[float, float]:
     """|E mean| and its standard error, from a noisy mean [d] with this covariance [d, d].
 
-    `|mean|^2` is too large by the trace of the covariance; that is subtracted (and a negative rest is 0). The error is
-    that of the square, carried through the root; where the norm is lost in the noise it is of the noise's size.
+    `|mean|^2` is too large by the trace of the covariance: that is subtracted (a negative rest is 0). The error is of
+    the square, carried through the root; where the norm is lost in the noise it is of the noise's size.
     """
     trace = float(covariance.trace())
     square = float(mean @ mean) - trace
@@ -162,17 +154,18 @@ def norm_of_mean(mean: Tensor, covariance: Tensor) -> tuple[float, float]:
     return math.sqrt(max(0.0, square)), square_error / (2 * math.sqrt(max(square, trace)))
 
 
-def _steps(gradients: Tensor, truth: Tensor, batch: int) -> Figures:
-    """Mean cosine of single steps over `batch` prompts with the truth, and the share of their signs that are right (an
-    exact 0 has neither direction nor sign: both count as 0)."""
-    steps = len(gradients) // batch
-    step = gradients[: steps * batch].view(steps, batch, -1).mean(1)
-    norms = step.norm(dim=1)
-    cosine = (step @ (truth / truth.norm())) / norms.masked_fill(norms == 0, 1.0)
-    right = (step * truth > 0).double().mean(1)
+def _steps(gradients: Tensor, truth: Tensor) -> Figures:
+    """Mean cosine of single steps with the truth, and the share of their signs that are right (an exact 0 has neither
+    direction nor sign: both count as 0)."""
     figures: Figures = {}
-    for name, values in ((f"step_cosine@{batch}", cosine), (f"sign_agreement@{batch}", right)):
-        figures |= {name: float(values.mean()), f"{name}_se": float(values.std()) / math.sqrt(steps)}
+    for batch in BATCHES:
+        steps = len(gradients) // batch
+        step = gradients[: steps * batch].view(steps, batch, -1).mean(1)
+        norms = step.norm(dim=1)
+        cosine = (step @ (truth / truth.norm())) / norms.masked_fill(norms == 0, 1.0)
+        right = (step * truth > 0).double().mean(1)
+        for name, values in ((f"step_cosine@{batch}", cosine), (f"sign_agreement@{batch}", right)):
+            figures |= {name: float(values.mean()), f"{name}_se": float(values.std()) / math.sqrt(steps)}
     return figures
 
 
@@ -181,8 +174,6 @@ def _steps(gradients: Tensor, truth: Tensor, batch: int) -> Figures:
 # At m = 512 the bias is a hundredth of the noise. What an estimator computes is, to first order, a mean over the group
 # of a function of the latent; group means of functions with known expectation explain most of its noise and,
 # subtracted, leave the expectation as it is.
-
-_TAIL_POWERS, _POWERS = 5, 4
 
 
 def truncated_moments(threshold: float, highest: int) -> list[float]:
@@ -201,19 +192,16 @@ def group_controls(z: Tensor, alpha: float) -> Tensor:
     if alpha < 1:
         threshold = float(-ndtri(alpha))
         above = (z > threshold).double()
-        for p, expected in enumerate(truncated_moments(threshold, _TAIL_POWERS)):
+        for p, expected in enumerate(truncated_moments(threshold, 5)):
             columns.append((above * z**p).mean(1) - expected)
-    for p in range(1, _POWERS + 1):
+    for p in range(1, 5):
         expected = math.prod(range(1, p, 2)) if p % 2 == 0 else 0.0
         columns.append((z**p).mean(1) - expected)
     return torch.stack(columns, dim=1)
 
 
 def controlled_mean(values: Tensor, controls: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [d] of `values` [G, d] with what `controls` [G, c] explain taken out, and its covariance matrix.
-
-    It is the intercept of the regression of `values` on `controls`, whose expectations are 0.
-    """
+    """Mean [d] of `values` [G, d] with `controls` [G, c] of expectation 0 regressed out, and its covariance matrix."""
     design = torch.cat([torch.ones_like(controls[:, :1]), controls], dim=1)
     scale = design.square().mean(0).sqrt()
     gram_inverse = torch.linalg.inv((design / scale).T @ (design / scale))
@@ -223,15 +211,13 @@ def controlled_mean(values: Tensor, controls: Tensor) -> tuple[Tensor, Tensor]:
     return coefficients[0] / scale[0], variance * gram_inverse[0, 0]
 
 
-@dataclass(kw_only=True, slots=True)
-class SlopeFit:
+class SlopeFit(NamedTuple):
     """`log y = intercept + slope * log x`."""
 
     slope: float
     slope_error: float  # from the errors of the points
-    intercept: float
-    points: int  # that took part
     misfit: float  # sqrt(chi^2 per degree of freedom), at least 1: how far the points lie off the line, in errors
+    points: int  # that took part
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -239,20 +225,20 @@ class SlopeFit:
         half = 1.96 * self.slope_error * self.misfit
         return self.slope - half, self.slope + half
 
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.slope:.2f} [{low:.2f}, {high:.2f}]"
+
 
 def fit_log_slope(x: Tensor, y: Tensor, errors: Tensor) -> SlopeFit | None:
-    """Weighted least squares of `log y` on `log x`, with `errors / y` as the standard errors of `log y`.
-
-    Points below two standard errors are left out, their logarithm is noise; None with fewer than 2 others.
-    """
+    """Weighted least squares of `log y` on `log x` with standard errors `errors / y`, without the points below two of
+    them, whose logarithm is noise; None with fewer than 2 others."""
     usable = (y > 2 * errors) & (y > 0)
-    points = int(usable.sum())
-    if points < 2:
+    if usable.sum() < 2:
         return None
     log_x, log_y = x[usable].log().numpy(), y[usable].log().numpy()
     weights = (y[usable] / errors[usable].clamp(min=1e-300)).numpy()
     (slope, intercept), covariance = np.polyfit(log_x, log_y, 1, w=weights, cov="unscaled")
     chi_square = np.sum((weights * (log_y - intercept - slope * log_x)) ** 2)
-    misfit = max(1.0, math.sqrt(chi_square / max(1, points - 2)))
-    error = math.sqrt(covariance[0, 0])
-    return SlopeFit(slope=float(slope), slope_error=error, intercept=float(intercept), points=points, misfit=misfit)
+    misfit = max(1.0, math.sqrt(chi_square / max(1, len(log_x) - 2)))
+    return SlopeFit(float(slope), math.sqrt(covariance[0, 0]), misfit, len(log_x))

@@ -1,12 +1,11 @@
 """Reports of gradient fidelity, in analytic worlds and on a policy: tables, pages and CSV files of result rows."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tealightning.diagnostics.fidelity import BATCHES, Figures, Row
-from tealightning.diagnostics.plots import FIT_FROM, PLOTS, bias_slopes, describe_slope, plot_cosines, plot_sweep
+from tealightning.diagnostics.plots import FIT_FROM, PLOTS, bias_slopes, plot_cosines, plot_sweep
 from tealightning.diagnostics.worlds import build_world
 from tealightning.reporting.provenance import provenance_lines
 from tealightning.reporting.tables import markdown_table, write_csv
@@ -47,20 +46,14 @@ def _with_footnotes(table: str, footnotes: Sequence[str]) -> str:
     return "\n\n".join([table, *(f"({i}) {note}" for i, note in enumerate(footnotes, 1))])
 
 
-def _write(folder: Path, name: str, parts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """Write the page NAME.md and the table NAME.csv."""
+def _write(folder: Path, name: str, parts: Sequence[str], rows: Sequence[Row], source: dict[str, str]) -> list[Path]:
+    """Write the page NAME.md and, with the command, commit and seed in every row if there is a source, NAME.csv."""
     folder.mkdir(parents=True, exist_ok=True)
     page, table = folder / f"{name}.md", folder / f"{name}.csv"
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    write_csv(table, rows)
+    write_csv(table, [row | {key: source[key] for key in ("command", "commit", "seed") if source} for row in rows])
     return [page, table]
 
-
-def _with_source(rows: Sequence[Row], source: dict[str, str]) -> list[Row]:
-    return [row | {key: source[key] for key in ("command", "commit", "seed")} for row in rows]
-
-
-# ---------------------------------------------------------------- analytic worlds
 
 LEGEND = """\
 One row is one estimator; every figure is against the exact gradient of E[max of N rewards]. `±` is one standard error
@@ -139,7 +132,7 @@ def write_fidelity(folder: Path, rows: Sequence[Row], source: dict[str, str], *,
     by_sweep = {sweep: own for sweep, own in by_sweep.items() if own}
     for sweep, own in by_sweep.items():
         parts += _sweep_text(sweep, own)
-    files = _write(folder, "fidelity", parts, _with_source(rows, source))
+    files = _write(folder, "fidelity", parts, rows, source)
     return files + [file for sweep, own in by_sweep.items() for file in plot_sweep(sweep, own, folder)]
 
 
@@ -150,8 +143,8 @@ def _sweep_text(sweep: str, rows: Sequence[Row]) -> list[str]:
     parts = [f"## {_TITLES[sweep]}", f"At {at}."]
     if sweep == "m":
         lines = []
-        for label, fit in bias_slopes(rows).items():
-            line = {"estimator": f"`{label}`", "slope [95%]": describe_slope(fit).removeprefix("slope ")}
+        for label, slope in bias_slopes(rows).items():
+            line = {"estimator": f"`{label}`", "slope [95%]": slope.removeprefix("slope ")}
             own = sorted((row for row in rows if row["estimator"] == label), key=lambda row: row["m"])
             lines.append(line | {f"bias, m={row['m']}": measured(row, "controlled_bias") for row in own})
         parts += [SLOPE_LEGEND, markdown_table(lines)]
@@ -177,10 +170,8 @@ def write_decisions(folder: Path, rows: Sequence[Row], source: dict[str, str], *
         line[f"m={row['m']}, N={row['target_n']}"] = shown + _mark(row["note"], footnotes)
     table = _with_footnotes(markdown_table(list(lines.values())), footnotes)
     parts = ["# A decision", provenance_lines(source), DECISION_LEGEND.format(seeds=seeds), table]
-    return _write(folder, "decision", parts, _with_source(rows, source))
+    return _write(folder, "decision", parts, rows, source)
 
-
-# ---------------------------------------------------------------- a policy
 
 POLICY_LEGEND = f"""\
 - cosine: of the estimator's expected gradient with the oracle's, the pool's noise taken out (may come out above 1); 95%
@@ -235,8 +226,7 @@ def ceiling_text(ceiling: Figures) -> str:
 def write_policy_fidelity(
     folder: Path, ceiling: Figures, rows: Sequence[Row], source: dict[str, str], facts: Sequence[str], *, target_n: int
 ) -> list[Path]:
-    """Write `policy_fidelity.md`, `.csv` and `.png`; returns the files. `facts` are short sentences on what was
-    measured."""
+    """Write `policy_fidelity.md`, `.csv` and `.png`; returns the files. `facts` say what was measured."""
     title = f"# Fidelity to the best-of-{target_n} gradient of a live policy"
     origin = "\n".join([provenance_lines(source), *(f"- {fact}" for fact in facts)])
     parts = [title, origin, f"{ceiling_text(ceiling)}\n\n{policy_table(rows)}", POLICY_LEGEND]
@@ -245,6 +235,6 @@ def write_policy_fidelity(
         line = {"estimator": row["estimator"], "m": row["m"], "in_reward_units": row["units"] == "reward"}
         figures = {key: value for key, value in row.items() if key not in ("estimator", "m", "units", "note")}
         lines.append(line | figures | {"note": row["note"]})
-    files = _write(folder, "policy_fidelity", parts, lines)
+    files = _write(folder, "policy_fidelity", parts, lines, {})
     plot_cosines(folder / "policy_fidelity.png", rows, ceiling["ceiling"], target_n=target_n)
     return [*files, folder / "policy_fidelity.png"]

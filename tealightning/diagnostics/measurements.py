@@ -3,10 +3,9 @@
 import inspect
 import math
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import groupby, product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -21,14 +20,11 @@ from tealightning.estimators import ESTIMATORS, AdvantageEstimator, estimator_na
 from tealightning.functional.moments import ratio_or_zero
 from tealightning.registry import snake_case
 
-# ---------------------------------------------------------------- estimators by name
-
+# Measured beside the registered estimators.
 VARIANTS = ("tea:scale=none", "direct:tail=gpd", "direct:tail=empirical")
-"""Measured beside the registered estimators."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EstimatorSpec:
+class EstimatorSpec(NamedTuple):
     """An estimator and some of its arguments; the others follow from m, N and alpha."""
 
     name: str  # registered
@@ -51,16 +47,12 @@ class EstimatorSpec:
         return {key: value for key, value in known.items() if key in self.open_parameters} | dict(self.arguments)
 
     def build(self, *, m: int, target_n: int, alpha: float) -> AdvantageEstimator:
-        """Build the estimator; a UserError names a parameter that it does not have, or a value out of range."""
+        """Build the estimator; a UserError names a wrong parameter or value."""
         return ESTIMATORS.build(self.name, **self.all_arguments(m=m, target_n=target_n, alpha=alpha))
 
 
 def parse_estimator(text: str) -> EstimatorSpec:
-    """Parse `name` or `name:parameter=value,...`; values as in YAML.
-
-    Raises:
-        UserError: for an unknown name (with the nearest valid ones) or an argument that is no `parameter=value`.
-    """
+    """Parse `name` or `name:parameter=value,...`; values as in YAML."""
     name, _, rest = text.partition(":")
     arguments = []
     for part in filter(None, rest.split(",")):
@@ -83,11 +75,8 @@ def parse_estimators(texts: Sequence[str] | None) -> list[EstimatorSpec]:
 
 
 def try_out(estimator: AdvantageEstimator, m: int, lowest: float = -math.inf) -> tuple[str, str]:
-    """Call an estimator on a few groups of m rewards for the `units` and the `note` of its row.
-
-    An estimator with a lowest reward meets only rewards above that, unless `lowest`, that of the rewards that it is
-    meant for, is below it.
-    """
+    """Call an estimator on a few groups of m rewards for the `units` and the `note` of its row; what refuses rewards
+    below some bound meets only rewards above it, unless those that it is meant for go lower."""
     rewards = torch.randn(16, m, generator=Generator().manual_seed(0), dtype=torch.float64)
     if lowest >= estimator.lowest_reward > -math.inf:
         rewards = estimator.lowest_reward + rewards.abs()
@@ -101,8 +90,6 @@ def try_out(estimator: AdvantageEstimator, m: int, lowest: float = -math.inf) ->
     return "reward" if has_scale else "own", " ".join(dict.fromkeys(str(w.message) for w in caught))
 
 
-# ---------------------------------------------------------------- measurements in the worlds
-
 SWEEPS: dict[str, dict[str, Sequence[Any]]] = {
     "m": {"world": ("gaussian",), "m": (16, 32, 64, 128, 256, 512)},
     "alpha": {"world": ("gaussian", "mixture", "gpd_0"), "alpha": (0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75, 1.0)},
@@ -111,8 +98,7 @@ SWEEPS: dict[str, dict[str, Sequence[Any]]] = {
 """What varies in a sweep over the group size, the tail level, or the tail index of the rewards."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Measurement:
+class Measurement(NamedTuple):
     """A setting in which every estimator is measured."""
 
     sweep: str  # "main", or one of `SWEEPS`
@@ -138,14 +124,8 @@ def takes_part(spec: EstimatorSpec, sweep: str) -> bool:
     return sweep in ("main", "m") or has_alpha
 
 
-def measure(
-    measurements: Iterable[Measurement], specs: Sequence[EstimatorSpec], *, groups: int, seed: int
-) -> list[Row]:
-    """A row for every measurement and estimator, in that order; measurements of one world and m share their groups.
-
-    Raises:
-        UserError: for a world or an estimator's argument that does not exist or is out of range.
-    """
+def measure(measurements: list[Measurement], specs: Sequence[EstimatorSpec], *, groups: int, seed: int) -> list[Row]:
+    """A row for every measurement and estimator, in that order; measurements of one world and m share their groups."""
     batches = [list(batch) for _, batch in groupby(measurements, key=lambda each: (each.sweep, each.world, each.m))]
     first = batches[0][0]
     for spec in specs:  # wrong arguments are reported before the work begins
@@ -163,13 +143,11 @@ def _measure_batch(
     """The rows of measurements of one world and m."""
     sweep, m = batch[0].sweep, batch[0].m
     # Without N and alpha an estimator is the same in every measurement.
-    jobs = [
-        (each, spec, f"{spec.name}{spec.all_arguments(m=m, target_n=each.target_n, alpha=each.alpha)}")
-        for each in batch
-        for spec in specs
-        if takes_part(spec, sweep)
-    ]
-    built = {key: spec.build(m=m, target_n=each.target_n, alpha=each.alpha) for each, spec, key in jobs}
+    jobs, built = [], {}
+    for each, spec in product(batch, [spec for spec in specs if takes_part(spec, sweep)]):
+        setting: dict[str, Any] = {"m": m, "target_n": each.target_n, "alpha": each.alpha}
+        jobs.append((each, spec, f"{spec.name}{spec.all_arguments(**setting)}"))
+        built[jobs[-1][2]] = spec.build(**setting)
     lowest = float(world.sample(64, m, Generator().manual_seed(seed))[0].min())
     trials = {key: try_out(estimator, m, lowest) for key, estimator in built.items()}
     accepted = {key: estimator for key, estimator in built.items() if trials[key][0]}
@@ -195,26 +173,20 @@ def _measure_batch(
     return rows
 
 
-# ---------------------------------------------------------------- training in the two-arm world
-
-PROMPTS, STEPS, LEARNING_RATE = 64, 300, 0.03
-DECISION_SETTINGS = ((16, 128), (16, 512), (32, 512), (64, 512))
-"""(m, N) of the table of decisions."""
+DECISION_SETTINGS = ((16, 128), (16, 512), (32, 512), (64, 512))  # (m, N)
 
 
 def train_two_arms(
-    estimator: Advantages, m: int, *, seeds: Sequence[int], prompts: int = PROMPTS, steps: int = STEPS
+    estimator: Advantages, m: int, *, seeds: Sequence[int], prompts: int = 64, steps: int = 300
 ) -> Tensor:
     """Final probability of arm B for every seed: [S] float64, from 0.5 and by Adam at 0.03.
 
-    A softmax policy chooses between A, which has the larger mean and the larger best of 16, and B, which has the
-    larger best of 128 and beyond (see `worlds.TwoArms`). The advantages are divided by their root mean square over the
-    batch, so that all estimators train at one speed. The seeds are trained side by side; a seed's result does not
-    depend on the others.
+    A softmax policy chooses between the arms of `worlds.TwoArms`. The advantages are divided by their root mean square
+    over the batch, so that all estimators train at one speed. A seed's result does not depend on the others.
     """
     generators = [Generator().manual_seed(seed) for seed in seeds]
     logits = torch.zeros(len(seeds), 2, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([logits], lr=LEARNING_RATE, maximize=True)
+    optimizer = torch.optim.Adam([logits], lr=0.03, maximize=True)
     for _ in range(steps):
         policy = torch.softmax(logits.detach(), dim=1)
         plays = []
@@ -234,10 +206,8 @@ def train_two_arms(
 def measure_decisions(
     specs: Sequence[EstimatorSpec], *, settings: Sequence[tuple[int, int]], alpha: float, seeds: Sequence[int]
 ) -> list[Row]:
-    """A row for every (m, N) and estimator: mean, lowest and highest final probability of B over the seeds.
-
-    An estimator that refuses an m has a row with the reason as its `note` and no probabilities.
-    """
+    """A row for every (m, N) and estimator: mean, lowest and highest final probability of B over the seeds, or a note
+    on why it refuses m."""
     rows = []
     jobs = [(m, target_n, spec) for m, target_n in settings for spec in specs]
     for m, target_n, spec in tqdm(jobs, unit="training", desc="decision", leave=False):

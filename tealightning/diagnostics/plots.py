@@ -8,41 +8,32 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no global backend is touched
 
-from tealightning.diagnostics.fidelity import Row, SlopeFit, fit_log_slope
+from tealightning.diagnostics.fidelity import Row, fit_log_slope
 from tealightning.functional import tail_shape
 from tealightning.functional.statistics import mean_over_prompts
 from tealightning.functional.tail_checks import TailChecks
 from tealightning.reporting import style
 
+# Slopes are fitted from this m on: below, the tail is a handful of rollouts and no power law holds.
 FIT_FROM = 64
-"""Slopes are fitted from this m on: below, the tail is a handful of rollouts and no power law holds."""
 
 
-def bias_slopes(rows: Sequence[Row]) -> dict[str, SlopeFit | None]:
-    """How the bias of each estimator in units of the reward falls with m >= 64, on log-log axes; None without a fit."""
-    slopes: dict[str, SlopeFit | None] = {}
+def bias_slopes(rows: Sequence[Row]) -> dict[str, str]:
+    """How the bias of each estimator in units of the reward falls with m >= 64 on log-log axes: `slope -0.91 [-0.92,
+    -0.90]`."""
+    slopes = {}
     for label in dict.fromkeys(row["estimator"] for row in rows if "cosine" in row):
         own = [row for row in rows if row["estimator"] == label and "cosine" in row]
         if all(row["units"] == "reward" for row in own):
             points = [(r["m"], r["controlled_bias"], r["controlled_bias_se"]) for r in own if r["m"] >= FIT_FROM]
-            slopes[label] = fit_log_slope(*torch.tensor(points, dtype=torch.float64).view(-1, 3).T)
+            fit = fit_log_slope(*torch.tensor(points, dtype=torch.float64).view(-1, 3).T)
+            slopes[label] = f"slope {fit}" if fit else "no slope above the noise"
     return slopes
-
-
-def describe_slope(fit: SlopeFit | None) -> str:
-    """`slope -0.91 [-0.92, -0.90]`."""
-    if fit is None:
-        return "no slope above the noise"
-    low, high = fit.interval
-    return f"slope {fit.slope:.2f} [{low:.2f}, {high:.2f}]"
 
 
 PLOTS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
     "m": {
-        "bias_vs_m.png": (
-            f"Bias against the group size, normal rewards; slopes from m = {FIT_FROM}",
-            ("controlled_bias",),
-        ),
+        "bias_vs_m.png": ("Bias against the group size, normal rewards; slopes from m = 64", ("controlled_bias",)),
         "cosine_vs_m.png": ("Direction against the group size, normal rewards", ("cosine", "step_cosine@32")),
     },
     "alpha": {"alpha.png": ("Sensitivity to the tail level", ("scaled_bias", "scaled_rmse@32"))},
@@ -65,22 +56,18 @@ _PANELS = {
 
 
 def plot_sweep(sweep: str, rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Draw the plots of a sweep into `folder`, a line with error bars for each estimator; returns the files.
-
-    The sweep over alpha has a column for each world and a row for each figure, the others a column for each figure.
-    """
+    """Draw the plots of a sweep, with a panel for each figure (over alpha, and each world); returns the files."""
     rows = [row for row in rows if "cosine" in row]
-    fits = bias_slopes(rows) if sweep == "m" else {}
+    slopes = bias_slopes(rows) if sweep == "m" else {}
     worlds = list(dict.fromkeys(row["world"] for row in rows)) if sweep == "alpha" else [""]
     for file, (title, keys) in PLOTS[sweep].items():
         is_of_bias = "controlled_bias" in keys
-        labels = {name: f"{name}: {describe_slope(fit)}" for name, fit in fits.items() if is_of_bias}
+        labels = {name: f"{name}: {slope}" for name, slope in slopes.items() if is_of_bias}
         shown = [row for row in rows if row["estimator"] in labels or not is_of_bias]
         panels = [(key, world) for key in keys for world in worlds]
         figure, grid = style.facets(len(panels), columns=len(worlds) if sweep == "alpha" else len(keys), share=False)
         columns = len(style.bottom(grid))
-        size = 4.2 * columns + (4.6 if labels else 2.6), 3.6 * (len(panels) // columns) + 1.4
-        figure.set_size_inches(size)
+        figure.set_size_inches(4.2 * columns + (4.6 if labels else 2.6), 3.6 * (len(panels) // columns) + 1.4)
         looks = style.styles(dict.fromkeys(row["estimator"] for row in shown))
         for axes, (key, world) in zip(grid, panels, strict=True):
             _plot_lines(axes, sweep, key, [row for row in shown if world in ("", row["world"])], looks, labels)
@@ -151,11 +138,8 @@ def plot_cosines(path: Path, rows: Sequence[Row], ceiling: float, *, target_n: i
 
 
 def plot_qq(checks: TailChecks, path: Path) -> None:
-    """Plot the upper tails of all prompts against Gaussian order statistics.
-
-    Every tail is moved and scaled to the mean and spread that a Gaussian's has there, then averaged over prompts rank
-    by rank. The band is where 95% of such averages of Gaussian samples lie.
-    """
+    """Plot the upper tails of all prompts, moved and scaled to a Gaussian's mean and spread and averaged rank by rank,
+    against Gaussian order statistics; the band holds 95% of such averages of Gaussian samples."""
     size, k = checks.samples.shape[1], checks.tested.shape[1]
     expected, null = tail_shape.expected_normal_order_statistics(size, k), tail_shape.gaussian_tail_null(size, k)
     mean = mean_over_prompts(tail_shape.standardised_tail(checks.tested, size))
@@ -167,8 +151,7 @@ def plot_qq(checks: TailChecks, path: Path) -> None:
     axes.plot(expected, null.profile_mean, color="0.4", linewidth=1, label="Gaussian")
     label = f"rewards, mean of {int(mean.num_prompts[0])} prompts"
     axes.errorbar(expected, mean.mean, yerr=1.96 * mean.standard_error, fmt="o", ms=3, lw=1, label=label)
-    axes.set_xlabel(f"expected order statistics of {size} standard normals, upper {k}")
-    axes.set_ylabel("standardised rewards")
+    axes.set(xlabel=f"expected order statistics of {size} standard normals, upper {k}", ylabel="standardised rewards")
     style.grid_lines(axes)
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -180,14 +163,13 @@ def plot_prediction(rows: Sequence[Row], m: int, path: Path) -> None:
     axes = figure.subplots()
     column = {key: np.array([row[key] for row in rows]) for key in rows[0]}
     for name, label in (("measured", "measured on the others"), ("predicted", f"predicted from {m}")):
-        axes.errorbar(
-            column["n"], column[name], yerr=2 * column[f"{name}_se"], marker="o", ms=4, capsize=3, label=label
-        )
+        errors = 2 * column[f"{name}_se"]
+        axes.errorbar(column["n"], column[name], yerr=errors, marker="o", ms=4, capsize=3, label=label)
     unbiased = column["predicted"] - column["gaussian_error"]
     axes.plot(column["n"], unbiased, "--", color="0.4", label="predicted, without its bias for a Gaussian")
     style.log_n_axis(axes, [row["n"] for row in rows])
-    axes.set_xlabel("n (samples a prompt, the best one kept)")
-    axes.set_ylabel("best-of-n above the mean\n(reward standard deviations)")
+    y_label = "best-of-n above the mean\n(reward standard deviations)"
+    axes.set(xlabel="n (samples a prompt, the best one kept)", ylabel=y_label)
     style.grid_lines(axes)
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -1,9 +1,8 @@
 """Gradient fidelity on a policy: gradients from m rollouts against the best-of-N gradient of a large pool.
 
 The exact gradient of a language model is unknown, so everything is cross-fitted: each prompt's pool is cut into halves
-A and B, each half has its own oracle and its own groups of m, and what groups of one half say is compared only with
-the oracle of the other half. Products of two independent unbiased estimates are unbiased, which a norm or a cosine of
-one noisy estimate is not. The products of several random splits are averaged.
+A and B with an oracle and groups of m each, and groups are compared only with the oracle of the other half. Products of
+two independent unbiased estimates are unbiased, which a norm or a cosine of one noisy estimate is not.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,72 +16,37 @@ from tealightning.diagnostics.measurements import EstimatorSpec, try_out
 from tealightning.diagnostics.pool import Groups, half_size, split_halves
 from tealightning.estimators import AdvantageEstimator
 
-SPLITS = 4
-"""Random splits of the pool into halves, and of the halves into groups: less noise from which rollouts met."""
-STEPS = 200
-"""Simulated steps from each half."""
-DRAWS = 2000
-"""Bootstrap draws of the prompts."""
+SPLITS = 4  # of the pool into halves, and of these into groups: less noise from which rollouts met
+STEPS = 200  # simulated, from each half
+DRAWS = 2000  # of the prompts, in the bootstrap
 
-# ---------------------------------------------------------------- cross-fitted figures
-
-Products = dict[str, Tensor]
-"""What the figures are made of; see `cross_products`."""
+Products = dict[str, Tensor]  # what the figures are made of; see `cross_products`
 
 
 def cross_products(oracles: Sequence[Tensor], means: Sequence[Tensor], noise: Tensor) -> Products:
-    """Inner products of the per-prompt gradients [Q, D] of both halves, all [Q, Q] with prompts p, q, and `noise` [Q],
-    the trace of the covariance of one group's gradient; all float64.
-
-    `G` is the oracle's gradient, `E` the mean over the groups of an estimator, A and B the halves.
-    """
-    (oracle_a, oracle_b), (mean_a, mean_b) = oracles, means
-    side_a, side_b = mean_a @ oracle_b.T, mean_b @ oracle_a.T
-    return {
-        "G_A G_B": oracle_a @ oracle_b.T,
-        "E G": (side_a + side_b) / 2,
-        "E_A E_B": mean_a @ mean_b.T,
-        "G_A G_A": oracle_a @ oracle_a.T,
-        "G_B G_B": oracle_b @ oracle_b.T,
-        "E_A E_A": mean_a @ mean_a.T,
-        "E_B E_B": mean_b @ mean_b.T,
-        "E_A G_B": side_a,
-        "E_B G_A": side_b,
-        "noise": noise,
-    }
+    """Inner products [Q, Q] of per-prompt gradients [Q, D] of both halves A and B, `G` the oracle's and `E` the mean
+    over an estimator's groups, and `noise` [Q], the trace of the covariance of one group's gradient; all float64."""
+    gradients = dict(zip(("G_A", "G_B", "E_A", "E_B"), (*oracles, *means), strict=True))
+    pairs = ("G_A G_B", "E_A E_B", "G_A G_A", "G_B G_B", "E_A E_A", "E_B E_B", "E_A G_B", "E_B G_A")
+    products = {pair: gradients[pair[:3]] @ gradients[pair[4:]].T for pair in pairs}
+    return products | {"E G": (products["E_A G_B"] + products["E_B G_A"]) / 2, "noise": noise}
 
 
 def oracle_figures(products: Products, weights: Tensor) -> dict[str, Tensor]:
-    """Figures [T] of the two oracles, for rows of `weights` [T, Q] over prompts that sum to 1.
-
-    `ceiling`, their cosine, is what `cosine_raw` would be for a faithful estimator as noisy as they are; `norm`,
-    `sqrt(<G_A, G_B>)` in reward units, is NaN if the product is negative: the pool is too small to see the gradient.
-    """
+    """Figures [T] of the two oracles, for rows of `weights` [T, Q] over prompts that sum to 1: `ceiling`, their cosine,
+    which `cosine_raw` would be for a faithful estimator as noisy as they are, and `norm`, `sqrt(<G_A, G_B>)`."""
     target, norm_a, norm_b = (_quadratic(products[name], weights) for name in ("G_A G_B", "G_A G_A", "G_B G_B"))
-    return {"ceiling": target / (norm_a * norm_b).sqrt(), "norm": _root(target)}
+    return {"ceiling": target / (norm_a * norm_b).sqrt(), "norm": _positive(target).sqrt()}
 
 
 def estimator_figures(products: Products, weights: Tensor) -> dict[str, Tensor]:
-    """Figures [T] of an estimator, for rows of `weights` [T, Q] over prompts that sum to 1.
-
-    With `<.,.>` the cross-fitted products of means over prompts, `|G|^2 = <G_A, G_B>`, `|E|^2 = <E_A, E_B>` and
-    `<E, G>` the mean of `<E_A, G_B>` and `<E_B, G_A>`:
-
-    - `cosine`: `<E, G>/(|E| |G|)`, of the expected directions, the pool's noise taken out (may exceed 1 by chance);
-    - `cosine_raw`: the mean cosine of `E_A` with `G_B` and `E_B` with `G_A` as they are;
-    - `bias2`: `<E_A - G_A, E_B - G_B>/|G|^2`, and `bias2_scaled`: the same after the best scaling, `1 - cosine^2`;
-    - `rmse_P`: root mean square error of a step over P prompts after that scaling, `c = <E, G>/|E|^2`, in units of
-      `|G|`: `sqrt(bias2_scaled + c^2 noise/(P |G|^2))` with the noise within prompts; `rmse_raw_P`: without scaling;
-    - `step_cosine_P`: expected cosine of such a step with the gradient,
-      `<E, G>/(|G| sqrt(|E|^2 + (noise + spread)/P))`, with `spread` the variance between prompts of the expected
-      gradient: which prompts the step happens to draw;
-    - `snr`: signal `<E, G>/|G|` over the noise (standard deviation) of one group of one prompt.
-    """
+    """Figures [T] of an estimator (docs/how-to/diagnose-gradients.md defines them), for rows of `weights` [T, Q] over
+    prompts that sum to 1."""
     value = {name: _quadratic(each, weights) for name, each in products.items() if name != "noise"}
     target, cross, own = value["G_A G_B"], value["E G"], value["E_A E_B"]
     noise = weights @ products["noise"]
     spread = weights @ products["E_A E_B"].diagonal() - own
-    size, length = _root(target), _root(own)
+    size, length = _positive(target).sqrt(), _positive(own).sqrt()
     cosine = cross / (size * length)
     raw = [value[f"E_{e} G_{g}"] / (value[f"E_{e} E_{e}"] * value[f"G_{g} G_{g}"]).sqrt() for e, g in ("AB", "BA")]
     bias2 = (own - 2 * cross + target) / _positive(target)
@@ -93,7 +57,7 @@ def estimator_figures(products: Products, weights: Tensor) -> dict[str, Tensor]:
     for prompts in BATCHES:
         figures[f"rmse_{prompts}"] = (bias2_scaled.clamp(min=0) + scaled_noise / prompts).sqrt()
         figures[f"rmse_raw_{prompts}"] = (bias2.clamp(min=0) + noise / target / prompts).sqrt()
-        figures[f"step_cosine_{prompts}"] = cross / (size * _root(own + (noise + spread) / prompts))
+        figures[f"step_cosine_{prompts}"] = cross / (size * _positive(own + (noise + spread) / prompts).sqrt())
     return figures
 
 
@@ -113,18 +77,11 @@ def _positive(values: Tensor) -> Tensor:
     return values.masked_fill(values <= 0, float("nan"))
 
 
-def _root(values: Tensor) -> Tensor:
-    return _positive(values).sqrt()
-
-
 def with_intervals(
     figures_of: Callable[[Products, Tensor], dict[str, Tensor]], splits: Sequence[Products], *, seed: int
 ) -> Figures:
-    """Figures of the mean over splits of the pool, at equal weights of the prompts, with 95% percentile intervals over
-    resampled prompts.
-
-    A figure that more than 2.5% of the draws cannot give (a squared length came out negative) has no interval.
-    """
+    """Figures of the mean over splits of the pool, with 95% percentile intervals over resampled prompts, unless more
+    than 2.5% of the draws give no figure (a squared length came out negative)."""
     products = {name: torch.stack([each[name] for each in splits]).mean(dim=0) for name in splits[0]}
     num_prompts = len(products["noise"])
     equal = torch.full((1, num_prompts), 1 / num_prompts, dtype=torch.float64)
@@ -151,11 +108,8 @@ def simulated_steps(
     groups: Sequence[Groups], weights: Sequence[Tensor], oracles: Sequence[Tensor], generator: Generator
 ) -> Figures:
     """`simulated_cosine_P` with the other half's oracle and `sign_agreement_P`, the share of coordinates with its sign,
-    of steps over P prompts; means over both halves.
-
-    Prompts and groups are drawn with replacement. Nothing is corrected: the oracle's noise lowers both figures, and so
-    does the pool's own noise once P is not small beside the groups that there are.
-    """
+    of steps over P prompts and groups drawn with replacement; means over both halves. The oracle's noise lowers both,
+    and so does the pool's own once P is not small beside the groups that there are."""
     gradients = [each.gradients(own).flatten(0, 1) for each, own in zip(groups, weights, strict=True)]
     opposite = [oracle.mean(dim=0)[:: groups[0].half.stride] for oracle in reversed(oracles)]
     figures: Figures = {}
@@ -170,9 +124,6 @@ def simulated_steps(
     return figures
 
 
-# ---------------------------------------------------------------- the study
-
-
 def measure_on_policy(
     rewards: Tensor,
     scores: Tensor,
@@ -185,14 +136,8 @@ def measure_on_policy(
 ) -> tuple[Figures, list[Row]]:
     """Measure estimators against the oracles of a pool of rewards [Q, M] (NaN = unscorable) with scores [Q, M, D].
 
-    Every estimator meets the same splits, simulated steps and bootstrap draws of the prompts, Q >= 2.
-
-    Returns:
-        Figures of the oracles (`oracle_figures` and `sign_agreement`), and a row for every group size and estimator
-        (`estimator_figures`, and `simulated_steps` in the first split).
-
-    Raises:
-        UserError: if N or a group size is more than half of the scored rollouts of a prompt.
+    Returns the figures of the oracles and a row for every group size and estimator. Every estimator meets the same
+    splits, simulated steps (in the first split) and bootstrap draws of the prompts, of which there must be two.
     """
     size = half_size(rewards, smallest=max(target_n, *group_sizes))
     lowest = float(rewards[rewards.isfinite()].min())

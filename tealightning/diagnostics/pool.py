@@ -1,15 +1,16 @@
-"""Pool of many rollouts per prompt: joined from batches, read from files of rewards, split into halves and groups."""
+"""Pool of many rollouts per prompt: joined from batches or files of rewards, score vectors, halves and groups of it."""
 
 import csv
+import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tealightning.errors import UserError
 from tealightning.estimators import AdvantageEstimator
@@ -17,19 +18,12 @@ from tealightning.functional.max_at_k import max_at_k_loo_weights
 from tealightning.types import PromptBatch, RolloutBatch
 
 
-@dataclass(kw_only=True, slots=True)
-class RolloutPool:
+class RolloutPool(NamedTuple):
     """M rollouts of each of Q prompts, from one policy that did not change meanwhile."""
 
     ids: list[str]  # Q prompts, unique
     rewards: Tensor  # [Q, M] float64; NaN = could not be scored
-    # each [P_b, M] rewards, in the order of `ids`; on the CPU
-    batches: list[RolloutBatch] = field(default_factory=list)
-
-    @property
-    def valid(self) -> Tensor:
-        """[Q, M] bool, True = the reward is a finite number."""
-        return torch.isfinite(self.rewards)
+    batches: Sequence[RolloutBatch] = ()  # each [P_b, M] rewards, in the order of `ids`; on the CPU
 
 
 def pool_of(batches: Sequence[PromptBatch]) -> RolloutPool:
@@ -37,9 +31,6 @@ def pool_of(batches: Sequence[PromptBatch]) -> RolloutPool:
     rollouts = [batch.rollouts.to("cpu") for batch in batches if batch.rollouts is not None]
     ids = [prompt_id for batch in batches for prompt_id in batch.ids]
     return RolloutPool(ids=ids, rewards=torch.cat([each.rewards.double() for each in rollouts]), batches=rollouts)
-
-
-# ---------------------------------------------------------------- files of rewards
 
 
 def write_rewards(path: Path, pool: RolloutPool) -> None:
@@ -53,11 +44,8 @@ def write_rewards(path: Path, pool: RolloutPool) -> None:
 def read_rewards(path: Path) -> RolloutPool:
     """Read the rewards in a file; prompts may have different numbers of them, NaN fills up.
 
-    - `*.csv`: columns `prompt_id` and `reward`, a line a sample; an empty reward could not be scored.
-    - otherwise JSON lines: `{"rewards": [...], "id": ...}` a prompt, with `key` for `id`, or without either; null or
-      NaN could not be scored.
-
-    Samples of one prompt are pooled wherever they stand. A UserError names file and line of anything else.
+    Either CSV with columns `prompt_id` and `reward` (empty = not scored), or JSON lines `{"rewards": [...], "id": ...}`
+    a prompt, with `key` for `id` or neither (null or NaN = not scored). Samples of one prompt are pooled.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
@@ -109,19 +97,129 @@ def _csv_lines(path: Path, lines: Sequence[str]) -> Iterator[tuple[str, list[flo
 
 
 def _not_a_reward(place: str, value: Any) -> UserError:
-    return UserError(
-        f"{place}: a reward is a number, or null (in CSV: empty) if it could not be scored; got {value!r}."
-    )
+    return UserError(f"{place}: a reward is a number, or null (in CSV: empty) if not scored; got {value!r}.")
 
 
-# ---------------------------------------------------------------- halves of a pool, in groups of m
+class LinearProjection:
+    """A random projection of the gradient of every `nn.Linear` weight, seeded.
 
-THINNED = 1024
-"""Most coordinates of simulated steps: enough for a cosine, and every layer has some of them."""
+    The gradient of a weight [out, in] for one rollout is `sum_t delta_t a_t^T` (a_t the input at token t, delta_t the
+    gradient of the log-prob by the output). With Gaussian `U [out, k]` and `V [in, k]` its projection is
+
+        U^T (sum_t delta_t a_t^T) V / k = (Delta U)^T (A V) / k,    k^2 numbers,
+
+    which never forms the gradient. Over seeds it is unbiased for inner products: `E <PG, PH> = <G, H>`, exactly.
+    Frozen weights and those of other modules (embeddings, norms, biases, `Conv1D`) are left out: all gradients are
+    compared on what is covered. A weight that several modules share has one block; a tied head counts as a head.
+    """
+
+    def __init__(self, policy: nn.Module, *, size: int = 8, seed: int = 0) -> None:
+        self.layers = {name: m for name, m in policy.named_modules() if isinstance(m, nn.Linear)}
+        self.layers = {name: m for name, m in self.layers.items() if m.weight.requires_grad}
+        if not self.layers:
+            raise UserError("the policy has no trainable nn.Linear, which is what gradients are projected from.")
+        self._blocks: dict[int, tuple[slice, Tensor, Tensor]] = {}
+        covered = 0
+        for name, layer in self.layers.items():
+            if id(layer.weight) not in self._blocks:
+                first = len(self._blocks) * size**2
+                # a seed that depends on the layer's name and not on the other layers
+                key = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 2)
+                draws = [torch.randn(n, size, generator=generator, dtype=torch.float64) for n in layer.weight.shape]
+                left, right = draws[0].to(layer.weight), (draws[1] / size).to(layer.weight)
+                self._blocks[id(layer.weight)] = (slice(first, first + size**2), left, right)
+                covered += layer.weight.numel()
+        self.num_features = len(self._blocks) * size**2  # D
+        # share of the policy's trainable parameters
+        self.covered = covered / sum(each.numel() for each in policy.parameters() if each.requires_grad)
+
+    def block(self, layer: nn.Linear) -> tuple[slice, Tensor, Tensor]:
+        """Where in the D features the layer's weight is, its U [out, k], and its V [in, k] divided by k."""
+        return self._blocks[id(layer.weight)]
 
 
-@dataclass(kw_only=True, slots=True)
-class Half:
+def score_vectors(
+    policy: nn.Module,
+    rollouts: RolloutBatch,
+    projection: LinearProjection,
+    *,
+    max_tokens: int = 16_384,
+    on_progress: Callable[[int], Any] = lambda rows: None,
+) -> Tensor:
+    """`s_i = P grad log pi(y_i | x)` [B, D] of every rollout, under the distribution that it was sampled from; float32
+    on the CPU (float64 for a float64 policy).
+
+    One forward and one backward pass per micro-batch of at most `max_tokens` padded tokens: sequences never interact,
+    so the gradients of the sum of their log-probs by a layer's outputs are each rollout's own. No weight's gradient is
+    computed, and the policy is as before afterwards. `on_progress` gets the number of rollouts of each micro-batch.
+    """
+    from tealightning.training.micro_batches import score_through_logits, split_rows
+
+    dtype = torch.promote_types(next(iter(projection.layers.values())).weight.dtype, torch.float32)
+    scores = torch.zeros(len(rollouts.completion_ids), projection.num_features, dtype=dtype)
+    device = next(policy.parameters()).device
+    lengths = rollouts.prompt_lengths, rollouts.completion_lengths
+    micro_batches = split_rows(*lengths, torch.arange(len(scores)), max_tokens=max_tokens)
+    rollouts = rollouts.to(device)
+    with _only_activations(policy), torch.enable_grad():
+        for rows in micro_batches:
+            sums = torch.zeros(len(rows), projection.num_features, dtype=dtype, device=device)
+            with _adding_to(sums, projection):
+                score_through_logits(policy, rollouts, rows.to(device)).log_probs.sum().backward()
+            scores[rows] = sums.cpu()
+            on_progress(len(rows))
+    return scores
+
+
+@contextmanager
+def _adding_to(sums: Tensor, projection: LinearProjection) -> Iterator[None]:
+    """Hooks that add each rollout's projected gradient to its row of `sums` [rows, D] during backward."""
+
+    def forward_hook(layer: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        activation = inputs[0].detach()
+        if activation.ndim < 3 or len(activation) != len(sums):
+            raise UserError(
+                f"a Linear of the policy got an input of shape {tuple(activation.shape)}, and [{len(sums)}, tokens, "
+                f"{activation.shape[-1]}] was expected: policies that flatten or route tokens cannot be projected."
+            )
+        slot, left, right = projection.block(layer)
+        seen = (activation @ right).flatten(1, -2)  # [rows, t, k]
+        if not output.requires_grad:  # the first layers: no parameter before them requires a gradient now
+            output.requires_grad_(True)
+
+        def backward_hook(delta: Tensor) -> None:
+            moved = (delta @ left).flatten(1, -2)
+            block = torch.einsum("rti,rtj->rij", moved.to(sums.dtype), seen.to(sums.dtype))
+            sums[:, slot] += block.flatten(1)
+
+        output.register_hook(backward_hook)
+
+    with ExitStack() as hooks:
+        for layer in projection.layers.values():
+            hooks.enter_context(layer.register_forward_hook(forward_hook))
+        yield
+
+
+@contextmanager
+def _only_activations(policy: nn.Module) -> Iterator[None]:
+    """Eval mode (no dropout, no recomputation of activations) and no gradients of parameters."""
+    training = [module for module in policy.modules() if module.training]
+    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    policy.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+THINNED = 1024  # most coordinates of simulated steps: enough for a cosine, and every layer has some of them
+
+
+class Half(NamedTuple):
     """Half of a pool."""
 
     rewards: Tensor  # [Q, h] float64, all finite
@@ -140,10 +238,7 @@ class Half:
 
 
 def half_size(rewards: Tensor, *, smallest: int = 0) -> int:
-    """h, the size of the halves of every prompt's scored rollouts: half of what the prompt with the fewest has.
-
-    A UserError says what to change if it is below `smallest`, the larger of N and m.
-    """
+    """h, the size of the halves of every prompt's scored rollouts: half the fewest, not below `smallest`."""
     size = int(torch.isfinite(rewards).sum(dim=1).min()) // 2
     if size < smallest:
         raise UserError(
@@ -154,8 +249,7 @@ def half_size(rewards: Tensor, *, smallest: int = 0) -> int:
 
 
 def split_halves(rewards: Tensor, scores: Tensor, size: int, generator: torch.Generator) -> tuple[Half, Half]:
-    """Two disjoint random halves of `size` scored rollouts a prompt, of rewards [Q, M] and scores [Q, M, D]; a NaN
-    reward is in neither."""
+    """Two disjoint random halves of `size` scored rollouts a prompt, of rewards [Q, M] and scores [Q, M, D]."""
     order = torch.rand(rewards.shape, generator=generator).masked_fill(~torch.isfinite(rewards), 2.0).argsort(dim=1)
     halves = []
     for rows in (order[:, :size], order[:, size : 2 * size]):
@@ -171,10 +265,8 @@ class Groups:
         self.half, self.m = half, m
         self.num_groups = half.rewards.shape[1] // m
         scores = half.scores[:, : self.num_groups * m].unflatten(1, (self.num_groups, m))
-        self.products = torch.stack([each @ each.mT for each in scores])
-        """[Q, G, m, m] inner products of the score vectors in each group."""
-        self.thinned = scores[..., :: half.stride].contiguous()
-        """[Q, G, m, D'] the coordinates of simulated steps."""
+        self.products = torch.stack([each @ each.mT for each in scores])  # [Q, G, m, m], in each group
+        self.thinned = scores[..., :: half.stride].contiguous()  # [Q, G, m, D'], the coordinates of simulated steps
 
     def weights(self, estimator: AdvantageEstimator) -> Tensor:
         """`A_i/m`, the factor of each rollout's score vector in its group's gradient: [Q, G, m] float64."""
@@ -187,11 +279,8 @@ class Groups:
         return torch.stack([torch.bmm(each, scores)[:, 0] for each, scores in zip(factors, self.thinned, strict=True)])
 
     def mean_and_noise(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean of the groups' gradients [Q, D] and trace of the covariance of one group's [Q], both float64.
-
-        The groups are independent, so the noise is their sample variance `(sum_g |e_g|^2 - G |mean|^2)/(G - 1)`; NaN
-        for a single group.
-        """
+        """Mean of the groups' gradients [Q, D] and trace of the covariance of one group's [Q], both float64: as groups
+        are independent, their sample variance `(sum_g |e_g|^2 - G |mean|^2)/(G - 1)`; NaN for a single group."""
         shares = weights.new_zeros(self.half.rewards.shape)
         shares[:, : self.num_groups * self.m] = weights.flatten(1)
         shares = (shares / self.num_groups).to(self.half.scores.dtype)

@@ -1,10 +1,9 @@
 """Check the upper tail of a reward and write the report: verdict, estimator to use, tables, plots."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from scipy import stats
 from torch import Tensor
@@ -20,31 +19,27 @@ from tealightning.functional.tail_shape import gaussian_tail_null
 from tealightning.reporting.provenance import provenance_lines
 from tealightning.reporting.tables import markdown_table, write_csv
 
-# ---------------------------------------------------------------- verdict
-
-TIED = 0.5
-FEW_VALUES = 10
-"""Discrete: more than the share `TIED` of a tail is tied, at no more than `FEW_VALUES` different values."""
+# Discrete: more than half of a tail is tied, at few different values.
+TIED, FEW_VALUES = 0.5, 10
+# Nearly discrete: on average more than this share of a prompt's tested rewards has one and the same value.
 LARGEST_ATOM = 0.25
-"""Nearly discrete: on average more than this share of a prompt's tested rewards has one and the same value."""
+# Two-pointed: in most prompts more than this share of the tested rewards' variance lies between two clusters. A uniform
+# distribution has 0.75, two equal clusters with a gap as wide as each of them 0.92.
 TWO_CLUSTERS = 0.9
-"""Two-pointed: in most prompts more than this share of the tested rewards' variance lies between two clusters. A
-uniform distribution has 0.75, two equal clusters with a gap as wide as each of them 0.92."""
+# Two-sided level of each test: a Gaussian reward is called something else in about 1% of the cases.
 SIGNIFICANCE = 0.003
-"""Two-sided level of each test: a Gaussian reward is called something else in about 1% of the cases."""
-SMALLEST_SHAPE_DIFFERENCE = 0.05
-"""A smaller difference of the shape does not matter, however significant."""
-SMALLEST_PREDICTION_ERROR = 0.1
-"""The same for a prediction, in standard deviations of the reward."""
+# Smaller ones do not matter, however significant; a prediction's is in standard deviations of the reward.
+SMALLEST_SHAPE_DIFFERENCE, SMALLEST_PREDICTION_ERROR = 0.05, 0.1
+# With a larger standard error a Student t with 5 degrees of freedom (0.22 above a Gaussian) could be missed.
 LARGEST_SHAPE_ERROR = 0.06
-"""With a larger standard error a Student t with 5 degrees of freedom (0.22 above a Gaussian) could be missed."""
+# Fewer do not tell how much prompts differ.
 MIN_PROMPTS = 10
-"""Fewer do not tell how much prompts differ."""
+# Rollouts in the tail of a training group from which a shape of its own pays. With fewer, a generalised Pareto fit is
+# so noisy that a Gaussian tail comes closer in every analytic world (docs/results/gradient-fidelity.md).
 LONG_TAIL = 16
-"""Rollouts in the tail of a training group from which a shape of its own pays. With fewer, a generalised Pareto fit is
-so noisy that a Gaussian tail comes closer in every analytic world (docs/results/gradient-fidelity.md)."""
 
 _EMPIRICAL = {"tail": "empirical"}
+_THRESHOLD = "with a threshold between the clusters if they are the same for all prompts"
 ADVICE: dict[str, tuple[str, dict[str, Any], str]] = {
     "gaussian": ("optimal_tea", {}, "calibrated_tea"),
     "heavier": ("tea", {}, "optimal_tea, less biased and noisier"),  # dividing by the group's spread tames outliers
@@ -52,11 +47,7 @@ ADVICE: dict[str, tuple[str, dict[str, Any], str]] = {
     "bounded_long": ("tea", {"tail": "gpd"}, "optimal_tea, more biased and less noisy"),
     "discrete": ("tea", _EMPIRICAL, "max_at_k, if training samples as many as deployment"),
     "nearly_discrete": ("tea", _EMPIRICAL, "max_at_k, or tail_rl"),
-    "two_pointed": (
-        "tea",
-        _EMPIRICAL,
-        "tail_rl; or pass_at_n, with a threshold between the clusters if they are the same for all prompts",
-    ),
+    "two_pointed": ("tea", _EMPIRICAL, f"tail_rl; or pass_at_n, {_THRESHOLD}"),
     "binary": ("pass_at_n", {}, ""),
     "undecided": ("tea", _EMPIRICAL, "any of them; nothing is known of the tail"),
 }
@@ -64,8 +55,7 @@ ADVICE: dict[str, tuple[str, dict[str, Any], str]] = {
 the analytic worlds of that kind (docs/results/gradient-fidelity.md)."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """One word on the tail, its reason in a sentence, and what to train with."""
 
     name: str  # gaussian, heavier, bounded, discrete, two_pointed, binary or undecided
@@ -76,10 +66,8 @@ class Verdict:
 
 
 def judge_tail(checks: TailChecks, *, training_tail: int = 4) -> Verdict:
-    """The verdict on checks of many samples a prompt: the first row of `_findings` that holds, with its advice.
-
-    `training_tail`, `ceil(alpha * m)` rollouts in the tail of a group in training, decides which estimator is named.
-    """
+    """The first row of `_findings` that holds, with its advice, which depends on the rollouts in the tail of a training
+    group: `training_tail = ceil(alpha * m)`."""
     finding, reason = next((name, reason) for name, holds, reason in _findings(checks) if holds)
     is_long = finding == "bounded" and training_tail >= LONG_TAIL
     estimator, settings, alternative = ADVICE["bounded_long" if is_long else finding]
@@ -87,8 +75,7 @@ def judge_tail(checks: TailChecks, *, training_tail: int = 4) -> Verdict:
         low, high = float(checks.samples.min()), float(checks.samples.max())
         settings = {} if low <= 0.5 < high else {"threshold": (low + high) / 2}
     reason = reason[0].upper() + reason[1:]
-    name = finding.removeprefix("nearly_")
-    return Verdict(name=name, reason=reason, estimator=estimator, settings=settings, alternative=alternative)
+    return Verdict(finding.removeprefix("nearly_"), reason, estimator, settings, alternative)
 
 
 def _findings(checks: TailChecks) -> Iterator[tuple[str, bool, str]]:
@@ -175,11 +162,7 @@ def two_sided(difference: float, standard_error: float, num_prompts: int) -> flo
     return float(2 * stats.t.sf(abs(difference) / standard_error, num_prompts - 1))
 
 
-# ---------------------------------------------------------------- tables
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TailDiagnosis:
+class TailDiagnosis(NamedTuple):
     """The checks of a pool of rewards and what they amount to."""
 
     ids: list[str]  # Q prompts that were checked
@@ -190,18 +173,10 @@ class TailDiagnosis:
     verdict: Verdict
 
 
-def diagnose_pool(
-    pool: RolloutPool,
-    *,
-    m: int = 16,
-    alpha: float = 0.25,
-    tested_share: float | None = None,
-    ns: Sequence[int] | None = None,
-    seed: int = 0,
-) -> TailDiagnosis:
-    """Check the upper tails of a pool; see `functional.tail_checks.check_tail` for the arguments."""
+def diagnose_pool(pool: RolloutPool, *, m: int = 16, alpha: float = 0.25, **settings: Any) -> TailDiagnosis:
+    """Check the upper tails of a pool; see `functional.tail_checks.check_tail` for the settings."""
     try:
-        checks = check_tail(pool.rewards, pool.valid, m=m, alpha=alpha, tested_share=tested_share, ns=ns, seed=seed)
+        checks = check_tail(pool.rewards, m=m, alpha=alpha, **settings)
     except ValueError as error:
         raise UserError(str(error)) from None
     verdict = judge_tail(checks, training_tail=tail_size(alpha, m))
@@ -219,21 +194,20 @@ def check_rows(diagnosis: TailDiagnosis) -> list[Row]:
     if checks.shape is not None:
         null = gaussian_tail_null(size, tested)
         half = value["shape_se"] * float(stats.t.ppf(0.975, max(int(checks.shape.num_prompts) - 1, 1)))
-        low, high = value["shape"] - half, value["shape"] + half
-        shape = f"{value['shape']:.3f} ± {value['shape_se']:.3f} (95%: {low:.2f} to {high:.2f})"
-        clusters = f"variance of the {upper} between two clusters (median)"
+        interval = f"95%: {value['shape'] - half:.2f} to {value['shape'] + half:.2f}"
+        shape, clusters = f"{value['shape']:.3f} ± {value['shape_se']:.3f}", _median_share(checks.two_clusters)
         rows += [
             (f"QQ line of the {upper}: mean R²", f"{value['qq_r2']:.3f}", f"{float(null.r2.mean()):.3f}"),
             ("prompts whose QQ line is rejected", f"{value['qq_rejected']:.1%}", "5.0%"),
-            (f"shape of the {upper}", shape, f"{value['shape_gaussian']:.3f}"),
-            (clusters, _median_share(checks.two_clusters), f"{float(null.two_clusters):.0%}"),
+            (f"shape of the {upper}", f"{shape} ({interval})", f"{value['shape_gaussian']:.3f}"),
+            (f"variance of the {upper} between two clusters (median)", clusters, f"{float(null.two_clusters):.0%}"),
         ]
     if checks.held_out is not None:
         error = f"{value['prediction_error']:.3f} ± {value['prediction_error_se']:.3f}"
         check = f"best-of-{checks.held_out.ns[-1]} from {diagnosis.m}, predicted - measured"
         rows.append((check, error, f"{value['prediction_error_gaussian']:.3f}"))
         rows.append(("covered by its 90% interval", f"{value['coverage']:.1%}", "90.0%"))
-    distinct = int(checks.distinct_in_tail.median()) if checks.distinct_in_tail.numel() else 0
+    distinct = int(checks.distinct_in_tail.median()) if len(checks.rows) else 0
     rows += [
         (f"most frequent value of the {upper} (median)", _median_share(checks.atoms), "0%"),
         (f"tied samples in the {tail}", f"{value['ties']:.1%}", "0.0%"),
@@ -243,9 +217,12 @@ def check_rows(diagnosis: TailDiagnosis) -> list[Row]:
 
 
 def _median_share(shares: Tensor) -> str:
-    """The median, `-` if none is known."""
     known = shares[~shares.isnan()]
-    return f"{float(known.median()):.0%}" if known.numel() else "-"
+    return f"{float(known.median()):.0%}" if len(known) else "-"
+
+
+def _rows(columns: dict[str, Any]) -> list[Row]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def prediction_rows(diagnosis: TailDiagnosis) -> list[Row]:
@@ -253,40 +230,25 @@ def prediction_rows(diagnosis: TailDiagnosis) -> list[Row]:
     held_out = diagnosis.checks.held_out
     if held_out is None:
         return []
-    names = ("predicted", "measured", "error", "covered")
-    estimates = {name: mean_over_prompts(getattr(held_out, name)) for name in names}
-    rows = []
-    for index, n in enumerate(held_out.ns):
-        row: Row = {"n": n}
-        for name, estimate in estimates.items():
-            row |= {name: float(estimate.mean[index]), f"{name}_se": float(estimate.standard_error[index])}
-        rows.append(row | {"gaussian_error": float(held_out.gaussian_error[index])})
-    return rows
+    columns: dict[str, Any] = {"n": held_out.ns}
+    for name in ("predicted", "measured", "error", "covered"):
+        estimate = mean_over_prompts(getattr(held_out, name))
+        columns |= {name: estimate.mean.tolist(), f"{name}_se": estimate.standard_error.tolist()}
+    return _rows(columns | {"gaussian_error": held_out.gaussian_error.tolist()})
 
 
 def prompt_rows(diagnosis: TailDiagnosis) -> list[Row]:
     """A row for each prompt; the shapes here are noisy and not corrected for their bias."""
     checks = diagnosis.checks
-    columns: dict[str, Tensor | None] = {
-        "ties": checks.ties,
-        "most_frequent": checks.atoms,
-        "two_clusters": checks.two_clusters,
-    }
-    columns |= {"qq_r2": checks.qq_r2, "qq_p": checks.qq_p, "raw_shape": checks.shapes}
+    columns: dict[str, Any] = {"id": diagnosis.ids, "samples": [checks.samples.shape[1]] * len(diagnosis.ids)}
+    columns |= {"distinct": checks.distinct, "ties": checks.ties, "most_frequent": checks.atoms}
+    columns |= {"two_clusters": checks.two_clusters, "qq_r2": checks.qq_r2, "qq_p": checks.qq_p}
+    columns["raw_shape"] = checks.shapes
     if checks.held_out is not None:
-        n = checks.held_out.ns[-1]
-        columns |= {
-            f"prediction_error_{n}": checks.held_out.error[:, -1],
-            f"covered_{n}": checks.held_out.covered[:, -1],
-        }
-    rows = []
-    for index, prompt_id in enumerate(diagnosis.ids):
-        row: Row = {"id": prompt_id, "samples": checks.samples.shape[1], "distinct": int(checks.distinct[index])}
-        rows.append(row | {name: float(values[index]) for name, values in columns.items() if values is not None})
-    return rows
-
-
-# ---------------------------------------------------------------- report
+        n, error, covered = checks.held_out.ns[-1], checks.held_out.error, checks.held_out.covered
+        columns |= {f"prediction_error_{n}": error[:, -1], f"covered_{n}": covered[:, -1]}
+    known = {name: values for name, values in columns.items() if values is not None}
+    return _rows({name: values.tolist() if isinstance(values, Tensor) else values for name, values in known.items()})
 
 
 def verdict_text(diagnosis: TailDiagnosis) -> str:
@@ -311,12 +273,11 @@ def tables_text(diagnosis: TailDiagnosis) -> str:
         line = {"n": row["n"]}
         line |= {key: f"{row[key]:.3f} ± {row[f'{key}_se']:.3f}" for key in ("predicted", "measured", "error")}
         lines.append(line | {"Gaussian error": f"{row['gaussian_error']:.3f}", "covered": f"{row['covered']:.1%}"})
-    if lines:
-        text += (
-            f"\n\nBest-of-n predicted from {diagnosis.m} samples and measured on the prompt's others, above its mean, "
-            f"in standard deviations of its rewards; ± standard error over prompts.\n\n{markdown_table(lines)}"
-        )
-    return text
+    legend = (
+        f"Best-of-n predicted from {diagnosis.m} samples and measured on the prompt's others, above its mean, in "
+        "standard deviations of its rewards; ± standard error over prompts."
+    )
+    return "\n\n".join([text, legend, markdown_table(lines)]) if lines else text
 
 
 def write_diagnosis(folder: Path, diagnosis: TailDiagnosis, provenance: Mapping[str, str]) -> list[Path]:
@@ -324,17 +285,11 @@ def write_diagnosis(folder: Path, diagnosis: TailDiagnosis, provenance: Mapping[
     folder.mkdir(parents=True, exist_ok=True)
     checks, predictions = diagnosis.checks, prediction_rows(diagnosis)
     texts = verdict_text(diagnosis), tables_text(diagnosis), provenance_lines(dict(provenance))
-    record = {
-        "verdict": asdict(diagnosis.verdict),
-        "prompts": len(diagnosis.ids),
-        "samples": checks.samples.shape[1],
-        "m": diagnosis.m,
-        "alpha": diagnosis.alpha,
-        "tested_share": checks.tested_share,
-        "summary": {name: float(value) for name, value in summarise(checks).items()},
-        "predictions": predictions,
-        "provenance": dict(provenance),
-    }
+    record: dict[str, Any] = {"verdict": diagnosis.verdict._asdict(), "prompts": len(diagnosis.ids)}
+    settings = {"m": diagnosis.m, "alpha": diagnosis.alpha, "tested_share": checks.tested_share}
+    record |= {"samples": checks.samples.shape[1], **settings}
+    record["summary"] = {name: float(value) for name, value in summarise(checks).items()}
+    record |= {"predictions": predictions, "provenance": dict(provenance)}
     files = [folder / "tail.md", folder / "tail.csv", folder / "tail.json"]
     files[0].write_text("\n\n".join(["# Tail of the reward", *texts]) + "\n", encoding="utf-8")
     write_csv(files[1], prompt_rows(diagnosis))

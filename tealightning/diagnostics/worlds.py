@@ -1,15 +1,15 @@
 """Worlds in which the exact gradient of `V_N = E[max of N rewards]` is known.
 
-A world draws groups of rollouts, their rewards and their scores (`S_i = grad log pi`, in a handful of directions), and
-computes the gradient of V_N by quadrature: what every estimator's `(1/m) * sum_i A_i S_i` is held against.
+A world is a policy with d parameters, called `directions`, and a reward. `sample` draws independent groups of rollouts:
+their rewards [P, m] and scores [P, m, d] (`S_i = grad log pi`). `exact_gradient` is that of V_N, [d], by quadrature to
+about 1e-9: what every estimator's `(1/m) * sum_i A_i S_i` is held against. All numbers are float64.
 """
 
 import math
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,23 +20,7 @@ from torch import Generator, Tensor
 from tealightning.errors import UserError
 from tealightning.registry import did_you_mean
 
-Function = Callable[[np.ndarray], np.ndarray]
-"""Elementwise, of float64 arrays of any shape."""
-
-
-class World(ABC):
-    """A policy with d parameters, called `directions`, and a reward."""
-
-    name: str
-    directions: tuple[str, ...]
-
-    @abstractmethod
-    def sample(self, prompts: int, m: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        """Rewards [prompts, m] float64 and scores [prompts, m, d] float64 of independent groups."""
-
-    @abstractmethod
-    def exact_gradient(self, target_n: int) -> Tensor:
-        """Gradient of `E[max of target_n rewards]`: [d] float64, accurate to about 1e-9."""
+Function = Callable[[np.ndarray], np.ndarray]  # elementwise, of float64 arrays of any shape
 
 
 def quadrature(low: float, high: float, panels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -57,8 +41,7 @@ def max_density(x: np.ndarray, n: int) -> np.ndarray:
     return n * np.exp(log_phi(x) + (n - 1) * log_ndtr(x))
 
 
-@dataclass(frozen=True, kw_only=True)
-class LatentWorld(World):
+class LatentWorld(NamedTuple):
     """A normal latent z with scores `(z, z^2 - 1)` and a reward `g(z)` that never falls.
 
     The best of N is `g(M)` with M the maximum of N normals, so
@@ -75,12 +58,11 @@ class LatentWorld(World):
     directions: tuple[str, ...] = ("location", "log-scale")
 
     def sample(self, prompts: int, m: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        """See `World.sample`; `scores[..., 0]` is the latent."""
+        """Rewards and scores; `scores[..., 0]` is the latent."""
         z = torch.randn(prompts, m, generator=generator, dtype=torch.float64)
         return torch.from_numpy(self.reward(z.numpy())), torch.stack([z, z * z - 1], dim=-1)
 
     def exact_gradient(self, target_n: int) -> Tensor:
-        """See `World.exact_gradient`."""
         if self.edges:
             edges = np.asarray(self.edges)
             density = max_density(edges, target_n)
@@ -101,8 +83,7 @@ _GRID = np.linspace(-14.25, 14.25, 8193)
 
 
 def quantile_spline(quantiles: np.ndarray, density: Function) -> CubicHermiteSpline:
-    """The quantile function at `Phi(z)`, interpolated in z between its values at `_GRID` with its exact slope
-    `phi(z)/density`."""
+    """The quantile function at `Phi(z)`, interpolated between its values at `_GRID` with its slope `phi(z)/density`."""
     return CubicHermiteSpline(_GRID, quantiles, np.exp(log_phi(_GRID)) / density(quantiles))
 
 
@@ -114,14 +95,12 @@ def student_quantile(degrees: int) -> CubicHermiteSpline:
     return quantile_spline(quantiles, lambda r: normaliser * (1 + r * r / degrees) ** (-(degrees + 1) / 2))
 
 
-@dataclass(frozen=True)
-class NormalMixture:
+class NormalMixture(NamedTuple):
     """`sum_j weight_j N(mean_j, sd_j^2)`."""
 
     parts: tuple[tuple[float, float, float], ...]  # (weight, mean, sd)
 
     def density(self, r: np.ndarray) -> np.ndarray:
-        """Density at r."""
         return sum((w / sd * np.exp(log_phi((r - mean) / sd)) for w, mean, sd in self.parts), np.zeros_like(r))
 
     def below(self, r: np.ndarray) -> np.ndarray:
@@ -142,11 +121,10 @@ class NormalMixture:
         return (low + high) / 2
 
 
+# A bulk and a narrow group of better answers: the upper tail is no Gaussian's until far out.
 MIXTURE = NormalMixture(((0.85, 0.0, 1.0), (0.15, 2.0, 0.5)))
-"""A bulk and a narrow group of better answers: the upper tail is no Gaussian's until far out."""
-
+# Arm A is N(0, 1), arm B N(-1.406, 1.6^2): A has the larger mean and best-of-16, B the larger best-of-128.
 MEAN_B, SD_B = -1.406, 1.6
-"""Arm A is N(0, 1), arm B N(-1.406, 1.6^2): A has the larger mean and best-of-16, B the larger best-of-128."""
 
 
 def draw_rewards(arms: Tensor, generator: Generator) -> Tensor:
@@ -155,8 +133,7 @@ def draw_rewards(arms: Tensor, generator: Generator) -> Tensor:
     return z + arms * (MEAN_B + (SD_B - 1) * z)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TwoArms(World):
+class TwoArms(NamedTuple):
     """A softmax policy over the two arms with one parameter, the logit of B.
 
     `S = 1{B} - p`. With `F = (1-p) F_A + p F_B` the gradient is `p (1-p) * integral of N F^(N-1) (F_A - F_B)`.
@@ -167,26 +144,24 @@ class TwoArms(World):
     directions: tuple[str, ...] = ("logit of B",)
 
     def sample(self, prompts: int, m: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        """See `World.sample`."""
         uniform = torch.rand(prompts, m, generator=generator, dtype=torch.float64)
         arms = (uniform < self.probability).double()
         return draw_rewards(arms, generator), (arms - self.probability)[..., None]
 
     def exact_gradient(self, target_n: int) -> Tensor:
-        """See `World.exact_gradient`."""
         p = self.probability
-        # wider than 14 standard deviations of A as well
-        x, weights = quadrature(MEAN_B - 14 * SD_B, MEAN_B + 14 * SD_B, 600)
+        x, weights = quadrature(MEAN_B - 14 * SD_B, MEAN_B + 14 * SD_B, 600)  # wider than 14 sd of A as well
         z = (x - MEAN_B) / SD_B
         log_below = np.logaddexp(np.log1p(-p) + log_ndtr(x), np.log(p) + log_ndtr(z))
-        # F_A - F_B from whichever tails are small
-        difference = np.where(x > 0, ndtr(-z) - ndtr(-x), ndtr(x) - ndtr(z))
+        difference = np.where(x > 0, ndtr(-z) - ndtr(-x), ndtr(x) - ndtr(z))  # F_A - F_B from the small tails
         integral = np.sum(weights * target_n * np.exp((target_n - 1) * log_below) * difference)
         return torch.tensor([p * (1 - p) * integral], dtype=torch.float64)
 
 
+World = LatentWorld | TwoArms
+
+# Edges of whole-number rewards with many ties, as a judge's marks.
 MARKS = (-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5)
-"""Edges of whole-number rewards with many ties, as a judge's marks."""
 LATENT_WORLDS: dict[str, Callable[[], Function]] = {
     "gaussian": lambda: np.copy,
     "student_t5": lambda: student_quantile(5),
@@ -194,17 +169,13 @@ LATENT_WORLDS: dict[str, Callable[[], Function]] = {
     "bounded": lambda: np.tanh,
     "discrete": lambda: lambda z: np.searchsorted(MARKS, z, side="right").astype(np.float64),
 }
+# Those that are measured unless others are asked for.
 NAMES = ("gaussian", "gpd_-0.3", "gpd_0", "gpd_0.2", "student_t5", "mixture", "bounded", "discrete", "two_arms")
-"""The worlds that are measured unless others are asked for."""
 
 
 def build_world(name: str) -> World:
     """Build a world: one of `NAMES`, `gpd_SHAPE` with any shape below 0.5 (the tail index of generalised Pareto
-    rewards: bounded below 0, exponential at 0, heavy above), or `two_arms_P` with P the probability of arm B.
-
-    Raises:
-        UserError: for an unknown name, with the nearest valid ones; for a shape or a probability out of range.
-    """
+    rewards: bounded below 0, exponential at 0, heavy above), or `two_arms_P` with P the probability of arm B."""
     if name in LATENT_WORLDS:
         return LatentWorld(name=name, reward=LATENT_WORLDS[name](), edges=MARKS if name == "discrete" else ())
     match = re.fullmatch(r"(gpd|two_arms)_(-?\d*\.?\d+)", "two_arms_0.5" if name == "two_arms" else name)

@@ -199,7 +199,6 @@ def test_slope_of_a_power_law_and_its_error():
     fit = fit_log_slope(x, exact, 0.05 * exact)
     assert fit is not None
     assert fit.slope == pytest.approx(-1.5, abs=1e-12)
-    assert math.exp(fit.intercept) == pytest.approx(3)
     assert fit.misfit == 1.0
     generator = torch.Generator().manual_seed(0)
     slopes = []

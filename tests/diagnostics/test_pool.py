@@ -27,7 +27,7 @@ def test_pool_of_joins_batches_in_order():
     pool = pool_of([make_batch(first), make_batch(second, first_id=1)])
     assert pool.ids == ["p0", "p1", "p2"]
     assert pool.rewards[:, 0].tolist() == [1.0, 3.0, 5.0]
-    assert pool.valid.tolist() == [[True, True], [True, False], [True, True]]
+    assert pool.rewards.isfinite().tolist() == [[True, True], [True, False], [True, True]]
     assert [len(batch.rewards) for batch in pool.batches] == [1, 2]
 
 

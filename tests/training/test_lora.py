@@ -7,7 +7,7 @@ from module_fixtures import make_batch, make_rollouts, run_steps, save_tiny_poli
 from transformers import AutoModelForCausalLM
 
 from tealightning import LoRA, PolicyGradientLoss, PostTrainingModule
-from tealightning.diagnostics.projections import LinearProjection, score_vectors
+from tealightning.diagnostics.pool import LinearProjection, score_vectors
 from tealightning.estimators import build_estimator
 from tealightning.training import policy_module as module_file
 from tealightning.training.lora import adapter_off, add_adapter, merged_names, merged_parameters

@@ -5,7 +5,7 @@ import torch
 from module_fixtures import make_rollouts, tiny_llama
 from torch import nn
 
-from tealightning.diagnostics.projections import LinearProjection, score_vectors
+from tealightning.diagnostics.pool import LinearProjection, score_vectors
 from tealightning.training.micro_batches import score_completions
 
 
