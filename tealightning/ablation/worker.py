@@ -23,9 +23,8 @@ from tealightning.callbacks import Budget, EvaluationRecord
 from tealightning.callbacks.evaluation_record import FOLDER
 from tealightning.errors import UserError
 from tealightning.reliability.checkpoint_files import newest_good, step_of
-from tealightning.reliability.files import write_whole
+from tealightning.reliability.files import set_aside_metrics, write_whole
 from tealightning.reliability.locks import locked
-from tealightning.reliability.logger import set_aside
 from tealightning.reporting.provenance import commit, package_versions
 from tealightning.version import __version__
 
@@ -97,7 +96,7 @@ def _run(job: Job, build: Build, send: Send, started: float) -> dict[str, Any]:
             if path.name not in ("log.txt", ".lock"):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     else:
-        set_aside(job.folder)
+        set_aside_metrics(job.folder)
     file = job.folder / "settings.yaml"
     write_whole(file, yaml.safe_dump(with_folder(job.config, job.folder), sort_keys=False).encode())
     cli = build(["-c", str(file), *([f"--ckpt_path={checkpoint}"] if checkpoint else [])])

@@ -21,9 +21,8 @@ from tealightning.cli.user_settings import canonical_args, canonical_settings, w
 from tealightning.data import PromptDataModule
 from tealightning.errors import UserError
 from tealightning.reliability.checkpoint_files import VerifiedCheckpointIO, warn_of_pickles
-from tealightning.reliability.files import run_folder, write_whole
+from tealightning.reliability.files import DurableCSVLogger, run_folder, write_whole
 from tealightning.reliability.locks import claimed_run_folder, refuse_live_run, refuse_other_runs
-from tealightning.reliability.logger import DurableCSVLogger
 from tealightning.strict_yaml import load_yaml
 from tealightning.training.module import PostTrainingModule
 
@@ -110,9 +109,9 @@ class TrainingCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(VerifiedCheckpointIO())
         trainer = super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
-        trainer.loggers = [
-            DurableCSVLogger.taking_over(logger) if type(logger) is CSVLogger else logger for logger in trainer.loggers
-        ]
+        for logger in trainer.loggers:
+            if type(logger) is CSVLogger:
+                logger.__class__ = DurableCSVLogger
         return trainer
 
     def before_fit(self) -> None:

@@ -1,9 +1,14 @@
 """Checkpoints for exact resume, and how a run stops."""
 
+import contextlib
+import os
 import shutil
+import signal
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,36 +18,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from tealightning.errors import UserError
-from tealightning.reliability.checkpoint_files import (
-    DamagedCheckpointError,
-    checkpoint_file,
-    move_folder,
-    newest_good,
-    remove_older,
-    verify,
-    warn_if_the_next_may_not_fit,
-)
+from tealightning.reliability import checkpoint_files as files
+from tealightning.reliability import step_snapshot as snapshots
 from tealightning.reliability.files import run_folder
 from tealightning.reliability.locks import locked
 from tealightning.reliability.progress import Activity, during
-from tealightning.reliability.step_snapshot import (
-    RANKS,
-    CannotSaveError,
-    HasRankState,
-    StepSnapshot,
-    has_finite_weights,
-    is_ending,
-    mark_after_epoch,
-    mark_before_validation,
-    over_ranks,
-    random_state,
-    rank_state,
-    set_random_state,
-    snapshot_after_error,
-    take_snapshot,
-    will_validate,
-)
-from tealightning.reliability.stop_signals import StopRequestedError, StopSignals
+from tealightning.reliability.ranks import over_ranks
 
 DEFAULT_EVERY_N_STEPS = 20
 _LOCK_SECONDS = 300.0
@@ -64,9 +45,6 @@ class ResumableCheckpoint(Checkpoint):
         every_n_steps: Steps (batches of prompts) between checkpoints; None = 20, or, where `trainer.callbacks` has a
             checkpoint callback of its own, none but those of a run that is stopped.
         keep: The newest checkpoints of a run that are kept: with 2 there is one before a newest one that is damaged.
-
-    Raises:
-        ValueError: if one of them is below 1.
     """
 
     def __init__(self, *, every_n_steps: int | None = None, keep: int = 2) -> None:
@@ -79,40 +57,68 @@ class ResumableCheckpoint(Checkpoint):
         """What the user is told to call to go on, once a checkpoint is there."""
         self.folder: Path | None = None
         self.validation_due = False
-        self._snapshot: StepSnapshot | None = None  # of the last completed step
+        self._snapshot: snapshots.StepSnapshot | None = None  # of the last completed step
         self._is_moving = False  # an optimizer step has begun since the snapshot
-        self._written: StepSnapshot | None = None  # while it is written into a checkpoint
+        self._written: snapshots.StepSnapshot | None = None  # while it is written into a checkpoint
         self._saved: Path | None = None  # the newest checkpoint of this run
-        self._signals = StopSignals()
+        self._received = 0  # signal that this process got; 0 = none
         self._stop = 0  # the signal that all ranks have agreed on
         self._is_due = False
         self._random: dict[str, Any] | None = None  # of the checkpoint that was loaded
+
+    # ---------------------------------------------------------------- signals
+
+    def _take_over_signals(self) -> None:
+        """Handle SIGTERM and SIGINT, unless they are ignored, until Lightning puts its handlers back.
+
+        Lightning's own handler of SIGTERM exchanges tensors with the other ranks in the middle of whatever they are
+        exchanging, and a run that it ends exits with status 0. Only the main thread can have handlers.
+        """
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            is_main = threading.current_thread() is threading.main_thread()
+            if is_main and signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, self._on_signal)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        """Note the first signal; the second one does what it does by default."""
+        if self._received:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        self._received = signum
+        name = signal.Signals(signum).name
+        # Not print: it is not allowed to be entered a second time, and the signal may have come in the middle of one.
+        os.write(2, f"tealightning: {name}: stopping after this step (again: at once)\n".encode())
+
+    def _end_if_asked(self, trainer: pl.Trainer) -> None:
+        if self._stop:
+            # Lightning's launcher would kill rank 0, which may still be writing, if another one failed.
+            raise SystemExit(128 + self._stop if trainer.is_global_zero else 0)
 
     # ---------------------------------------------------------------- life cycle
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.folder = run_folder(trainer) / "checkpoints"
-        others = [callback for callback in trainer.checkpoint_callbacks if callback is not self]
-        if self.every_n_steps is None and not others:
+        if self.every_n_steps is None and trainer.checkpoint_callbacks == [self]:
             self.every_n_steps = DEFAULT_EVERY_N_STEPS
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._signals.install()
+        self._take_over_signals()
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop = max(over_ranks(self._signals.received))
+        self._stop = max(over_ranks(self._received))
         self._end_if_asked(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._signals.install()
+        self._take_over_signals()
         self._is_moving = False
         if self._random is not None:
-            set_random_state(self._random)
+            snapshots.set_random_state(self._random)
             self._random = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        is_agreed = isinstance(exception, StopRequestedError) and trainer.global_rank > 0  # rank 0 tells and saves
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run and not is_agreed:  # type: ignore[attr-defined]
+        if isinstance(exception, SystemExit) and not trainer.is_global_zero:
+            return  # all ranks stop, and rank 0 tells and saves
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             with during(Activity.SAVING):
                 message = self._rescue(trainer, pl_module)
             print(f"tealightning: {message}", file=sys.stderr, flush=True)
@@ -125,15 +131,20 @@ class ResumableCheckpoint(Checkpoint):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Also of a checkpoint that another callback writes; this is then a call of all ranks."""
-        if self._written is not None:
-            self._written.put_into(checkpoint, trainer.datamodule)  # type: ignore[attr-defined]
-        else:
-            checkpoint[RANKS] = over_ranks(rank_state(trainer))
+        if (snapshot := self._written) is None:
+            checkpoint[snapshots.RANKS] = over_ranks(snapshots.rank_state(trainer))
+            return
+        # What the checkpoint says is of a later moment, such as one in the middle of a step.
+        checkpoint["loops"]["fit_loop"] = snapshot.loops
+        checkpoint["callbacks"] = snapshot.callbacks
+        checkpoint[snapshots.RANKS] = snapshot.ranks
+        if snapshot.datamodule:
+            checkpoint[type(trainer.datamodule).__qualname__] = snapshot.datamodule  # type: ignore[attr-defined]
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        ranks = checkpoint.get(RANKS, [])
+        ranks = checkpoint.get(snapshots.RANKS, [])
         if len(ranks) != trainer.world_size:
             rank_zero_warn(
                 f"The checkpoint has random streams of {len(ranks)} processes and this run has {trainer.world_size}: "
@@ -142,9 +153,8 @@ class ResumableCheckpoint(Checkpoint):
             return
         mine = ranks[trainer.global_rank]
         self._random = mine["random"]
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, HasRankState):
-                callback.load_rank_state_dict(mine["callbacks"].get(callback.state_key, {}))
+        for callback in snapshots.callbacks_with_rank_state(trainer):
+            callback.load_rank_state_dict(mine["callbacks"].get(callback.state_key, {}))
 
     # ---------------------------------------------------------------- steps
 
@@ -152,58 +162,74 @@ class ResumableCheckpoint(Checkpoint):
         self._is_moving = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        everyone = over_ranks((self._signals.received, random_state()))
+        everyone = over_ranks((self._received, snapshots.random_state()))
         self._stop = max(signum for signum, _ in everyone)
-        self._snapshot = take_snapshot(trainer, [{"random": streams, "callbacks": {}} for _, streams in everyone])
+        ranks = [{"random": streams, "callbacks": {}} for _, streams in everyone]
+        self._snapshot = snapshots.take_snapshot(trainer, ranks)
         self._is_moving = False
         every = self.every_n_steps or 0
-        is_due = bool(every) and (self._snapshot.batches % every == 0 or is_ending(trainer))
+        is_due = bool(every) and (self._snapshot.batches % every == 0 or snapshots.is_ending(trainer))
         self._is_due = self._is_due or is_due or bool(self._stop)
-        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not will_validate(trainer):
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not snapshots.will_validate(trainer):
             self._save_and_end(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self._is_after_a_step(trainer):
+        if (snapshot := self._snapshot_again(trainer)) is not None:
             self.validation_due = True
-            mark_before_validation(self._snapshot_again(trainer))
+            snapshots.mark_before_validation(snapshot)
             self._save_and_end(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1:  # ranks may have unequal numbers
-            self._stop = self._signals.received
+            self._stop = self._received
             self._end_if_asked(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.validation_due = False
-        if self._is_after_a_step(trainer):
-            self._snapshot_again(trainer)
-            self._stop = max(over_ranks(self._signals.received))
+        if self._snapshot_again(trainer) is not None:
+            self._stop = max(over_ranks(self._received))
             self._is_due = bool(self._stop)
             self._save_and_end(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self._is_after_a_step(trainer):
-            mark_after_epoch(self._snapshot_again(trainer), trainer)
+        if (snapshot := self._snapshot_again(trainer)) is not None:
+            snapshots.mark_after_epoch(snapshot, trainer)
             self._save_and_end(trainer)
 
+    def _snapshot_again(self, trainer: pl.Trainer) -> snapshots.StepSnapshot | None:
+        """Snapshot of the same step, further on; None if there was no step."""
+        if self._snapshot is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return None
+        self._snapshot = snapshots.take_snapshot(trainer, self._snapshot.ranks)
+        return self._snapshot
+
     # ---------------------------------------------------------------- saving
+
+    def _save_and_end(self, trainer: pl.Trainer) -> None:
+        if self._is_due and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            is_saved = self.save(trainer)
+            if not is_saved and snapshots.is_ending(trainer) and not self._stop:
+                raise OSError(
+                    f"The last checkpoint could not be written. Free space on the disk of {self.folder}, then go on "
+                    "from the one before."
+                )
+        self._is_due = False
+        self._end_if_asked(trainer)
 
     def save(self, trainer: pl.Trainer) -> bool:
         """Write a checkpoint of the last completed step; a call of all ranks.
 
         Returns:
             Whether the disk took it; if not, there is a warning, and the older ones are as they were.
-
-        Raises:
-            ValueError: if the weights are not finite: such a checkpoint would in the end replace the good ones.
         """
         assert self.folder is not None and self._snapshot is not None
-        if not all(over_ranks(has_finite_weights(trainer.lightning_module))):
+        # A checkpoint of such weights would in the end replace the good ones.
+        if not all(over_ranks(snapshots.has_finite_weights(trainer.lightning_module))):
             raise UserError(
                 f"The weights are not finite after optimizer step {trainer.global_step}: nothing was saved. Go on from "
                 "the newest checkpoint with a lower learning rate or model.gradient_clip_norm."
             )
-        path = checkpoint_file(self.folder, trainer.global_step)
+        path = files.checkpoint_file(self.folder, trainer.global_step)
         is_sharded = isinstance(trainer.strategy, ModelParallelStrategy)  # writes a folder, or no whole file
         target = path.with_name(f".{path.name}.part") if is_sharded else path
         if is_sharded and trainer.is_global_zero:
@@ -211,7 +237,7 @@ class ResumableCheckpoint(Checkpoint):
         refused = False
         try:
             with during(Activity.SAVING):
-                self._written = replace(self._snapshot, ranks=over_ranks(rank_state(trainer)))
+                self._written = replace(self._snapshot, ranks=over_ranks(snapshots.rank_state(trainer)))
                 trainer.save_checkpoint(target, weights_only=False)
         except OSError as error:
             if is_sharded:
@@ -228,36 +254,12 @@ class ResumableCheckpoint(Checkpoint):
             return False
         if trainer.is_global_zero:
             if is_sharded:
-                move_folder(target, path, trainer.global_step)
-            remove_older(self.folder, self.keep)
-            warn_if_the_next_may_not_fit(path)
+                files.move_folder(target, path, trainer.global_step)
+            files.remove_older(self.folder, self.keep)
+            files.warn_if_the_next_may_not_fit(path)
         trainer.strategy.barrier("checkpoint")
         self._saved = path
         return True
-
-    def _is_after_a_step(self, trainer: pl.Trainer) -> bool:
-        return self._snapshot is not None and not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING
-
-    def _snapshot_again(self, trainer: pl.Trainer) -> StepSnapshot:
-        """Snapshot of the same step, further on."""
-        assert self._snapshot is not None
-        self._snapshot = take_snapshot(trainer, self._snapshot.ranks)
-        return self._snapshot
-
-    def _save_and_end(self, trainer: pl.Trainer) -> None:
-        if self._is_due and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            is_saved = self.save(trainer)
-            if not is_saved and is_ending(trainer) and not self._stop:
-                raise OSError(
-                    f"The last checkpoint could not be written. Free space on the disk of {self.folder}, then go on "
-                    "from the one before."
-                )
-        self._is_due = False
-        self._end_if_asked(trainer)
-
-    def _end_if_asked(self, trainer: pl.Trainer) -> None:
-        if self._stop:
-            raise StopRequestedError(self._stop, trainer.global_rank)
 
     # ---------------------------------------------------------------- after an exception
 
@@ -267,52 +269,44 @@ class ResumableCheckpoint(Checkpoint):
         Nothing here waits for other ranks, which may be dead or wait for this one. Every rank that lives comes here at
         a moment of its own; the first writes, the others wait for it and find its file.
         """
-        path: Path | None
+        path: Path | str | None = None
         try:
             step, path = self._save_last_step(trainer, pl_module)
             what = f"Step {step} is saved in {path}."
-        except CannotSaveError as error:
-            path, what = self._newest(trainer), f"Nothing was saved: {error}."
+        except snapshots.CannotSaveError as error:
+            what = f"Nothing was saved: {error}."
         except Exception as error:  # whatever it is: it must not take the place of the error that ended the run
-            path, what = self._newest(trainer), f"The last step could not be saved: {type(error).__name__}: {error}."
+            what = f"The last step could not be saved: {type(error).__name__}: {error}."
         if path is None:
-            return f"{what} There is no checkpoint of this run yet."
-        command = self.resume_command or f"trainer.fit(..., ckpt_path={str(path)!r})"
-        newest = "" if str(path) in what else f" The newest checkpoint is {path}."
-        return f"{what}{newest} To go on:\n  {command}"
+            newest = files.newest_good(self.folder, lambda damaged: None) if self.folder is not None else None
+            if (path := newest or trainer.ckpt_path) is None:
+                return f"{what} There is no checkpoint of this run yet."
+            what += f" The newest checkpoint is {path}."
+        return f"{what} To go on:\n  {self.resume_command or f'trainer.fit(..., ckpt_path={str(path)!r})'}"
 
     def _save_last_step(self, trainer: pl.Trainer, pl_module: Any) -> tuple[int, Path]:
         """The last completed (optimizer) step and its checkpoint, which is written if there is none yet."""
-        snapshot = snapshot_after_error(self._snapshot, is_moving=self._is_moving, trainer=trainer)
+        snapshot = snapshots.snapshot_after_error(self._snapshot, is_moving=self._is_moving, trainer=trainer)
         assert self.folder is not None
-        path = checkpoint_file(self.folder, snapshot.global_step)
+        path = files.checkpoint_file(self.folder, snapshot.global_step)
         if self._saved == path:
             return snapshot.global_step, path
         if isinstance(trainer.strategy, ModelParallelStrategy):
-            raise CannotSaveError("the weights are sharded, and gathering them needs all ranks")
-        if not has_finite_weights(pl_module):
-            raise CannotSaveError("the weights are not finite")
+            raise snapshots.CannotSaveError("the weights are sharded, and gathering them needs all ranks")
+        if not snapshots.has_finite_weights(pl_module):
+            raise snapshots.CannotSaveError("the weights are not finite")
         busy = f"another rank did not end its rescue in {_LOCK_SECONDS:g} s"
         with locked(self.folder, busy, wait_seconds=_LOCK_SECONDS, name=".rescue.lock"):
-            if not _is_good(path):
-                # Not trainer.save_checkpoint: it ends with a barrier, and only rank 0 writes, which may be dead.
-                self._written = snapshot
-                try:
-                    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-                finally:
-                    self._written = None
-                checkpoint["global_step"] = snapshot.global_step
-                trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
-                remove_older(self.folder, self.keep)
+            with contextlib.suppress(FileNotFoundError, files.DamagedCheckpointError):
+                files.verify(path)
+                return snapshot.global_step, path
+            # Not trainer.save_checkpoint: it ends with a barrier, and only rank 0 writes, which may be dead.
+            self._written = snapshot
+            try:
+                checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            finally:
+                self._written = None
+            checkpoint["global_step"] = snapshot.global_step
+            trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
+            files.remove_older(self.folder, self.keep)
         return snapshot.global_step, path
-
-    def _newest(self, trainer: pl.Trainer) -> Path | None:
-        newest = newest_good(self.folder, lambda damaged: None) if self.folder is not None else None
-        return newest or (Path(trainer.ckpt_path) if trainer.ckpt_path else None)
-
-
-def _is_good(path: Path) -> bool:
-    try:
-        return path.exists() and verify(path) is not None
-    except DamagedCheckpointError:
-        return False

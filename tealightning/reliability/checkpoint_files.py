@@ -17,7 +17,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from tealightning.errors import UserError
-from tealightning.reliability.files import sync_folder, whole_file, write_whole
+from tealightning.reliability.files import sync, whole_file, write_whole
 
 MANIFEST = "checksums.json"
 _IS_FOLDER = 0x10  # attribute of a zip file's part, under no checksum: torch would leave a tensor with it unread
@@ -36,14 +36,11 @@ class CheckpointSummary:
 
 
 class VerifiedCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written atomically, and verified before they are loaded.
-
-    The file is a temporary one until all of it is on the disk. What is verified are the checksums of the zip file that
-    `torch.save` writes (CRC-32, one for each part). Addresses that are no local path are left to Lightning.
-    """
+    """Lightning's checkpoint files, written atomically, and verified before they are loaded: against the checksums of
+    the zip file that `torch.save` writes (CRC-32, one for each part). Remote addresses are left to Lightning."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        if _is_remote(path):
+        if "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
         try:
             with whole_file(Path(path)) as file:
@@ -54,14 +51,8 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
             raise
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """The checkpoint, on the CPU.
-
-        Raises:
-            FileNotFoundError: if there is none.
-            DamagedCheckpointError: if it is not what was written.
-            ValueError: if it holds more than tensors and plain values, and `weights_only` is not False.
-        """
-        if not _is_remote(path) and Path(path).exists():
+        """The checkpoint, on the CPU. More than tensors and plain values is refused unless `weights_only` is False."""
+        if "://" not in str(path) and Path(path).exists():
             verify(Path(path))
         if weights_only is False:
             rank_zero_warn(f"{path} is loaded with weights_only=false: code in it would be run.")
@@ -75,13 +66,18 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
 
 
 def verify(path: Path) -> CheckpointSummary:
-    """Read all of a checkpoint, compare it with its checksums, and return its summary.
+    """Summary of a checkpoint, all of which is read and compared with its checksums.
 
     Raises:
         DamagedCheckpointError: if it is truncated or changed.
     """
     if path.is_dir():
-        return _verify_folder(path)
+        for name, sha256 in _read_manifest(path)["files"].items():
+            if not (path / name).is_file():
+                raise DamagedCheckpointError(f"its file {name} is missing")
+            if _sha256(path / name) != sha256:
+                raise DamagedCheckpointError(f"its file {name} does not have the checksum that was written with it")
+        return read_summary(path)
     with path.open("rb") as file:
         try:
             archive = zipfile.ZipFile(file)
@@ -95,13 +91,9 @@ def verify(path: Path) -> CheckpointSummary:
 
 
 def read_summary(path: Path) -> CheckpointSummary:
-    """Summary of a file or folder; the tensors are neither read nor verified.
-
-    Raises:
-        DamagedCheckpointError: if it cannot be read.
-    """
+    """Summary of a file or folder; the tensors are neither read nor verified."""
     if path.is_dir():
-        return _read_manifest(path)[0]
+        return CheckpointSummary(global_step=_read_manifest(path)["global_step"], is_resumable=True)
     try:
         content = torch.load(path, map_location="meta", mmap=True, weights_only=True)
     except UnpicklingError:  # more than tensors and plain values
@@ -115,54 +107,37 @@ def read_summary(path: Path) -> CheckpointSummary:
     return CheckpointSummary(global_step=content.get("global_step"), is_resumable="optimizer_states" in content)
 
 
-def _verify_folder(folder: Path) -> CheckpointSummary:
-    summary, files = _read_manifest(folder)
-    for name, sha256 in files.items():
-        if not (folder / name).is_file():
-            raise DamagedCheckpointError(f"its file {name} is missing")
-        if _sha256(folder / name) != sha256:
-            raise DamagedCheckpointError(f"its file {name} does not have the checksum that was written with it")
-    return summary
-
-
-def _read_manifest(folder: Path) -> tuple[CheckpointSummary, dict[str, str]]:
-    """Summary of a folder and the checksums of its files; no checksums for a complete one without a manifest."""
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """`global_step` of a folder and the checksums of its `files`; neither for a complete one without a manifest."""
     manifest = folder / MANIFEST
     if manifest.is_file():
         try:
             content = json.loads(manifest.read_text(encoding="utf-8"))
-            summary = CheckpointSummary(global_step=int(content["global_step"]), is_resumable=True)
-            return summary, dict(content["files"])
+            return {"global_step": int(content["global_step"]), "files": dict(content["files"])}
         except (ValueError, KeyError, TypeError) as error:
             raise DamagedCheckpointError(f"its {MANIFEST} cannot be read ({error})") from error
     if not ((folder / ".metadata").is_file() and (folder / "meta.pt").is_file()):
         raise DamagedCheckpointError("it is a folder that was not completed")
-    return CheckpointSummary(global_step=None, is_resumable=True), {}
+    return {"global_step": None, "files": {}}
 
 
 def move_folder(written: Path, path: Path, global_step: int) -> None:
-    """Give a complete checkpoint of sharded weights a list of checksums, and then its name; one that has the name is
-    replaced."""
+    """Give a complete checkpoint of sharded weights a list of checksums, and then its name."""
     if written.is_dir():
         files = {}
-        for file in sorted(file for file in written.rglob("*") if file.is_file()):
+        for file in sorted(filter(Path.is_file, written.rglob("*"))):
             files[str(file.relative_to(written))] = _sha256(file)
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+            sync(file)
         write_whole(written / MANIFEST, json.dumps({"global_step": global_step, "files": files}, indent=1).encode())
     if path.is_dir():
         shutil.rmtree(path)
     os.replace(written, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _is_remote(path: Any) -> bool:
-    return "://" in str(path)
 
 
 def checkpoint_file(folder: Path, global_step: int) -> Path:
@@ -172,16 +147,8 @@ def checkpoint_file(folder: Path, global_step: int) -> Path:
 
 def checkpoints(folder: Path) -> list[Path]:
     """All checkpoints in a folder, the one of the highest optimizer step first."""
-    paths = [path for path in folder.glob("*.ckpt") if not path.name.startswith(".")] if folder.is_dir() else []
-    return sorted(paths, key=lambda path: (step_of(path), _modified(path)), reverse=True)
-
-
-def _modified(path: Path) -> float:
-    """Time of the last change; 0 if the file has been removed meanwhile, by a live run."""
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
+    paths = [path for path in folder.glob("*.ckpt") if not path.name.startswith(".")]
+    return sorted(paths, key=lambda path: (step_of(path), path.name), reverse=True)
 
 
 def step_of(path: Path) -> float:
@@ -191,26 +158,19 @@ def step_of(path: Path) -> float:
     try:
         step = read_summary(path).global_step
     except (DamagedCheckpointError, OSError):
-        return float("inf")
+        step = None
     return float("inf") if step is None else step
 
 
 def newest_good(folder: Path, on_damaged: Callable[[str], None]) -> Path | None:
-    """The checkpoint of the highest optimizer step that is what was written and can be resumed.
-
-    Args:
-        folder: Folder of checkpoints.
-        on_damaged: Called with a sentence on each one that was passed over because it is damaged.
-    """
+    """The resumable checkpoint of the highest optimizer step that is good; `on_damaged` is told of the damaged ones."""
     for path in checkpoints(folder):
         try:
-            summary = verify(path)
+            if verify(path).is_resumable:
+                return path
         except (DamagedCheckpointError, OSError) as error:
             if path.exists():  # else a live run has removed it meanwhile
                 on_damaged(f"{path} is damaged and not used: {error}.")
-            continue
-        if summary.is_resumable:
-            return path
     return None
 
 

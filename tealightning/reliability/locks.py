@@ -8,10 +8,10 @@ import socket
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import lightning.pytorch as pl
 
@@ -20,24 +20,15 @@ from tealightning.reliability.files import run_folder
 
 LOCK_FILE = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+_CHOOSING_SECONDS = 60.0  # for runs that start at once to choose their folders, all together
 
 
 @contextmanager
 def locked(folder: Path, message: str, *, wait_seconds: float = 0.0, name: str = LOCK_FILE) -> Iterator[None]:
-    """Hold a folder, made if it is missing, alone while the context lasts and this process lives.
+    """Hold a folder, made if it is missing, alone while the context lasts and this process lives; the file `name` in it
+    says who does. If another process still holds it after `wait_seconds`, a UserError says `message` and who it is.
 
-    The kernel gives the lock back when the process ends, however it ends, so a lock is never left over; the file stays.
-    On a file system without locks (some network mounts) there is a warning instead.
-
-    Args:
-        folder: Folder to hold; the lock is a file in it, which says who holds it.
-        message: Text of the error.
-        wait_seconds: How long another process is waited for, one that is just ending for instance.
-        name: Name of the file.
-
-    Raises:
-        UserError: with `message` and who it is, if another process holds it.
-        OSError: if the folder cannot be made or written.
+    The kernel gives the lock back however the process ends. A file system without locks is warned about.
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + wait_seconds
@@ -45,7 +36,7 @@ def locked(folder: Path, message: str, *, wait_seconds: float = 0.0, name: str =
     with open(os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8") as file:
         while not _try(file, folder):
             if time.monotonic() >= deadline:
-                raise UserError(f"{message}{_holder(file)}") from None
+                raise UserError(f"{message}{_holder(file)}")
             time.sleep(0.2)
         # The first write to the folder, so that a full disk is noticed here.
         started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -75,36 +66,25 @@ def _try(file: IO[str], folder: Path) -> bool:
 
 
 def _holder(file: IO[str]) -> str:
-    """` It is process 123 on host, since ...`; empty where the file does not say."""
+    """` It is process 123 on host, since ...`; empty while the other one writes that."""
     try:
-        holder: Any = json.loads(file.read())
-        pid, host, started = holder["pid"], holder["host"], holder["started"]
-    except (ValueError, KeyError, TypeError):
+        holder = json.loads(file.read())
+    except ValueError:
         return ""
-    text = f" It is process {pid} on {host}, since {started}."
-    if host == socket.gethostname() and not Path("/proc", str(pid)).exists() and Path("/proc/self").exists():
+    text = f" It is process {holder['pid']} on {holder['host']}, since {holder['started']}."
+    is_here = holder["host"] == socket.gethostname() and Path("/proc/self").exists()
+    if is_here and not Path("/proc", str(holder["pid"])).exists():
         text += " That process has ended, and one that it started still holds the folder."
     return text
 
 
-CHOOSING_SECONDS = 60.0
-"""How long runs that start at once may take to choose their folders, all together."""
-
-
 @contextmanager
 def claimed_run_folder(trainer: pl.Trainer, *, is_resumed: bool) -> Iterator[None]:
-    """Hold the folder that the trainer's run writes into, while the context lasts.
+    """Hold the folder that the trainer's run writes into, while the context lasts; a UserError is raised if it is
+    another run's, or cannot be written. A run that `is_resumed` may write where another one wrote that has ended.
 
     Runs that start at once and number their folders themselves get different ones. Ranks but the first hold nothing:
-    under `torchrun` they are processes of the same run. A trial run (`fast_dev_run`), or one that keeps nothing, has no
-    folder to hold.
-
-    Args:
-        trainer: Built, and not running yet.
-        is_resumed: Whether the run goes on from a checkpoint and may write where the other run wrote.
-
-    Raises:
-        UserError: if the folder is another run's, one that lives or one that has ended, or cannot be written.
+    under `torchrun` they are processes of the same run.
     """
     keeps_something = trainer.loggers or trainer.checkpoint_callbacks
     if not trainer.is_global_zero or trainer.fast_dev_run or not keeps_something:  # type: ignore[attr-defined]
@@ -112,7 +92,10 @@ def claimed_run_folder(trainer: pl.Trainer, *, is_resumed: bool) -> Iterator[Non
         return
     with ExitStack() as held:
         try:
-            with _choosing(trainer):
+            root = getattr(trainer.logger, "root_dir", None)
+            busy = f"Other runs have been choosing their folders in {root} for {_CHOOSING_SECONDS:.0f} s."
+            choosing = locked(Path(root or "."), busy, wait_seconds=_CHOOSING_SECONDS, name=".versions.lock")
+            with choosing if root else nullcontext():  # until the next free number has a folder
                 folder = run_folder(trainer)
                 in_use = f"{folder} is in use by a run. Wait until it ends, or let trainer.logger write elsewhere."
                 held.enter_context(locked(folder, in_use))
@@ -133,27 +116,9 @@ def refuse_other_runs(config: Path) -> None:
 
 
 def refuse_live_run(folder: Path, own: Path) -> None:
-    """Raise a UserError if another process writes into a run's folder: a live run is not to be gone on with.
-
-    Args:
-        folder: Folder of the run.
-        own: Folder that this process holds already.
-    """
+    """Raise a UserError if another process than this one, which holds `own`, writes into the folder of a run."""
     if folder.resolve() == own.resolve() or not (folder / LOCK_FILE).exists():
         return
     advice = f"{folder} is of a run that still goes on. Wait until it ends, or name a checkpoint to branch off from it."
     with locked(folder, f"--ckpt_path last: {advice}"):
         pass
-
-
-def _choosing(trainer: pl.Trainer) -> AbstractContextManager[None]:
-    """Be the only one that looks for the next free number and makes its folder."""
-    root = getattr(trainer.logger, "root_dir", None)
-    if root is None:
-        return nullcontext()
-    return locked(
-        Path(root),
-        f"Other runs have been choosing their folders in {root} for {CHOOSING_SECONDS:.0f} s.",
-        wait_seconds=CHOOSING_SECONDS,
-        name=".versions.lock",
-    )

@@ -6,12 +6,11 @@ parent is gone, or on SIGTERM.
 """
 
 import os
+import select
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +24,7 @@ _TAIL_LINES = 25
 class ChildProcess:
     """Runs a command that ends, with all that it started, on `close` and when this process ends, even by SIGKILL.
 
-    Args:
-        command: Program and arguments.
-        grace_seconds: Time between SIGTERM and SIGKILL when it is ended; 0 = SIGKILL at once.
-        popen_args: Further arguments of `subprocess.Popen`; file descriptors of `pass_fds` reach the command.
+    Between SIGTERM and SIGKILL it has `grace_seconds`; 0 = SIGKILL at once. File descriptors of `pass_fds` reach it.
     """
 
     def __init__(self, command: Sequence[str], *, grace_seconds: float, **popen_args: Any) -> None:
@@ -58,13 +54,7 @@ class ChildProcess:
 
 
 class LocalServer(ChildProcess):
-    """A server process with a log file.
-
-    Args:
-        command: Program and arguments.
-        environment: All of its environment variables.
-        log_file: Where its output goes; None = a temporary file, removed by `close`.
-    """
+    """A server process whose output goes to a log file, by default a temporary one that `close` removes."""
 
     def __init__(self, command: Sequence[str], environment: dict[str, str], log_file: Path | None = None) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="tealightning-server-")
@@ -82,51 +72,39 @@ class LocalServer(ChildProcess):
         self._temporary.cleanup()
 
 
-def free_port() -> int:
-    """A port of the loopback interface that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 # ---------------------------------------------------------------- the supervisor
 
 
 def supervise(grace_seconds: float, command: Sequence[str]) -> int:
     """Run `command` until it ends or has to; its exit code, or 128 + the number of the signal that ended it."""
-    reasons_to_end: list[str] = []  # not an Event: a signal handler that sets one can wait for its own thread for ever
-    signal.signal(signal.SIGTERM, lambda *_: reasons_to_end.append("SIGTERM"))
+    signals: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, close_fds=False)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the parent is to notice when the command closes the other end
-    threading.Thread(target=_wait_for_end_of_stdin, args=(reasons_to_end,), daemon=True).start()
-    while child.poll() is None and not reasons_to_end:
-        time.sleep(_POLL_SECONDS)
+    while child.poll() is None and not signals:
+        stdin_is_ready, _, _ = select.select([0], [], [], _POLL_SECONDS)
+        if stdin_is_ready and not os.read(0, 4096):
+            break
     # Also what a command that was killed has left behind: Python's resource tracker needs a moment, in which it removes
     # their shared memory.
     deadline = time.monotonic() + grace_seconds
-    is_left = grace_seconds > 0 and _signal_group(child.pid, signal.SIGTERM)
-    while is_left and time.monotonic() < deadline:
+    if grace_seconds > 0:
+        _signal_group(child.pid, signal.SIGTERM)
+    while time.monotonic() < deadline and _signal_group(child.pid, 0):
         time.sleep(_POLL_SECONDS)
         child.poll()  # a process that has ended belongs to its group until it is waited for
-        is_left = _signal_group(child.pid, 0)
     _signal_group(child.pid, signal.SIGKILL)
     code = child.wait()
     return code if code >= 0 else 128 - code
-
-
-def _wait_for_end_of_stdin(reasons_to_end: list[str]) -> None:
-    while os.read(0, 4096):
-        pass
-    reasons_to_end.append("stdin closed")
 
 
 def _signal_group(group: int, number: int) -> bool:
     """Whether there is a process in the group; signal 0 only asks."""
     try:
         os.killpg(group, number)
+        return True
     except ProcessLookupError:
         return False
-    return True
 
 
 if __name__ == "__main__":

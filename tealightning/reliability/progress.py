@@ -1,79 +1,69 @@
 """Per-thread activity, used to detect hangs and to label errors.
 
-Code that may take long says so, `with during(Activity.SYNCING): ...`; the watchdog reads `current()`. What it watches
-is the time without progress: it starts anew with `beat()` and whenever an activity inside another begins or ends.
+Code that may take long says so, `with during(Activity.SYNCING): ...`. The watchdog limits the time without progress: it
+starts anew with `beat()` and whenever an activity, also one inside another, begins or ends.
 """
 
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import StrEnum
 from functools import wraps
 
 
 class Activity(StrEnum):
-    """What a run does, in words."""
+    """What a run does, in words, and the setting of `deadlines` that limits it."""
 
-    LOADING = "loading the models and the data"
-    STARTING = "starting the engine"
-    SYNCING = "syncing weights"
-    GENERATING = "generating"
-    SCORING = "scoring"
-    TRAINING = "training (forward, backward, optimizer step)"
-    SAVING = "saving a checkpoint"
-    OTHER = "working between steps (data, logging, metrics, callbacks)"
-    CLOSING = "ending after an error"
+    LOADING = "loading the models and the data", "load_seconds"
+    STARTING = "starting the engine", "start_seconds"
+    SYNCING = "syncing weights", "sync_seconds"
+    GENERATING = "generating", "generate_seconds"
+    SCORING = "scoring", "score_seconds"
+    TRAINING = "training (forward, backward, optimizer step)", "train_seconds"
+    SAVING = "saving a checkpoint", "save_seconds"
+    OTHER = "working between steps (data, logging, metrics, callbacks)", "other_seconds"
+    CLOSING = "ending after an error", "exit_seconds"
+
+    setting: str
+
+    def __new__(cls, words: str, setting: str) -> "Activity":
+        activity = str.__new__(cls, words)
+        activity._value_, activity.setting = words, setting
+        return activity
 
 
-@dataclass(kw_only=True, slots=True, frozen=True)
-class ThreadProgress:
-    """What one thread does."""
-
-    activity: Activity
-    seconds: float  # without progress
-
-
-_NOTE = "It happened while"
+_Stack = list[Activity | None]  # what a thread does outside of `during`, then the nested activities
 _LOCK = threading.Lock()
-_STACKS: dict[int, list[Activity]] = {}  # by thread, the innermost activity last
-_DEFAULTS: dict[int, Activity] = {}  # by thread, what it does when its stack is empty
+_STACKS: dict[int, _Stack] = {}  # by thread
 _BEATS: dict[int, float] = {}  # by thread, time of the last progress
-_listener: Callable[[], None] | None = None
+on_change: Callable[[], None] | None = None  # called by every thread that changes its activity
 
 
 @contextmanager
 def during(activity: Activity) -> Iterator[None]:
     """Mark the time inside as spent on an activity, by this thread. What is raised inside gets a note that says so."""
     me = threading.get_ident()
-    with _LOCK:
-        _STACKS.setdefault(me, []).append(activity)
-        _BEATS[me] = time.monotonic()
+    _change(me, lambda stack: [*stack, activity])
     try:
-        _call_listener()
         yield
     except Exception as error:
-        if not any(note.startswith(_NOTE) for note in getattr(error, "__notes__", ())):
+        if activity_of(error) is None:
             error.add_note(note_of(activity))
         raise
     finally:
-        with _LOCK:
-            _STACKS[me].pop()
-            _BEATS[me] = time.monotonic()
-            _forget_if_idle(me)
-        _call_listener()
+        _change(me, lambda stack: stack[:-1])
 
 
 def note_of(activity: Activity) -> str:
     """The note on an error that was raised during an activity."""
-    return f"{_NOTE} {activity}."
+    return f"It happened while {activity}."
 
 
 def activity_of(error: BaseException) -> Activity | None:
-    """The activity that the notes on an error tell."""
-    activities = {note_of(activity): activity for activity in Activity}
-    return next((activities[note] for note in getattr(error, "__notes__", ()) if note in activities), None)
+    """The activity in the notes on an error."""
+    notes = getattr(error, "__notes__", ())
+    return next((activity for activity in Activity if note_of(activity) in notes), None)
 
 
 def beat() -> None:
@@ -85,69 +75,40 @@ def beat() -> None:
 
 
 def set_default(activity: Activity | None, thread: int | None = None) -> None:
-    """Set what a thread, by default this one, does from here on outside of `during`; None = nothing. This is progress.
-
-    For what begins in one function and ends in another.
-    """
-    thread = threading.get_ident() if thread is None else thread
-    with _LOCK:
-        _BEATS[thread] = time.monotonic()
-        if activity is not None:
-            _DEFAULTS[thread] = activity
-        else:
-            _DEFAULTS.pop(thread, None)
-            _forget_if_idle(thread)
-    _call_listener()
+    """Set what a thread, by default this one, does from here on outside of `during`; None = nothing."""
+    _change(threading.get_ident() if thread is None else thread, lambda stack: [activity, *stack[1:]])
 
 
-def current() -> dict[int, ThreadProgress]:
-    """What the threads that are at an activity do, by their identifier."""
+def current() -> dict[int, tuple[Activity, float]]:
+    """What the threads that are at an activity do, and for how many seconds without progress, by their identifier."""
     now = time.monotonic()
     with _LOCK:
-        return {
-            thread: ThreadProgress(
-                activity=_STACKS[thread][-1] if thread in _STACKS else _DEFAULTS[thread], seconds=now - at
-            )
-            for thread, at in _BEATS.items()
-        }
+        return {thread: (stack[-1] or Activity.OTHER, now - _BEATS[thread]) for thread, stack in _STACKS.items()}
 
 
-def set_listener(listener: Callable[[], None] | None) -> None:
-    """Have every thread that changes its activity call `listener`, in the place of the one before; None = nobody."""
-    global _listener
-    _listener = listener
+def _change(thread: int, change: Callable[[_Stack], _Stack]) -> None:
+    with _LOCK:
+        _STACKS[thread], _BEATS[thread] = change(_STACKS.get(thread, [None])), time.monotonic()
+        if _STACKS[thread] == [None]:
+            del _STACKS[thread], _BEATS[thread]
+    if on_change is not None:
+        on_change()
 
 
-def _call_listener() -> None:
-    if (listener := _listener) is not None:
-        listener()
-
-
-def _forget_if_idle(thread: int) -> None:
-    if not _STACKS.get(thread, True):
-        del _STACKS[thread]
-    if thread not in _STACKS and thread not in _DEFAULTS:
-        del _BEATS[thread]
-
-
-_is_process_ending = False
+is_process_ending = threading.Event()  # an entry point that owns the process has returned or raised
 
 
 def owns_process(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorator of a command's entry point: where it is called without arguments, the process ends with it, and may be
-    killed if it does not. A program that calls this package is its own master."""
+    """Decorator of a command's entry point: called without arguments it is the process's own, which then ends with it
+    and may be killed if it does not."""
 
     @wraps(main)
     def entry_point(*args: object) -> None:
-        global _is_process_ending
+        is_process_ending.clear()
         try:
             main(*args)
         finally:
-            _is_process_ending = not args
+            if not args:
+                is_process_ending.set()
 
     return entry_point
-
-
-def is_process_ending() -> bool:
-    """Whether an entry point that owns the process has returned or raised."""
-    return _is_process_ending

@@ -2,15 +2,13 @@
 
 import random
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-T = TypeVar("T")
 RANKS = "tealightning_ranks"
 """Key in a checkpoint: the state of each rank, a list."""
 
@@ -38,15 +36,16 @@ def set_random_state(state: dict[str, Any]) -> None:
             torch.cuda.set_rng_state(stream, device)
 
 
-@runtime_checkable
-class HasRankState(Protocol):
-    """A callback with a state that differs between ranks; of `state_dict` a checkpoint holds rank 0's alone."""
+def callbacks_with_rank_state(trainer: Any) -> list[Any]:
+    """Callbacks whose state differs between ranks (`rank_state_dict`, `load_rank_state_dict`): of `state_dict` a
+    checkpoint holds rank 0's alone."""
+    return [callback for callback in trainer.callbacks if hasattr(callback, "rank_state_dict")]
 
-    state_key: str
 
-    def rank_state_dict(self, *, of_step_under_way: bool = False, wait: bool = True) -> dict[str, Any]: ...
-
-    def load_rank_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+def rank_state(trainer: pl.Trainer, **options: bool) -> dict[str, Any]:
+    callbacks = callbacks_with_rank_state(trainer)
+    states = {callback.state_key: callback.rank_state_dict(**options) for callback in callbacks}
+    return {"random": random_state(), "callbacks": {key: state for key, state in states.items() if state}}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,36 +54,39 @@ class StepSnapshot:
     until the next optimizer step begins."""
 
     global_step: int  # optimizer steps
-    batches: int  # training batches whose step was completed
+    batches: int  # training batches, over all epochs, whose `training_step` has returned
     loops: dict[str, Any]  # of Lightning's fit loop, with the position in the order of prompts
     callbacks: dict[str, dict[str, Any]]  # by state key
     datamodule: dict[str, Any]
     ranks: list[dict[str, Any]]  # random streams of every rank, and the states that its callbacks keep of their own
 
-    def put_into(self, checkpoint: dict[str, Any], datamodule: Any) -> None:
-        """Replace what the checkpoint says of a later moment, such as one in the middle of a step."""
-        checkpoint["loops"]["fit_loop"] = self.loops
-        checkpoint["callbacks"] = self.callbacks
-        checkpoint[RANKS] = self.ranks
-        if self.datamodule:
-            checkpoint[type(datamodule).__qualname__] = self.datamodule
-
 
 def take_snapshot(trainer: pl.Trainer, ranks: list[dict[str, Any]]) -> StepSnapshot:
-    """Snapshot of the trainer as it is now, after a step."""
     states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}  # type: ignore[attr-defined]
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
-    loops = detached(trainer.fit_loop.state_dict())
+    loops = _detached(trainer.fit_loop.state_dict())
     validation = loops["epoch_loop.val_loop.batch_progress"]["total"]
     validation |= dict.fromkeys(("ready", "started", "processed"), validation["completed"])  # none is under way
     return StepSnapshot(
         global_step=trainer.global_step,
-        batches=completed_batches(trainer),
+        batches=_batches(trainer)["processed"],
         loops=loops,
-        callbacks=detached({key: state for key, state in states.items() if state}),
-        datamodule=detached(datamodule.state_dict()) if datamodule is not None else {},
+        callbacks=_detached({key: state for key, state in states.items() if state}),
+        datamodule=_detached(datamodule.state_dict()) if datamodule is not None else {},
         ranks=ranks,
     )
+
+
+def _batches(trainer: pl.Trainer) -> dict[str, int]:
+    """Training batches, over all epochs: `ready` to be trained on, and `processed`, whose `training_step` returned."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.state_dict()
+
+
+def _detached(value: Any) -> Any:
+    """Copy of nested dictionaries and lists; what is in them is the same."""
+    if type(value) is dict:
+        return {key: _detached(inner) for key, inner in value.items()}
+    return [_detached(inner) for inner in value] if type(value) is list else value
 
 
 class CannotSaveError(Exception):
@@ -94,33 +96,27 @@ class CannotSaveError(Exception):
 def snapshot_after_error(last: StepSnapshot | None, *, is_moving: bool, trainer: pl.Trainer) -> StepSnapshot:
     """The snapshot that weights and optimizer still belong to when a run fails. Waits for no other rank.
 
-    Args:
-        last: The newest one that was taken.
-        is_moving: Whether an optimizer step has begun since then.
-        trainer: The trainer, which handles an exception.
-
-    Raises:
-        CannotSaveError: if there is none.
+    `last` is the newest one that was taken, `is_moving` whether an optimizer step has begun since then; a
+    CannotSaveError is raised if there is none.
     """
-    if is_in_a_step(trainer):
-        if is_moving:
-            raise CannotSaveError("the weights are in the middle of a step")
-        if last is None:
-            raise CannotSaveError("no step was completed since the start")
-        return _with_own_state(last, trainer, random=False, of_step_under_way=True)
-    if last is not None and last.batches == completed_batches(trainer):
-        return _with_own_state(last, trainer, random=False, wait=False)
-    if completed_batches(trainer) == 0 or not is_moving:
+    processed = _batches(trainer)["processed"]
+    is_in_a_step = _batches(trainer)["ready"] != processed
+    if is_in_a_step and is_moving:
+        raise CannotSaveError("the weights are in the middle of a step")
+    if last is not None and (is_in_a_step or last.batches == processed):
+        callbacks = rank_state(trainer, of_step_under_way=is_in_a_step, wait=is_in_a_step)["callbacks"]
+        return _with_rank(last, trainer, last.ranks[trainer.global_rank] | {"callbacks": callbacks})
+    if is_in_a_step or processed == 0 or not is_moving:
         raise CannotSaveError("no step was completed since the start")
     # The step is done, and a callback failed after it.
     ranks = last.ranks if last is not None else [{}] * trainer.world_size
-    return _with_own_state(take_snapshot(trainer, ranks), trainer, random=True, wait=False)
+    return _with_rank(take_snapshot(trainer, ranks), trainer, rank_state(trainer, wait=False))
 
 
-def _with_own_state(snapshot: StepSnapshot, trainer: pl.Trainer, *, random: bool, **options: bool) -> StepSnapshot:
-    """With what callbacks of this rank keep of their own, and, if `random`, its random streams as they are now."""
-    mine, ranks = rank_state(trainer, **options), list(snapshot.ranks)
-    ranks[trainer.global_rank] = mine if random else ranks[trainer.global_rank] | {"callbacks": mine["callbacks"]}
+def _with_rank(snapshot: StepSnapshot, trainer: pl.Trainer, state: dict[str, Any]) -> StepSnapshot:
+    """With the state of this rank, and of none if those of others are unknown."""
+    ranks = list(snapshot.ranks)
+    ranks[trainer.global_rank] = state
     return replace(snapshot, ranks=ranks if all(ranks) else [])
 
 
@@ -141,36 +137,19 @@ def mark_after_epoch(snapshot: StepSnapshot, trainer: pl.Trainer) -> None:
     batches |= {"current": dict.fromkeys(batches["current"], 0), "is_last_batch": False}
     validation = loops["epoch_loop.val_loop.batch_progress"]
     validation["total"] = dict.fromkeys(validation["total"], 0)
-    if _takes_the_start_for_a_validation(trainer, epoch["current"]["processed"], snapshot.batches):
-        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # it will be counted up once without a batch
-
-
-def _takes_the_start_for_a_validation(trainer: pl.Trainer, epoch: int, batches: int) -> bool:
-    """Whether a resumed run, before its first batch, finds that a validation is due, which it then skips."""
-    every = trainer.check_val_every_n_epoch
     if not trainer.enable_validation or trainer.val_check_batch is None:
-        return False
-    return batches % trainer.val_check_batch == 0 if every is None else (epoch + 1) % every == 0
-
-
-def completed_batches(trainer: pl.Trainer) -> int:
-    """Training batches, over all epochs, whose `training_step` has returned."""
-    return _batches(trainer)["processed"]
+        return
+    every = trainer.check_val_every_n_epoch
+    by_batches = every is None and snapshot.batches % trainer.val_check_batch == 0
+    if by_batches or (every is not None and (epoch["current"]["processed"] + 1) % every == 0):
+        # A resumed run will find, before its first batch, that a validation is due, skip it, and count a batch.
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
 
 def has_finite_weights(module: torch.nn.Module) -> bool:
-    """Whether all weights are numbers; of sharded ones those of this rank."""
+    """Whether all weights are finite; of sharded ones those of this rank."""
     shares = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
     return all(bool(torch.isfinite(share).all()) for share in shares)
-
-
-def is_in_a_step(trainer: pl.Trainer) -> bool:
-    """Whether a training batch was taken whose `training_step` has not returned."""
-    return _batches(trainer)["ready"] != _batches(trainer)["processed"]
-
-
-def _batches(trainer: pl.Trainer) -> dict[str, int]:
-    return trainer.fit_loop.epoch_loop.batch_progress.total.state_dict()
 
 
 def is_ending(trainer: pl.Trainer) -> bool:
@@ -186,26 +165,3 @@ def will_validate(trainer: pl.Trainer) -> bool:
     batches = trainer.num_val_batches
     number = sum(batches) if isinstance(batches, list) else batches
     return number > 0 and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
-
-
-def rank_state(trainer: pl.Trainer, **options: bool) -> dict[str, Any]:
-    """State of this rank: its random streams, and what callbacks keep of their own."""
-    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, HasRankState)]  # type: ignore[attr-defined]
-    states = {callback.state_key: callback.rank_state_dict(**options) for callback in callbacks}
-    return {"random": random_state(), "callbacks": {key: state for key, state in states.items() if state}}
-
-
-def over_ranks(mine: T) -> list[T]:
-    """What every rank has; a call of all ranks."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [mine]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
-
-
-def detached(value: Any) -> Any:
-    """Copy of nested dictionaries and lists; what is in them is the same."""
-    if type(value) is dict:
-        return {key: detached(inner) for key, inner in value.items()}
-    return [detached(inner) for inner in value] if type(value) is list else value

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from torch import Tensor
 
 from tealightning.checks import check_choice, check_integer, check_positive
 from tealightning.errors import MissingPackageError, UserError
 from tealightning.registry import register
-from tealightning.reliability.processes import LocalServer, free_port
-from tealightning.reliability.rank_zero import is_rank_zero, on_rank_zero
+from tealightning.reliability.processes import LocalServer
+from tealightning.reliability.ranks import is_rank_zero, on_rank_zero
 from tealightning.rollouts import generation_request as request
 from tealightning.rollouts import vllm_client as http
 from tealightning.rollouts.base import EngineContext, RolloutEngine, TokenIds
@@ -226,7 +227,7 @@ class VLLMServerEngine(RolloutEngine):
             )
         if self.log_file is not None and not self.log_file.absolute().parent.is_dir():
             raise UserError(f"rollout.engine.log_file: the folder of {self.log_file} does not exist.")
-        port, nccl = free_port(), self.weight_transfer == "nccl"
+        port, nccl = find_free_network_port(), self.weight_transfer == "nccl"
         command = serve_command(context, port=port, dtype=self.dtype, nccl=nccl, serve_args=self.serve_args)
         key = http.api_key_from(self.api_key_env)
         environment = serve_environment(context, api_key=key, serve_env=self.serve_env)

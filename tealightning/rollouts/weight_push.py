@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tealightning.errors import UserError
-from tealightning.reliability.processes import free_port
 from tealightning.rollouts.vllm import nccl_sender
 from tealightning.rollouts.vllm_client import VLLMClient, is_local
 
@@ -107,7 +107,11 @@ class NCCLPush:
             if self._sender is None:
                 world_size = 1 + client.world_size()
                 self._sender = nccl_sender(
-                    client, lambda: self._weights, host=self.host, port=free_port(), world_size=world_size
+                    client,
+                    lambda: self._weights,
+                    host=self.host,
+                    port=find_free_network_port(),
+                    world_size=world_size,
                 )
             self._sender.send_weights()
         self._weights = []

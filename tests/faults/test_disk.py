@@ -25,8 +25,7 @@ from tealightning.callbacks import EvaluationRecord
 from tealightning.estimators import optimal_tea
 from tealightning.reliability.checkpoint import ResumableCheckpoint
 from tealightning.reliability.checkpoint_files import VerifiedCheckpointIO, checkpoints, newest_good, step_of, verify
-from tealightning.reliability.files import append_lines
-from tealightning.reliability.logger import DurableCSVLogger, MetricsWriter
+from tealightning.reliability.files import DurableCSVLogger, MetricsWriter, append_lines
 from tealightning.types import Evaluation
 from tealightning.worlds import StylesConfig
 from tealightning.worlds.folder import build_folder, load_playground

@@ -12,7 +12,6 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 import tealightning.reliability.files
 from tealightning.reliability.files import (
     append_lines,
-    cut_half_line,
     going_on_without,
     run_folder,
     whole_folder,
@@ -36,7 +35,7 @@ def test_half_line_of_a_killed_process_is_cut(tmp_path, content, kept):
     append_lines(file, "next\n")
     assert file.read_text() == kept + "next\n"
     file.write_text(content)
-    cut_half_line(file)
+    append_lines(file, "")
     assert file.read_text() == kept
 
 

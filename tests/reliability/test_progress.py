@@ -13,7 +13,6 @@ from tealightning.reliability.progress import (
     is_process_ending,
     owns_process,
     set_default,
-    set_listener,
 )
 
 ME = threading.get_ident
@@ -30,15 +29,15 @@ def test_the_innermost_activity_counts_and_the_one_around_it_starts_anew(monkeyp
     monkeypatch.setattr("tealightning.reliability.progress.time.monotonic", lambda: clock[0])
     with during(Activity.TRAINING):
         clock[0] += 5
-        assert (current()[ME()].activity, current()[ME()].seconds) == (Activity.TRAINING, 5.0)
+        assert current()[ME()] == (Activity.TRAINING, 5.0)
         with during(Activity.SCORING):
             clock[0] += 2
-            assert (current()[ME()].activity, current()[ME()].seconds) == (Activity.SCORING, 2.0)
-        assert (current()[ME()].activity, current()[ME()].seconds) == (Activity.TRAINING, 0.0)
+            assert current()[ME()] == (Activity.SCORING, 2.0)
+        assert current()[ME()] == (Activity.TRAINING, 0.0)
         clock[0] += 3
         beat()
         clock[0] += 1
-        assert current()[ME()].seconds == 1.0
+        assert current()[ME()][1] == 1.0
     assert ME() not in current()
 
 
@@ -46,8 +45,8 @@ def test_the_default_is_what_is_left_outside_of_activities():
     set_default(Activity.OTHER)
     with during(Activity.SYNCING):
         set_default(Activity.TRAINING)
-        assert current()[ME()].activity == Activity.SYNCING
-    assert current()[ME()].activity == Activity.TRAINING
+        assert current()[ME()][0] == Activity.SYNCING
+    assert current()[ME()][0] == Activity.TRAINING
     set_default(None)
     assert ME() not in current()
 
@@ -73,18 +72,15 @@ def test_threads_are_kept_apart_and_leave_nothing():
     thread.start()
     assert inside.wait(30)
     with during(Activity.SYNCING):
-        assert {doing.activity for doing in current().values()} == {Activity.GENERATING, Activity.SYNCING}
+        assert {activity for activity, _ in current().values()} == {Activity.GENERATING, Activity.SYNCING}
     go.set()
     thread.join(30)
     assert not current()
 
 
-def test_the_listener_is_called_by_the_thread_that_changes():
+def test_a_thread_that_changes_its_activity_says_so(monkeypatch):
     told = []
-    set_listener(lambda: told.append(threading.get_ident()))
-    with during(Activity.SAVING):
-        pass
-    set_listener(None)
+    monkeypatch.setattr("tealightning.reliability.progress.on_change", lambda: told.append(threading.get_ident()))
     with during(Activity.SAVING):
         pass
     assert told == [ME(), ME()]
@@ -97,9 +93,9 @@ def test_a_process_ends_with_its_entry_point_and_not_with_a_call_of_it():
             raise SystemExit(2)
 
     main(["fit"])
-    assert not is_process_ending()
+    assert not is_process_ending.is_set()
     with pytest.raises(SystemExit):
         main()
-    assert is_process_ending()
+    assert is_process_ending.is_set()
     main(["fit"])  # another command in the same process, which goes on
-    assert not is_process_ending()
+    assert not is_process_ending.is_set()

@@ -24,15 +24,14 @@ WATCHED = {
     "rewards/user_function.py: pool.submit(asyncio.run, values).result()": "in Activity.SCORING, or in a worker",
     "rewards/function.py: self._channel.recv()": "a timer kills the worker, which closes the pipe",
     "rewards/user_function.py: channel.recv()": "a worker waits for its parent, whose end closes the pipe",
-    "reporting/provenance.py: "
-    "subprocess.run(['git', '-C', str(folder), 'describe', '--always', '--dirty', '--abbrev=9', '--exclude=*'], "
-    "capture_output=True, text=True, check=False)": "reads the package's own checkout, and is no part of a run",
+    "reporting/provenance.py: subprocess.run(command, capture_output=True, text=True, check=False)": "reads the "
+    "package's own checkout, and is no part of a run",
     "rollouts/prefetch.py: self.wait()": "in Activity.GENERATING, or while a checkpoint is saved",
     "rollouts/prefetch.py: task.result()": "of a thread that has ended",
     "rollouts/collector.py: pending[p].result()": "in Activity.SCORING",
     "rollouts/vllm_client.py: future.result()": "of a future that is done",
     "rollouts/vllm_client.py: as_completed(numbers)": "every request has a timeout",
-    "reliability/rank_zero.py: dist.barrier()": "in Activity.SYNCING or STARTING",
+    "reliability/ranks.py: dist.barrier()": "in Activity.SYNCING or STARTING",
     "reliability/processes.py: child.wait()": "of a process that was killed; and nobody waits for the supervisor",
     "ablation/runner.py: connection.recv()": "a thread that waits for the end of the parent, and for nothing else",
     "ablation/runner.py: one.connection.recv()": "of a pipe that something is in",
