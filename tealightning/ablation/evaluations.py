@@ -99,17 +99,17 @@ class Estimator:
         """Of [S, Q, C] values."""
         return crossed_interval(values, confidence=self.confidence, samples=self.samples)
 
-    def __call__(self, values: Tensor) -> Estimates:
+    def __call__(self, values: Tensor, *, p_values: bool = False) -> Estimates:
         """C estimates of [S, Q, C] values."""
-        return _rows(self.interval(values))
+        interval = self.interval(values)
+        columns = {"mean": interval.mean, "low": interval.low, "high": interval.high, "se": interval.standard_error}
+        columns |= {"p_value": interval.p_value} if p_values else {}
+        lists = [json_numbers(column) for column in columns.values()]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
 
     def curve(self, values: Tensor, *, p_values: bool = False) -> Estimates:
         """An estimate for each n of [S, Q, len(ns)] values."""
-        interval = self.interval(values)
-        rows: Estimates = [{"n": n} | row for n, row in zip(self.ns, _rows(interval), strict=True)]
-        for row, p_value in zip(rows, json_numbers(interval.p_value) if p_values else (), strict=p_values):
-            row["p_value"] = p_value
-        return rows
+        return [{"n": n} | row for n, row in zip(self.ns, self(values, p_values=p_values), strict=True)]
 
     def best_of_n(self, evaluations: Sequence[EvaluationData]) -> Estimates:
         """The best-of-n curve of one evaluation of each seed."""
@@ -121,13 +121,6 @@ class Estimator:
             return None
         golds = [best_of_n_selected(e.rewards, e.columns["gold"], self.ns, ~e.rewards.isnan()) for e in evaluations]
         return self.curve(torch.stack(golds))
-
-
-def _rows(interval: Interval) -> Estimates:
-    """The interval's columns, one dict each."""
-    keys = {"mean": "mean", "low": "low", "high": "high", "se": "standard_error"}
-    lists = [json_numbers(getattr(interval, name)) for name in keys.values()]
-    return [dict(zip(keys, values, strict=True)) for values in zip(*lists, strict=True)]
 
 
 def json_numbers(values: Tensor) -> list[float | None]:

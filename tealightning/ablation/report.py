@@ -116,14 +116,11 @@ def _sections(view: ResultsView, tables: Sequence[Table], plots: Sequence[Plot])
     add("completions", "Completions", text, f"diagnostics_{split}", "completions")
     for other in view.splits[1:]:
         text = "Prompts that neither training nor any choice made on the validation prompts has seen."
-        shown, pictures, folded = (
-            " ".join(f"{name}_{other}" for name in names.split())
-            for names in (
-                "best_of_n reference",
-                "best_of_n gold_best_of_n difference_to_reference difference_to_start",
-                "against_reference against_start gold_best_of_n diagnostics",
-            )
+        shown = f"best_of_n_{other} reference_{other}"
+        pictures = (
+            f"best_of_n_{other} gold_best_of_n_{other} difference_to_reference_{other} difference_to_start_{other}"
         )
+        folded = f"against_reference_{other} against_start_{other} gold_best_of_n_{other} diagnostics_{other}"
         add(f"split_{other}", split_name(other).capitalize(), text, shown, pictures, folded)
     add("training", "Training and budgets", "", "budgets", "training")
     return sections
@@ -138,8 +135,8 @@ def upload(results: dict[str, Any], folder: Path, *, project: str) -> str:
     columns: list[Any] = ["variant", *(f"best_of_{n}" for n in results["ns"])]
     with wandb.init(project=project, name=results["name"], config=results["spec"], job_type="compare") as run:
         for split, content in results["splits"].items():
-            policies = {name: content["variants"][name] for name in results["variants"]}
-            rows = [[name, *(row["mean"] for row in policy["best_of_n"])] for name, policy in policies.items()]
+            variants = content["variants"].items()
+            rows = [[name, *(row["mean"] for row in policy["best_of_n"])] for name, policy in variants]
             run.log({f"{split}/best_of_n": wandb.Table(columns=columns, data=rows)})
         for file in sorted((folder / "plots").glob("*.png")):
             run.log({f"plots/{file.stem}": wandb.Image(str(file))})

@@ -50,6 +50,7 @@ class ResultsView:
         self.headline_n: int = results["headline_n"]
         self.reference = self.label(results["reference"])
         self.interval = f"{100 * results['confidence']:g}%"
+        self.star_note = f"the corrected p-value is below {1 - results['confidence']:.2g}."
         self.equal_kls: list[float] = (results["equal_kl"] or {"kls": []})["kls"]
         self.rows = list(self._rows())
         self._by_quantity: defaultdict[Any, dict[str, list[Row]]] = defaultdict(dict)
@@ -167,7 +168,7 @@ def _split_tables(view: ResultsView, split: str) -> list[Table]:
     means = f"Mean over prompts and seeds with its {view.interval} interval; the highest of each column is bold."
     star = f"A star at n = {n}: differs from {view.reference} after the correction for multiple comparisons."
     gold = "The gold reward of the sample that the training reward picks among n."
-    paired = f"Paired differences of best-of-n with {view.interval} intervals. A star at n = {n}: {_star_note(view)}"
+    paired = f"Paired differences of best-of-n with {view.interval} intervals. A star at n = {n}: {view.star_note}"
 
     def over_n(quantity: str, title: str, note: str, starred_by: str = "", *, is_mean: bool = False) -> Table:
         """A column for each n, with a star where the difference `starred_by` is significant."""
@@ -189,10 +190,6 @@ def _split_tables(view: ResultsView, split: str) -> list[Table]:
     ]
 
 
-def _star_note(view: ResultsView) -> str:
-    return f"the corrected p-value is below {1 - view.results['confidence']:.2g}."
-
-
 def _reference_table(view: ResultsView, split: str) -> Table:
     """Differences to the reference at the headline n: reward, probability of improvement, win rate and p-values."""
     n, reference, against = view.headline_n, view.reference, "against_reference"
@@ -205,7 +202,7 @@ def _reference_table(view: ResultsView, split: str) -> Table:
     for key, heading in {"p_value": "p", "p_adjusted": "p, Holm"}.items():
         columns[heading] = {name: TableCell(kind="p_value", value=row.get(key)) for name, row in rows.items()}
     title = f"Differences to {reference} at n = {n}, {split_name(split)}"
-    note = f"Paired differences of best-of-{n} with {view.interval} intervals. A star: {_star_note(view)}"
+    note = f"Paired differences of best-of-{n} with {view.interval} intervals. A star: {view.star_note}"
     return _table(view, rows, columns, title, note, f"reference_{split}")
 
 
