@@ -24,7 +24,7 @@ from tealightning.data.sources import read_rows
 from tealightning.pretrained import load_policy
 from tealightning.rewards import SequenceClassifierReward
 from tealightning.rollouts.vllm_client import ServerError, VLLMClient
-from tealightning.rollouts.vllm_server import check_serve_args, serve_command, serve_environment
+from tealightning.rollouts.vllm_server import VLLMServerEngine, serve_command, serve_environment
 from tealightning.text.chat import ChatFormatter
 
 ROOT = Path(__file__).parents[1]
@@ -341,7 +341,7 @@ def test_servers_that_are_started_listen_on_this_machine_alone(playground):
     assert command[command.index("--load-format") + 1] == "safetensors"
     for argument in ("--host=0.0.0.0", "--api-key=secret"):
         with pytest.raises(ValueError, match="the engine sets them itself"):
-            check_serve_args([argument])
+            VLLMServerEngine(serve_args=[argument])
 
 
 def test_key_of_a_server_is_not_in_its_command_line(playground, monkeypatch):

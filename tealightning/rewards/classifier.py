@@ -71,21 +71,14 @@ class SequenceClassifierReward(Reward):
         self._formatter: ChatFormatter | None = None
 
     def check(self) -> None:
-        """Read configuration and tokenizer, not the weights.
-
-        Raises:
-            ValueError: if one is not there, or the model is no reward model.
-        """
+        """Read configuration and tokenizer, not the weights; a ValueError says that it is no reward model."""
         check_weights(self.model_path, argument="model")
         self._load_config()
         self._load_formatter()
 
     def setup(self, device: torch.device) -> None:
-        """Load model and tokenizer on `device`.
-
-        Raises:
-            ValueError: if they cannot be loaded, the model has no trained head of one label, or there is no template.
-        """
+        """Load model and tokenizer on `device`; a ValueError says that they cannot be loaded, that the model has no
+        trained head of one label, or that there is no template."""
         if self._model is None:
             self._formatter = self._load_formatter()
             self._model = self._load_model()

@@ -38,15 +38,12 @@ class WorkerStartError(UserError):
     """The function cannot be imported in its process."""
 
 
-class WorkerTimeoutError(RuntimeError):
-    """The function took too long; its process has been ended."""
+class WorkerFailedError(RuntimeError):
+    """The function's process ended while it was at work ("crashes"), or was ended for want of time ("timeouts")."""
 
-
-class WorkerDiedError(RuntimeError):
-    """The function's process ended while it was at work."""
-
-
-_KINDS: dict[type[Exception], str] = {WorkerTimeoutError: "timeouts", WorkerDiedError: "crashes"}
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 @register
@@ -106,12 +103,8 @@ class FunctionReward(Reward):
             self._running_process()
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Metadata) -> Any:
-        """What the function returns.
-
-        Raises:
-            RuntimeError: if the function raises, its own exception being the cause, or its process fails.
-            ValueError: if the metadata cannot be sent to its process, or it returns no numbers there.
-        """
+        """What the function returns. A RuntimeError says that it raised, its own exception being the cause, or that its
+        process failed; a ValueError that metadata cannot be sent there, or no numbers came back."""
         columns = {"prompts": prompts, "completions": completions, "metadata": metadata}
         if self._path:
             return self._score_in_process(columns, len(completions))
@@ -122,12 +115,8 @@ class FunctionReward(Reward):
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Metadata) -> RewardScores:
         """The scores, checked. In a process of its own, or with `on_error="unscored"`, a failure costs only the
-        completions that cause it.
-
-        Raises:
-            ValueError: for another number of values, or something that is no number, with `on_error="raise"`.
-            RuntimeError: if the function raises, with `on_error="raise"`; its own exception is the cause.
-        """
+        completions that cause it. With `on_error="raise"`, a ValueError says that something else than a number per
+        completion was returned, and a RuntimeError, caused by the function's own exception, that it raised."""
         if not self._path and self.on_error == "raise":
             return super().__call__(prompts, completions, metadata)
         counts = dict.fromkeys(("timeouts", "crashes", "errors", "unscored"), 0)
@@ -142,8 +131,8 @@ class FunctionReward(Reward):
                 return as_scores(values, expected=len(rows), source=f"reward {self.name!r}").tolist()
             except WorkerStartError:
                 raise
-            except (WorkerTimeoutError, WorkerDiedError, FunctionRaisedError, ValueError) as error:
-                kind = _KINDS.get(type(error), "errors")
+            except (WorkerFailedError, FunctionRaisedError, ValueError) as error:
+                kind = getattr(error, "kind", "errors")
                 if kind == "errors" and self.on_error == "raise":
                     raise
                 counts[kind] += 1
@@ -174,7 +163,7 @@ class FunctionReward(Reward):
         process = self._process = _WorkerProcess()
         try:
             kind, *details = process.exchange({"sys_path": sys.path, "function": self._path}, _START_SECONDS)
-        except (WorkerTimeoutError, WorkerDiedError) as error:
+        except WorkerFailedError as error:
             raise WorkerStartError(f"function: importing {self._path} in the worker process failed: {error}") from error
         if kind != "ready":
             process.close()
@@ -191,8 +180,9 @@ class FunctionReward(Reward):
                 kind, *details = process.exchange(columns, self._timeout_seconds)
             except (PicklingError, TypeError, AttributeError) as error:
                 raise UserError(f"metadata holds what cannot be sent to the worker process: {error}") from error
-            except (WorkerTimeoutError, WorkerDiedError) as error:
-                raise type(error)(f"reward function {self.name!r} on {count} completions: {error}") from error
+            except WorkerFailedError as error:
+                message = f"reward function {self.name!r} on {count} completions: {error}"
+                raise WorkerFailedError(message, error.kind) from error
         if kind == "raised":
             error_type, message, trace = details
             raise FunctionRaisedError(self.name, error_type, count, message) from _TracebackOfWorker(trace)
@@ -254,8 +244,8 @@ class _WorkerProcess(ChildProcess):
             if not isinstance(error, EOFError | OSError):
                 raise
             if late.is_set():
-                raise WorkerTimeoutError(f"it took longer than {seconds:g} s") from error
-            raise WorkerDiedError(f"its process ended ({self._ending()})") from error
+                raise WorkerFailedError(f"it took longer than {seconds:g} s", "timeouts") from error
+            raise WorkerFailedError(f"its process ended ({self._ending()})", "crashes") from error
         finally:
             timer.cancel()
 

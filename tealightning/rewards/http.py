@@ -97,12 +97,8 @@ class HTTPReward(Reward):
         return self(prompts, completions, metadata).total
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Metadata) -> RewardScores:
-        """The scores, and how often there were retries, timeouts, errors, and completions without a score.
-
-        Raises:
-            ValueError: for metadata that JSON cannot hold.
-            RewardServerError: if the server refuses.
-        """
+        """The scores, and how often there were retries, timeouts, errors, and completions without a score. Metadata
+        that JSON cannot hold are a ValueError, a server that refuses is a RewardServerError."""
         keys = [f"{self._series}-{next(self._numbers)}" for _ in completions]
         rows = zip(keys, prompts, completions, metadata, strict=True)
         items = {key: self._encoded(key, prompt, completion, row) for key, prompt, completion, row in rows}
@@ -151,20 +147,15 @@ class ScoringCall:
         self._error: BaseException | None = None
         self._over = threading.Event()
         keys, size = list(items), reward.batch_size
-        batches = [keys[start : start + size] for start in range(0, len(keys), size)]
-        self._batches = iter(batches)  # one for all threads
-        self._threads_left = min(reward.concurrency, len(batches))
+        self._batches = iter([keys[i : i + size] for i in range(0, len(keys), size)])  # one for all threads
+        self._threads_left = min(reward.concurrency, math.ceil(len(keys) / size))
         self._started = time.monotonic()
         self.counts = dict.fromkeys(("retries", "timeouts", "errors", "unscored"), 0)
         self.problem = ""
         self._last_error = ""
 
     def run(self) -> dict[str, float]:
-        """Score by id, without those that could not be had before the deadline.
-
-        Raises:
-            RewardServerError: if the server refuses.
-        """
+        """Score by id, without those that could not be had before the deadline."""
         for _ in range(self._threads_left):
             threading.Thread(target=self._work, name="reward requests", daemon=True).start()
         is_told = False

@@ -48,13 +48,9 @@ class RolloutCollector:
         """Completions of every prompt with their rewards, on the CPU, and the seconds that each part took.
 
         `seeds` are P, far apart (see `prompt_seed`); `weights_version` is the number of optimizer steps that the
-        engine's weights have seen.
-
-        Raises:
-            ValueError: if the engine or the reward broke its contract.
+        engine's weights have seen. A ValueError says that the engine or the reward broke its contract.
         """
-        grouped, scores, seconds = self._generate_and_score(batch, num_samples, seeds)
-        completions = [completion for group in grouped for completion in group]
+        completions, scores, seconds = self._generate_and_score(batch, num_samples, seeds)
         shape = (len(batch), num_samples)
         rollouts = RolloutBatch(
             prompt_ids=padded(batch.token_ids, self.pad_token_id, side="left").repeat_interleave(num_samples, dim=0),
@@ -74,8 +70,8 @@ class RolloutCollector:
 
     def _generate_and_score(
         self, batch: PromptBatch, num_samples: int, seeds: list[int]
-    ) -> tuple[list[list[Completion]], RewardScores, dict[str, float]]:
-        """P groups of m completions, their scores [B] and the seconds taken; the reward's are those after the last
+    ) -> tuple[list[Completion], RewardScores, dict[str, float]]:
+        """B completions, their scores and the seconds taken; the reward's are those after the last
         completion was generated."""
         started = time.perf_counter()
         groups: dict[int, list[Completion]] = {}
@@ -100,7 +96,7 @@ class RolloutCollector:
         finally:  # without waiting: after an error, what is being scored is of no use
             thread.shutdown(wait=False, cancel_futures=True)
         seconds = {"generate": generated - started, "reward": time.perf_counter() - generated}
-        return grouped, _joined(parts), seconds
+        return [completion for group in grouped for completion in group], _joined(parts), seconds
 
     def _score(self, batch: PromptBatch, groups: dict[int, list[Completion]]) -> RewardScores:
         """Scores of the completions of some prompts, which are keyed by their place in the batch."""
@@ -113,24 +109,23 @@ class RolloutCollector:
         engine = f"rollout engine {self.engine.name!r}"
         counts = [len(group) for group in grouped]
         if counts != [num_samples] * num_prompts:
-            raise UserError(
-                f"{engine} must return {num_samples} completions for each of {num_prompts} prompts, got {counts}."
-            )
+            wanted = f"{num_samples} completions for each of {num_prompts} prompts"
+            raise UserError(f"{engine} must return {wanted}, got {counts}.")
         above = math.inf if self.vocab_size is None else self.vocab_size
         for completion in (completion for group in grouped for completion in group):
-            length = len(completion.token_ids)
-            if not 1 <= length <= self.sampling.max_new_tokens or len(completion.log_probs) != length:
+            ids, log_probs, longest = completion.token_ids, completion.log_probs, self.sampling.max_new_tokens
+            if not 1 <= len(ids) <= longest or len(log_probs) != len(ids):
                 raise UserError(
-                    f"{engine} must return 1 to {self.sampling.max_new_tokens} tokens with a log-prob each, got "
-                    f"{length} tokens and {len(completion.log_probs)} log-probs."
+                    f"{engine} must return 1 to {longest} tokens with a log-prob each, got {len(ids)} tokens and "
+                    f"{len(log_probs)} log-probs."
                 )
-            if not all(0 <= token < above for token in completion.token_ids):
+            if not all(0 <= token < above for token in ids):
                 raise UserError(
-                    f"{engine} returned a token id outside [0, {above}): {min(completion.token_ids)} to "
-                    f"{max(completion.token_ids)}. Does it serve another model than the trainer's?"
+                    f"{engine} returned a token id outside [0, {above}): {min(ids)} to {max(ids)}. Does it serve "
+                    "another model than the trainer's?"
                 )
-            if not all(math.isfinite(value) for value in completion.log_probs):
-                raise UserError(f"{engine} returned a log-prob that is not finite: {completion.log_probs}.")
+            if not all(math.isfinite(value) for value in log_probs):
+                raise UserError(f"{engine} returned a log-prob that is not finite: {log_probs}.")
 
 
 def rollout_metrics(rollouts: RolloutBatch) -> dict[str, float]:

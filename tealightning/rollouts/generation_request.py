@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tealightning.errors import UserError
 from tealightning.rollouts.base import EngineContext, TokenIds
-from tealightning.types import SamplingConfig
+from tealightning.types import Completion, SamplingConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,12 +28,8 @@ class EndRule:
 def check_requests(
     prompt_token_ids: TokenIds, num_samples: int, sampling: SamplingConfig, seeds: Sequence[int], max_model_len: int
 ) -> None:
-    """Refuse what an engine cannot serve, before any work is done.
-
-    Raises:
-        ValueError: for no samples, another number of seeds than prompts, an empty prompt, or a prompt that leaves less
-            than `max_new_tokens` of `max_model_len`.
-    """
+    """Refuse, with a ValueError and before any work is done, what an engine cannot serve: no samples, another number of
+    seeds than prompts, an empty prompt, or one that leaves less than `max_new_tokens` of `max_model_len`."""
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
     if len(seeds) != len(prompt_token_ids):
@@ -110,6 +106,17 @@ def completion_texts(tokenizer: "PreTrainedTokenizerBase", completions: TokenIds
     return [text[: first_match(text, rule.strings)] for text in texts]
 
 
+def completions_of(
+    tokenizer: "PreTrainedTokenizerBase", samples: Sequence[tuple[list[int], list[float], bool]], rule: EndRule
+) -> list[Completion]:
+    """Completions from token ids, log-probs and whether they were truncated."""
+    texts = completion_texts(tokenizer, [token_ids for token_ids, _, _ in samples], rule)
+    return [
+        Completion(token_ids=token_ids, log_probs=log_probs, text=text, truncated=truncated)
+        for (token_ids, log_probs, truncated), text in zip(samples, texts, strict=True)
+    ]
+
+
 def first_match(text: str, strings: Sequence[str]) -> int | None:
     """Where the earliest of `strings` begins in `text`; None = nowhere."""
     return min((at for s in strings if (at := text.find(s)) >= 0), default=None)
@@ -121,11 +128,10 @@ def padded(rows: Sequence[Sequence[float]], value: float, side: str = "right") -
 
 
 def prompt_seed(run_seed: int, phase: str, step: int, prompt_id: str) -> int:
-    """A seed in [0, 2^62) for the samples of one prompt, from a hash of the four arguments.
+    """A seed in [0, 2^62) for the samples of one prompt, from a hash of the arguments: on any rank, in any batch.
 
-    It depends on neither rank nor batch, so a prompt's samples do not change with the number of devices. Hashing keeps
-    seeds far apart, which matters: engines give child i of a request the seed `seed + i`, so that neighbouring seeds
-    would share all but one of their samples.
+    Hashing keeps seeds far apart, which matters: engines give child i of a request the seed `seed + i`, so that
+    neighbouring seeds would share all but one of their samples.
     """
     key = "\0".join((str(run_seed), phase, str(step), prompt_id)).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 2

@@ -37,11 +37,7 @@ class TransformersEngine(RolloutEngine):
         self._context: EngineContext | None = None
 
     def start(self, context: EngineContext) -> None:
-        """Take over the policy.
-
-        Raises:
-            ValueError: if it is sharded.
-        """
+        """Take over the policy; one that is sharded is refused with a ValueError."""
         if is_sharded(context.policy):
             raise UserError(
                 "TransformersEngine samples with the trainer's own policy, and ranks cannot sample at their own pace "
@@ -114,27 +110,17 @@ def _complete(
 def _cut(sampler: "_Sampler", ended_at: list[int], context: EngineContext, rule: request.EndRule) -> list[Completion]:
     """The completions in what was recorded: a row runs on with the batch after its end."""
     ends = set(rule.token_ids)
-    kept: list[list[int]] = []
-    for ids, end in zip(sampler.token_ids.tolist(), ended_at, strict=True):
+    samples: list[tuple[list[int], list[float], bool]] = []
+    for ids, log_probs, end in zip(sampler.token_ids.tolist(), sampler.log_probs.tolist(), ended_at, strict=True):
         by_token = next((t + 1 for t, token in enumerate(ids[: sampler.steps]) if token in ends), sampler.steps)
-        kept.append(ids[: min(by_token, end)])
-    texts = request.completion_texts(context.tokenizer, kept, rule)
-    return [
-        Completion(
-            token_ids=ids,
-            log_probs=log_probs[: len(ids)],
-            text=text,
-            truncated=ids[-1] not in ends and len(ids) < end,
-        )
-        for ids, log_probs, text, end in zip(kept, sampler.log_probs.tolist(), texts, ended_at, strict=True)
-    ]
+        length = min(by_token, end)
+        samples.append((ids[:length], log_probs[:length], ids[length - 1] not in ends and length < end))
+    return request.completions_of(context.tokenizer, samples, rule)
 
 
 class _Sampler(LogitsProcessor):
-    """Chooses the next tokens by inverse CDF and leaves `generate` one token with a score above -inf.
-
-    So `generate` draws no random numbers, and the log-prob of each sampled token is recorded where it is known.
-    """
+    """Chooses the next tokens by inverse CDF and leaves `generate` one token with a score above -inf, so that it draws
+    no random numbers, and records the log-prob of each sampled token where it is known."""
 
     def __init__(self, uniforms: Tensor, sampling: SamplingConfig) -> None:
         self.uniforms = uniforms  # [R, T] float64 in [0, 1)

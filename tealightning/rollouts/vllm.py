@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,20 +26,18 @@ from tealightning.rollouts.base import EngineContext, RolloutEngine, TokenIds, e
 from tealightning.training.policy_weights import checked_off, policy_weights, refuse_partial_push, weight_names
 from tealightning.types import Completion, SamplingConfig
 
-_OWN_ARGS = frozenset({"model", "seed", "max_model_len", "generation_config", "logprobs_mode", "tensor_parallel_size"})
-"""What the engine's promises rest on: `extra_args` may not change these."""
+# What the engine's promises rest on: `extra_args` may not change these.
+_OWN_ARGS = {"model", "seed", "max_model_len", "generation_config", "logprobs_mode", "tensor_parallel_size"}
 
 _WAYS_OUT = (
     'On a GPU: pip install "tealightning[vllm]". On a CPU: make install. Or use --rollout.engine=TransformersEngine, '
     "which works without."
 )
 
+# `LLM`s that no engine uses any more, by their arguments, and those that broke. Deleting one destroys the global
+# process group, also one that it did not create, so they stay until the process ends; idle ones serve the next engine.
 _IDLE: dict[str, list[Any]] = {}
-"""`LLM`s that no engine uses any more, by their arguments. Deleting one destroys the global process group, also one
-that it did not create, so they stay until the process ends and serve the next engine with the same arguments."""
-
 _BROKEN: list[Any] = []
-"""`LLM`s that serve nobody any more, and cannot be deleted either."""
 
 _MEMORY_HINT = (
     "It was out of memory: lower rollout.engine.gpu_memory_utilization or kv_cache_gib, rollout.engine.max_num_seqs or "
@@ -109,9 +108,9 @@ class VLLMEngine(RolloutEngine):
         """Load vLLM and the policy, and take over the live policy's weights.
 
         Raises:
-            ImportError: if vLLM is not installed.
+            ImportError: without vLLM.
             ValueError: if the installed vLLM cannot serve this model on this device with these settings.
-            RuntimeError: if several ranks were launched and their process group does not exist yet.
+            RuntimeError: if several ranks were launched that have no process group yet.
         """
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
             raise RuntimeError("VLLMEngine.start came before the process group: vLLM would make one for each rank.")
@@ -142,33 +141,22 @@ class VLLMEngine(RolloutEngine):
         with isolated(context.device), stance, self._phase("generating"):
             from vllm import SamplingParams
 
-            fields = [request.vllm_sampling(sampling, rule, num_samples=num_samples, seed=seed) for seed in seeds]
-            params = [SamplingParams(**of_prompt) for of_prompt in fields]
+            shared = partial(request.vllm_sampling, sampling, rule, num_samples=num_samples)
+            params = [SamplingParams(**shared(seed=seed)) for seed in seeds]
+            prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_token_ids]
             self._wake_up()
-            outputs = self._llm.generate(
-                [{"prompt_token_ids": list(ids)} for ids in prompt_token_ids], params, use_tqdm=False
-            )
-        raw = [sample for output in outputs for sample in sorted(output.outputs, key=lambda sample: sample.index)]
-        token_ids = [list(sample.token_ids) for sample in raw]
-        texts = request.completion_texts(context.tokenizer, token_ids, rule)
-        completions = [
-            Completion(
-                token_ids=ids,
-                log_probs=[entry[token].logprob for token, entry in zip(ids, sample.logprobs, strict=True)],
-                text=text,
-                truncated=sample.finish_reason == "length",
-            )
-            for sample, ids, text in zip(raw, token_ids, texts, strict=True)
-        ]
+            outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        samples = []
+        for sample in (one for output in outputs for one in sorted(output.outputs, key=lambda one: one.index)):
+            token_ids = list(sample.token_ids)
+            log_probs = [entry[token].logprob for token, entry in zip(token_ids, sample.logprobs, strict=True)]
+            samples.append((token_ids, log_probs, sample.finish_reason == "length"))
+        completions = request.completions_of(context.tokenizer, samples, rule)
         return [completions[first : first + num_samples] for first in range(0, len(completions), num_samples)]
 
     def sync_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy the trainer's weights in place, one at a time.
-
-        Raises:
-            ValueError: if a parameter of the policy was missing; vLLM would go on with its old value.
-            EngineError: if vLLM broke down.
-        """
+        """Copy the trainer's weights in place, one at a time. A missing parameter is a ValueError: vLLM would go on
+        with its old value."""
         context = self._started()
         missing = weight_names(context.policy)
         with isolated(context.device), self._phase("syncing weights"):
@@ -190,8 +178,7 @@ class VLLMEngine(RolloutEngine):
             self._asleep = False
 
     def close(self) -> None:
-        """Hand the vLLM engine back for the next `start` with the same arguments; its memory stays taken until the
-        process ends, because vLLM cannot be unloaded without breaking the process group."""
+        """Hand the `LLM` to the next `start` with the same arguments; its memory stays taken until the process ends."""
         if self._release is not None:
             self._wake_up()  # for the next engine that takes it over
             self._release()
@@ -252,10 +239,8 @@ def _load(args: dict[str, Any], device: torch.device) -> Any:
 @contextmanager
 def isolated(device: torch.device) -> Iterator[None]:
     """Undo what vLLM does to the trainer's process: it seeds and draws from the global generators, replaces
-    `torch.set_num_threads`, sets environment variables that processes started later would inherit, and warns.
-
-    Lightning evaluates in inference mode, and tensors made in it could not be updated by a sync in training: there is
-    none inside."""
+    `torch.set_num_threads`, sets environment variables that processes started later would inherit, and warns. Inside is
+    no inference mode, in which Lightning evaluates: tensors made in it could not be updated by a sync in training."""
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     environment = dict(os.environ)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

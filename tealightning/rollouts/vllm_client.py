@@ -81,11 +81,7 @@ class VLLMClient:
 
     def generate(self, bodies: list[dict[str, Any]]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         """(number of the request, its choices in order of their index) of each request to `/inference/v1/generate`, as
-        they are answered.
-
-        Raises:
-            ServerError: for the first request that fails; those not yet sent are not sent.
-        """
+        they are answered. After one that fails, a ServerError, those not yet sent are not sent."""
         threads = ThreadPoolExecutor(max_workers=min(self._connections, len(bodies)))
         ask = partial(self._call, "POST", "/inference/v1/generate", "generating")
         numbers = {threads.submit(ask, body): number for number, body in enumerate(bodies)}
@@ -122,12 +118,11 @@ class VLLMClient:
 
     def set_weight_version(self, version: str) -> None:
         """Every completion tells the version that sampled it."""
-        body = {"new_version": version}
-        self._call("POST", "/update_weight_version", "labelling its weights", body)
+        self._call("POST", "/update_weight_version", "labelling its weights", {"new_version": version})
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        body = {"init_info": init_info}
-        self._call("POST", "/init_weight_transfer_engine", "connecting for weight transfer", body)
+        route = "/init_weight_transfer_engine"
+        self._call("POST", route, "connecting for weight transfer", {"init_info": init_info})
 
     def start_weight_update(self) -> None:
         self._call("POST", "/start_weight_update", "starting a weight update")
@@ -152,9 +147,8 @@ class VLLMClient:
             reason = f"{where} cannot be reached while {phase} ({type(error).__name__})."
             raise ServerError(f"{reason} {self._explain()}".rstrip()) from error
         if answer.status_code == 404:
-            raise ServerError(
-                f"{where} has no {route}: {_FLAG_OF_ROUTE.get(route, 'start it with VLLM_SERVER_DEV_MODE=1')}?"
-            )
+            advice = _FLAG_OF_ROUTE.get(route, "start it with VLLM_SERVER_DEV_MODE=1")
+            raise ServerError(f"{where} has no {route}: {advice}?")
         if answer.status_code == 401:
             raise ServerError(f"{where} refuses the API key: set rollout.engine.api_key_env.")
         if not answer.is_success:
@@ -214,7 +208,7 @@ def check_log_probs_mode(client: VLLMClient) -> None:
 
 
 def _log_probs_of_two(client: VLLMClient, temperature: float) -> list[float]:
-    """Of the 2 tokens that top-k leaves, the likeliest first; of more, if they are tied, as happens in bfloat16. Their
+    """Of the 2 tokens (more if tied, as happens in bfloat16) that top-k leaves, the likeliest first. Their
     probabilities sum to 1, and their differences are inversely proportional to the temperature."""
     sampling = {"top_k": 2, "logprobs": 8, "max_tokens": 1, "ignore_eos": True, "seed": 0, "temperature": temperature}
     ((_, (choice,)),) = client.generate([{"token_ids": _PROMPT, "sampling_params": sampling}])

@@ -25,7 +25,7 @@ from tealightning.rollouts import generation_request as request
 from tealightning.rollouts import vllm_client as http
 from tealightning.rollouts.base import EngineContext, RolloutEngine, TokenIds
 from tealightning.rollouts.vllm_client import ServerError, VLLMClient
-from tealightning.rollouts.weight_push import FilePush, NCCLPush, new_push
+from tealightning.rollouts.weight_push import FilePush, NCCLPush
 from tealightning.training.policy_weights import checked_off, policy_weights, refuse_partial_push, weight_names
 from tealightning.types import Completion, SamplingConfig
 
@@ -91,16 +91,17 @@ class VLLMServerEngine(RolloutEngine):
             )
         if url and (serve_args or serve_env or log_file):
             warnings.warn("rollout.engine.serve_args, serve_env and log_file have no effect with a url.", stacklevel=2)
-        check_serve_args(serve_args or [])
+        if taken := sorted(_OWN_FLAGS & {arg.partition("=")[0].replace("_", "-") for arg in serve_args or []}):
+            raise UserError(f"rollout.engine.serve_args may not hold {taken}: the engine sets them itself.")
         self.url = url
         self.weight_transfer = check_choice("rollout.engine.weight_transfer", weight_transfer, ("file", "nccl"))
         self.weights_dir = weights_dir
         self.api_key_env = api_key_env
         self.dtype = dtype
-        prefix = "rollout.engine."
-        self.max_concurrent_requests = check_integer(f"{prefix}max_concurrent_requests", max_concurrent_requests, 1)
-        self.request_timeout_seconds = check_positive(f"{prefix}request_timeout_seconds", request_timeout_seconds)
-        self.start_timeout_seconds = check_positive(f"{prefix}start_timeout_seconds", start_timeout_seconds)
+        here = "rollout.engine"
+        self.max_concurrent_requests = check_integer(f"{here}.max_concurrent_requests", max_concurrent_requests, 1)
+        self.request_timeout_seconds = check_positive(f"{here}.request_timeout_seconds", request_timeout_seconds)
+        self.start_timeout_seconds = check_positive(f"{here}.start_timeout_seconds", start_timeout_seconds)
         self.serve_args = list(serve_args or [])
         self.serve_env = dict(serve_env or {})
         self.log_file = None if log_file is None else Path(log_file)
@@ -116,9 +117,8 @@ class VLLMServerEngine(RolloutEngine):
 
         Raises:
             ImportError: if a server is to be started and vLLM is not installed.
-            ValueError: if a setting does not fit.
             ServerError: if there is no server, or one that cannot do what is needed.
-            RuntimeError: if several ranks were launched and their process group does not exist yet.
+            RuntimeError: if several ranks were launched that have no process group yet.
         """
         try:
             url, host = on_rank_zero(lambda: self._open(context))
@@ -138,11 +138,7 @@ class VLLMServerEngine(RolloutEngine):
     def generate(
         self, prompt_token_ids: TokenIds, *, num_samples: int, sampling: SamplingConfig, seeds: Sequence[int]
     ) -> list[list[Completion]]:
-        """Sample on the server.
-
-        Raises:
-            ServerError: if the server fails, or sampled with other weights than it was given.
-        """
+        """Sample; a ServerError says that the server failed, or sampled with other weights than it was given."""
         finished = dict(self.generate_each(prompt_token_ids, num_samples=num_samples, sampling=sampling, seeds=seeds))
         return [finished[p] for p in range(len(finished))]
 
@@ -172,24 +168,15 @@ class VLLMServerEngine(RolloutEngine):
     def _completions(self, choices: list[dict[str, Any]], rule: request.EndRule) -> list[Completion]:
         context, client = self._started()
         http.check_versions(client, choices, self._version)
-        texts = request.completion_texts(context.tokenizer, [choice["token_ids"] for choice in choices], rule)
-        return [
-            Completion(
-                token_ids=choice["token_ids"],
-                log_probs=[entry["logprob"] for entry in choice["logprobs"]["content"]],
-                text=text,
-                truncated=choice["finish_reason"] == "length",
-            )
-            for choice, text in zip(choices, texts, strict=True)
-        ]
+        samples = []
+        for choice in choices:
+            log_probs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
+            samples.append((choice["token_ids"], log_probs, choice["finish_reason"] == "length"))
+        return request.completions_of(context.tokenizer, samples, rule)
 
     def sync_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Give the server the trainer's weights. All ranks call it; rank 0 pushes while the others wait.
-
-        Raises:
-            ValueError: if a parameter of the policy is missing; the server would go on with its old value.
-            ServerError: if the server refuses them.
-        """
+        """Give the server the trainer's weights. All ranks call it; rank 0 pushes while the others wait. A missing
+        parameter is a ValueError: the server would go on with its old value."""
         context, _ = self._started()
         # Read on every rank, since it takes all of them to gather shards, and kept where they are pushed.
         missing = weight_names(context.policy)
@@ -212,8 +199,11 @@ class VLLMServerEngine(RolloutEngine):
         served = (context.policy_path, context.tokenizer.name_or_path, context.max_model_len, str(context.device))
         if self._server is not None and (served != self._served or self._server.exit_code() is not None):
             self.close()
-        if self._pusher is None:
-            self._pusher = new_push(self.weight_transfer, self.weights_dir, self.url, context.device)
+        if self._pusher is None and self.weight_transfer == "file":
+            self._pusher = FilePush(self.weights_dir)
+        elif self._pusher is None:
+            local = http.is_local(self.url)
+            self._pusher = NCCLPush(context.device, "127.0.0.1" if local else socket.gethostbyname(socket.getfqdn()))
         if self.url is None and self._server is None:
             self._launch(context)
             self._served = served
@@ -233,15 +223,13 @@ class VLLMServerEngine(RolloutEngine):
         environment = serve_environment(context, api_key=key, serve_env=self.serve_env)
         server = self._server = LocalServer(command, environment, self.log_file)
         self._client = self._connect(f"http://127.0.0.1:{port}", lambda: explain(server))
-        deadline = time.monotonic() + self.start_timeout_seconds
+        seconds, started = self.start_timeout_seconds, time.monotonic()
         while not self._client.is_healthy():
             if server.exit_code() is not None:
                 raise ServerError(f"vllm serve could not start. {explain(server)}")
-            if time.monotonic() > deadline:
-                raise ServerError(
-                    f"vllm serve was not ready within rollout.engine.start_timeout_seconds="
-                    f"{self.start_timeout_seconds:g}. {explain(server)}"
-                )
+            if time.monotonic() - started > seconds:
+                limit = f"rollout.engine.start_timeout_seconds={seconds:g}"
+                raise ServerError(f"vllm serve was not ready within {limit}. {explain(server)}")
             time.sleep(0.2)
 
     def _connect(self, url: str, explain: Callable[[], str] = str) -> VLLMClient:
@@ -274,12 +262,6 @@ class VLLMServerEngine(RolloutEngine):
 
 
 # ---------------------------------------------------------------- starting a server
-
-
-def check_serve_args(args: Sequence[str]) -> None:
-    """Refuse arguments of `vllm serve` that the engine sets itself."""
-    if taken := sorted(_OWN_FLAGS & {arg.partition("=")[0].replace("_", "-") for arg in args}):
-        raise UserError(f"rollout.engine.serve_args may not hold {taken}: the engine sets them itself.")
 
 
 def serve_command(context: EngineContext, *, port: int, dtype: str, nccl: bool, serve_args: Sequence[str]) -> list[str]:

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import os
 import shutil
-import socket
 import tempfile
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from tealightning.errors import UserError
 from tealightning.rollouts.vllm import nccl_sender
-from tealightning.rollouts.vllm_client import VLLMClient, is_local
+from tealightning.rollouts.vllm_client import VLLMClient
 
 Weights = list[tuple[str, Tensor]]
 
@@ -86,9 +85,7 @@ class NCCLPush:
     """vLLM's own NCCL weight transfer: the trainer's GPU broadcasts to every GPU of the server.
 
     Needs a GPU that the server does not use, `vllm` installed beside the trainer, and a server started with
-    `--weight-transfer-config '{"backend": "nccl"}'`.
-
-    `host` is the address of this machine that the server's workers can reach.
+    `--weight-transfer-config '{"backend": "nccl"}'`; `host` is the address of this machine for the server's workers.
     """
 
     def __init__(self, device: torch.device, host: str) -> None:
@@ -120,13 +117,6 @@ class NCCLPush:
         if self._sender is not None:
             self._sender.shutdown()
         self._sender = None
-
-
-def new_push(transfer: str, weights_dir: str | None, url: str | None, device: torch.device) -> FilePush | NCCLPush:
-    """The push called `transfer` ("file" or "nccl") to the server at `url`; None = on this machine."""
-    if transfer == "file":
-        return FilePush(weights_dir)
-    return NCCLPush(device, "127.0.0.1" if is_local(url) else socket.gethostbyname(socket.getfqdn()))
 
 
 def _separate(weights: Weights) -> dict[str, Tensor]:
