@@ -48,11 +48,7 @@ class Reward(ABC):
         """One float per completion; the three arguments have the same length B."""
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Metadata) -> RewardScores:
-        """`score`, checked: B values, as float64.
-
-        Raises:
-            ValueError: if `score` returned another number of values or something that is no number.
-        """
+        """`score` as float64; a ValueError says that it returned another number of values, or what is no number."""
         values = self.score(prompts, completions, metadata)
         total = as_scores(values, expected=len(completions), source=f"reward {self.name!r}")
         return RewardScores(total=total, components={self.name: total})
@@ -144,9 +140,7 @@ def bisect_failures(
     go_on: Callable[[], bool] = lambda: True,
 ) -> dict[Row, float]:
     """Scores of `rows`, without those that cannot be scored: all at once, and where that fails, of its halves, down to
-    single rows.
-
-    A single bad row among n costs at most `2 * log2(n)` further attempts, and nothing fails more than `2n - 1` times.
+    single rows. A single bad row among n costs at most `2 * log2(n)` further attempts.
 
     Args:
         rows: What to score; hashable and distinct.

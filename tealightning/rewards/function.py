@@ -168,9 +168,8 @@ class FunctionReward(Reward):
         if kind != "ready":
             process.close()
             error_type, message, trace = details
-            raise WorkerStartError(
-                f"function: {self._path} cannot be imported in the worker process: {error_type}: {message}"
-            ) from _TracebackOfWorker(trace)
+            problem = f"function: {self._path} cannot be imported in the worker process: {error_type}: {message}"
+            raise WorkerStartError(problem) from _TracebackOfWorker(trace)
         return process
 
     def _score_in_process(self, columns: dict[str, Sequence[Any]], count: int) -> list[float | None]:
@@ -187,9 +186,8 @@ class FunctionReward(Reward):
             error_type, message, trace = details
             raise FunctionRaisedError(self.name, error_type, count, message) from _TracebackOfWorker(trace)
         if kind == "invalid":
-            raise UserError(
-                f"reward {self.name!r} must return one number per completion (None or NaN = unscorable): {details[0]}"
-            )
+            wanted = "must return one number per completion (None or NaN = unscorable)"
+            raise UserError(f"reward {self.name!r} {wanted}: {details[0]}")
         return details[0]
 
     def _end_process(self) -> None:

@@ -58,8 +58,14 @@ class RewardClient:
         self.where = str(self.url.copy_with(query=None, fragment=None))  # for messages: a query may hold a secret
         self.token_env = token_env
         self.timeout_seconds = timeout_seconds
-        if token_env is not None:
-            _check_token(token_env)
+        token = "" if token_env is None else os.environ.get(token_env, "")
+        if token_env is not None and not token:
+            raise UserError(f"token_env names the environment variable {token_env!r}, which is not set.")
+        if not (token.isascii() and token.isprintable() and " " not in token):
+            raise UserError(
+                f"token_env: the environment variable {token_env!r} holds a space, a line end or another character "
+                "that a token cannot have."
+            )
         try:
             self._certificates = (
                 ssl.create_default_context(cafile=ca_file) if ca_file else httpx.create_ssl_context(trust_env=False)
@@ -85,9 +91,8 @@ class RewardClient:
         headers = {"Content-Type": "application/json", "User-Agent": "tealightning", **headers}
         if self.token_env is not None:
             headers["Authorization"] = f"Bearer {os.environ.get(self.token_env, '')}"
-        request = httpx.Request(
-            "POST", self.url, content=body, headers=headers, extensions={"timeout": timeouts.as_dict()}
-        )
+        extensions = {"timeout": timeouts.as_dict()}
+        request = httpx.Request("POST", self.url, content=body, headers=headers, extensions=extensions)
         try:
             with closing(connection.handle_request(request)) as answer:
                 content = self._read(answer, deadline)
@@ -164,17 +169,6 @@ def _is_this_machine(host: str) -> bool:
         return host == "localhost"
 
 
-def _check_token(variable: str) -> None:
-    token = os.environ.get(variable, "")
-    if not token:
-        raise UserError(f"token_env names the environment variable {variable!r}, which is not set.")
-    if not (token.isascii() and token.isprintable() and " " not in token):
-        raise UserError(
-            f"token_env: the environment variable {variable!r} holds a space, a line end or another character that "
-            "a token cannot have."
-        )
-
-
 def _retry_after_seconds(header: str) -> float:
     """What a `Retry-After` header asks for, in seconds or as a date; 0 for what is neither."""
     if header.strip().isdecimal():
@@ -189,11 +183,8 @@ def scores_by_id(body: bytes, asked: Collection[str]) -> dict[str, float]:
     """The scores in `{"scores": [{"id": ..., "score": ...}, ...]}`, whatever their order.
 
     `null` is NaN: the server says that it cannot score this completion. A score that is no number is left out, as if
-    its id were missing.
-
-    Raises:
-        FailedAnswerError: for something else than such JSON, an id that was not asked for, or one that comes twice:
-            then the server mixes requests up, and its other scores cannot be trusted either.
+    its id were missing. Something else than such JSON, an id that was not asked for, or one that comes twice is a
+    FailedAnswerError: the server mixes requests up, and its other scores cannot be trusted either.
     """
     try:
         # Integers as floats: one of more than 308 digits is infinite then, and no error.

@@ -7,7 +7,6 @@ standard library alone, and the package only where a message needs it.
 import asyncio
 import contextlib
 import hashlib
-import importlib
 import importlib.util
 import inspect
 import os
@@ -25,11 +24,7 @@ _TRACEBACK_CHARACTERS = 4000
 
 def import_function(function: Any) -> Any:
     """The function at `package.module:function`, `package.module.function` or `path/to/file.py:function`, or
-    `function` itself if it is no path.
-
-    Raises:
-        ValueError: if there is no such module, file or function, or it cannot be called.
-    """
+    `function` itself if it is no path. A ValueError says that there is none, or that it cannot be called."""
     if isinstance(function, str):
         source, name = _source_and_name(function)
         module = _import_file(source) if isinstance(source, Path) else _import_module(source, name)
@@ -68,11 +63,11 @@ def _import_file(file: Path) -> ModuleType:
 
 
 def function_path(function: Any) -> str:
-    """The path from which another process can import `function`, itself a path or a function.
+    """The path from which another process can import `function`, a path or a function; nothing is imported to find out.
 
     Raises:
-        ValueError: if another process could not: a lambda, a function inside another one or of the main script, an
-            object; or if the path's module or file does not exist. Nothing is imported to find out.
+        ValueError: for a lambda, a function inside another one or of the main script, an object, or a path whose module
+            or file does not exist.
     """
     if isinstance(function, str):
         source, name = _source_and_name(function)

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
@@ -16,31 +17,16 @@ from tealightning.rollouts.generation_request import padded
 from tealightning.types import Completion, PromptBatch, RewardScores, RolloutBatch, SamplingConfig
 
 
+@dataclass(eq=False)
 class RolloutCollector:
-    """Runs a started engine and a reward that has been set up over a batch of prompts.
+    """Runs a started engine and a reward that has been set up over a batch of prompts."""
 
-    Args:
-        pad_token_id: Token id beyond the lengths; any id will do, masks come from the lengths.
-        vocab_size: Upper bound of the token ids, exclusive; None = not checked.
-        score_as_finished: Score each prompt's completions in a thread while others are still being generated, prompt by
-            prompt, instead of all at the end.
-    """
-
-    def __init__(
-        self,
-        engine: RolloutEngine,
-        reward: Reward,
-        sampling: SamplingConfig,
-        pad_token_id: int,
-        vocab_size: int | None = None,
-        score_as_finished: bool = False,
-    ) -> None:
-        self.engine = engine
-        self.reward = reward
-        self.sampling = sampling
-        self.pad_token_id = pad_token_id
-        self.vocab_size = vocab_size
-        self.score_as_finished = score_as_finished
+    engine: RolloutEngine
+    reward: Reward
+    sampling: SamplingConfig
+    pad_token_id: int  # beyond the lengths; any id will do, masks come from the lengths
+    vocab_size: int | None = None  # upper bound of the token ids, exclusive; None = not checked
+    score_as_finished: bool = False  # prompt by prompt, in a thread while others are generated, not all at the end
 
     def collect(
         self, batch: PromptBatch, *, num_samples: int, seeds: list[int], weights_version: int

@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import torch
@@ -95,7 +94,7 @@ class VLLMClient:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While in it, nothing is generated: what was being generated has ended, and what comes waits."""
+        """Nothing is generated inside: what was being generated has ended, and what comes waits."""
         resume = partial(self._call, "POST", "/resume", "resuming it after a weight update")
         self._call("POST", "/pause?mode=wait", "waiting for its last requests before a weight update")
         try:
@@ -168,7 +167,7 @@ def _message(answer: httpx.Response) -> str:
 
 def is_local(url: str | None) -> bool:
     """Whether `url` is of this machine's loopback interface; None is."""
-    return url is None or urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+    return url is None or httpx.URL(url).host in ("127.0.0.1", "localhost", "::1")
 
 
 def api_key_from(variable: str | None) -> str | None:
