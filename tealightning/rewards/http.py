@@ -194,9 +194,8 @@ class ScoringCall:
             deadline = min(deadline, max(gone_since + longest, self._started + _SHARE_IN_OUTAGE * longest))
         return deadline - time.monotonic()
 
-    # ---------------------------------------------------------------- in the threads
-
     def _work(self) -> None:
+        """Run in each thread: score batches until there are no more."""
         error: BaseException | None = None
         try:
             with self._reward.client.connection() as connection:

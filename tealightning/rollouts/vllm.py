@@ -52,8 +52,8 @@ class VLLMEngine(RolloutEngine):
     Sample i of prompt p is a function of `seeds[p] + i` and the weights, whatever else is in the batch (up to
     rounding), so seeds must be far apart: see `prompt_seed`.
 
-    With several GPUs each rank runs an engine on its own device; that path is exercised on CPUs (gloo) only by the
-    tests. Where no process group exists, vLLM makes one of world size 1, and needs it for as long as the process lives.
+    Each rank runs an engine on its own device. Where no process group exists, vLLM makes one of world size 1, and needs
+    it for as long as the process lives.
 
     Args:
         dtype: Data type of weights and activations: "auto" = the policy's, or "bfloat16", "float16", "float32".

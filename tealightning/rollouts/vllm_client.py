@@ -90,8 +90,6 @@ class VLLMClient:
         finally:  # without waiting: after an error, the others may take until their timeout
             threads.shutdown(wait=False, cancel_futures=True)
 
-    # ---------------------------------------------------------------- weights
-
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Nothing is generated inside: what was being generated has ended, and what comes waits."""
@@ -132,8 +130,6 @@ class VLLMClient:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         body = {} if weight_version is None else {"weight_version": weight_version}
         self._call("POST", "/finish_weight_update", "finishing a weight update", body)
-
-    # ---------------------------------------------------------------- transport
 
     def _call(self, method: str, route: str, phase: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON answer, None if there is none. A ServerError names the phase and what the server says."""

@@ -44,9 +44,8 @@ class VLLMServerEngine(RolloutEngine):
 
     Sample i of prompt p is a function of `seeds[p] + i` and the weights (up to rounding), as with `VLLMEngine`.
 
-    One server serves all ranks: each sends its own prompts; rank 0 starts the server and pushes weights, between
-    barriers. Every completion names the weights that sampled it, so a server that was restarted, or that another
-    trainer gave its weights, is an error and not a silent change of policy.
+    One server serves all ranks. Every completion names the weights that sampled it, so a server that was restarted, or
+    that another trainer gave its weights, is an error and not a silent change of policy.
 
     Args:
         url: Address of a running server, for example `http://127.0.0.1:8000`; None = start one on this machine. The
