@@ -11,8 +11,8 @@ from matplotlib.ticker import MaxNLocator
 
 from tealightning.ablation.tables import DIAGNOSTICS, START, ResultsView, Row, split_name
 from tealightning.reporting import style
-from tealightning.reporting.page import Plot
 from tealightning.reporting.style import Curve, Style
+from tealightning.reporting.tables import Plot
 
 OVERLAID = 7  # bands of more curves on one pair of axes hide each other: beyond, there are lines without bands
 CROWD = 15  # more curves than this say nothing as grey lines in every panel, and make files of megabytes

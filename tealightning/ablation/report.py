@@ -10,9 +10,8 @@ from tealightning.ablation.plots import all_plots
 from tealightning.ablation.tables import BUDGETS, START, ResultsView, Row, all_tables, split_name, to_csv, to_latex
 from tealightning.errors import MissingPackageError
 from tealightning.reliability.files import write_whole
-from tealightning.reporting.page import Box, Plot, Section, html_page
 from tealightning.reporting.style import image
-from tealightning.reporting.tables import Table, markdown_page, rounded
+from tealightning.reporting.tables import Box, Plot, Section, Table, html_page, markdown_page, rounded
 
 SHOWN_FAILURES = 12
 

@@ -27,11 +27,8 @@ class PromptLoader:
     `limit_train_batches`, or a checkpoint) is continued by the next one: no prompt comes twice before all came once.
 
     Args:
-        prompts: The split.
         batch_size: Prompts per rank and step.
         seed: Seed of the shuffle.
-        rank: Rank of this process.
-        world_size: W.
 
     Raises:
         ValueError: if there are fewer prompts than one step takes.
@@ -41,23 +38,19 @@ class PromptLoader:
         self, prompts: PromptSet, *, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1
     ) -> None:
         self.prompts = prompts
-        self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.prompts_per_step = batch_size * world_size
+        """Prompts of one step on all ranks."""
         self.steps_served = 0
         """Steps taken from the stream since its start."""
+        self._epoch_and_order: tuple[int, NDArray[np.int64]] = -1, np.empty(0, np.int64)
         if len(prompts) < self.prompts_per_step:
             raise UserError(
                 f"training takes {self.prompts_per_step} prompts a step (batch_size={batch_size} on each of "
                 f"{world_size} ranks) and there are {len(prompts)}: lower batch_size or add prompts."
             )
-        self._epoch_and_order: tuple[int, NDArray[np.int64]] | None = None
-
-    @property
-    def prompts_per_step(self) -> int:
-        """Prompts of one step on all ranks."""
-        return self.batch_size * self.world_size
 
     def __len__(self) -> int:
         """Steps in an epoch."""
@@ -65,13 +58,17 @@ class PromptLoader:
 
     def __iter__(self) -> Iterator[PromptBatch]:
         for _ in range(len(self)):
-            rows = self._rows_of_step(self.steps_served)
+            batch = self.peek()
             self.steps_served += 1  # before the yield: a checkpoint written during the step counts it as done
-            yield self.prompts.batch(rows)
+            yield batch
 
     def peek(self) -> PromptBatch:
         """The batch after the one that was yielded last, which stays the next one."""
-        return self.prompts.batch(self._rows_of_step(self.steps_served))
+        epoch, step = divmod(self.steps_served, len(self))
+        if self._epoch_and_order[0] != epoch:
+            self._epoch_and_order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts))
+        rows = self._epoch_and_order[1][step * self.prompts_per_step :][: self.prompts_per_step]
+        return self.prompts.batch(rows[self.rank :: self.world_size])
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, and what it is a stream of."""
@@ -94,23 +91,12 @@ class PromptLoader:
 
     @cached_property
     def _stream(self) -> dict[str, Any]:
-        digest = hashlib.sha256("\n".join(self.prompts.ids).encode()).hexdigest()[:16]
         return {
             "prompts": len(self.prompts),
             "prompts_per_step": self.prompts_per_step,
             "seed": self.seed,
-            "digest of ids": digest,
+            "digest of ids": hashlib.sha256("\n".join(self.prompts.ids.to_pylist()).encode()).hexdigest()[:16],
         }
-
-    def _rows_of_step(self, step: int) -> NDArray[np.int64]:
-        epoch, step = divmod(step, len(self))
-        start = step * self.prompts_per_step
-        return self._order(epoch)[start : start + self.prompts_per_step][self.rank :: self.world_size]
-
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        if self._epoch_and_order is None or self._epoch_and_order[0] != epoch:
-            self._epoch_and_order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts))
-        return self._epoch_and_order[1]
 
 
 class EvaluationLoader:
@@ -118,12 +104,6 @@ class EvaluationLoader:
 
     Rank r of W takes every W-th prompt, in batches of at most `batch_size` and nearly equal sizes: all ranks have the
     same number of batches, except that with `batch_size=1` some may have one fewer.
-
-    Args:
-        prompts: The split.
-        batch_size: Most prompts per rank and batch.
-        rank: Rank of this process.
-        world_size: W.
 
     Raises:
         ValueError: if a rank would have no prompt.
@@ -142,5 +122,4 @@ class EvaluationLoader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[PromptBatch]:
-        for rows in self._batches:
-            yield self.prompts.batch(rows)
+        return (self.prompts.batch(rows) for rows in self._batches)

@@ -14,11 +14,8 @@ from tealightning.text.chat import ChatFormatter, ChatTemplate, check_template
 from tealightning.types import Split
 
 _PHASES: dict[str | None, tuple[Split, ...]] = {
-    "fit": ("train", "val"),
-    "validate": ("val",),
-    "test": ("test",),
-    None: ("train", "val", "test"),
-}
+    "fit": ("train", "val"), "validate": ("val",), "test": ("test",), None: ("train", "val", "test"),
+}  # fmt: skip
 
 
 @contextmanager
@@ -110,10 +107,17 @@ class PromptDataModule(pl.LightningDataModule):
             raise UserError(f"data.{phases[0]} is not set: give it a file or a data set of the hub.")
         formatter = self._formatter()
         for phase in phases:
-            source = self.sources[phase]
-            if source is not None:
+            if (source := self.sources[phase]) is not None:
                 with _named(f"data.{phase}"):
-                    self.prompt_sets[phase] = self._build(source, formatter)
+                    self.prompt_sets[phase] = build_prompt_set(
+                        read_rows(source),
+                        source=source,
+                        formatter=formatter,
+                        prompt_column=self.prompt_column,
+                        id_column=self.id_column,
+                        system_prompt=self.system_prompt,
+                        max_prompt_tokens=self.max_prompt_tokens,
+                    )
         self._train_loader = None
         if stage == "fit":
             self._check_steps()
@@ -151,28 +155,6 @@ class PromptDataModule(pl.LightningDataModule):
     def _evaluation_loader(self, phase: Split) -> EvaluationLoader:
         return EvaluationLoader(self.prompt_sets[phase], batch_size=self.val_batch_size, **self._ranks())
 
-    def _build(self, source: str, formatter: ChatFormatter) -> PromptSet:
-        return build_prompt_set(
-            read_rows(source),
-            source=source,
-            formatter=formatter,
-            prompt_column=self.prompt_column,
-            id_column=self.id_column,
-            system_prompt=self.system_prompt,
-            max_prompt_tokens=self.max_prompt_tokens,
-        )
-
-    def _formatter(self) -> ChatFormatter:
-        tokenizer = self._load_tokenizer()
-        with _named("data"):
-            formatter = ChatFormatter(tokenizer, self.chat_template)
-        if self.system_prompt is not None and not formatter.uses_template:
-            raise UserError(
-                "data.system_prompt needs a chat template, and prompts are used as plain text here: put it into the "
-                "prompts, or set data.chat_template."
-            )
-        return formatter
-
     def _check_steps(self) -> None:
         """Whether there are prompts for a step, and validations within an epoch, before a model is loaded."""
         with _named("data.batch_size"):
@@ -187,20 +169,27 @@ class PromptDataModule(pl.LightningDataModule):
                 "trainer.check_val_every_n_epoch=null, and it counts steps over epochs."
             )
 
-    def _load_tokenizer(self) -> Any:
-        if isinstance(self.tokenizer, str):
+    def _formatter(self) -> ChatFormatter:
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            tokenizer = getattr(self.trainer and self.trainer.lightning_module, "tokenizer", None)
+        if tokenizer is None:
+            raise UserError("no tokenizer: set data.tokenizer, or use a module that has the attribute `tokenizer`.")
+        if isinstance(tokenizer, str):
             from transformers import AutoTokenizer
 
             try:
-                return AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=False)
+                tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
             except (OSError, ValueError) as error:
-                raise UserError(f"data.tokenizer {self.tokenizer!r} is no folder or hub id of one: {error}") from error
-        if self.tokenizer is not None:
-            return self.tokenizer
-        tokenizer = getattr(self.trainer and self.trainer.lightning_module, "tokenizer", None)
-        if tokenizer is None:
-            raise UserError("no tokenizer: set data.tokenizer, or use a module that has the attribute `tokenizer`.")
-        return tokenizer
+                raise UserError(f"data.tokenizer {tokenizer!r} is no folder or hub id of one: {error}") from error
+        with _named("data"):
+            formatter = ChatFormatter(tokenizer, self.chat_template)
+        if self.system_prompt is not None and not formatter.uses_template:
+            raise UserError(
+                "data.system_prompt needs a chat template, and prompts are used as plain text here: put it into the "
+                "prompts, or set data.chat_template."
+            )
+        return formatter
 
     def _ranks(self) -> dict[str, int]:
         """Which share of the prompts is this process's, as Lightning says: ranks that split one model share prompts."""

@@ -12,12 +12,8 @@ from tealightning.version import __version__
 
 
 def provenance(args: Sequence[str], *, seed: int) -> dict[str, str]:
-    """What is needed to make a figure again: {"command", "commit", "seed", "versions"}, all text.
-
-    Args:
-        args: The command line without the program: `["diagnose", "gradients", "-m", "16"]`.
-        seed: What all random numbers follow from.
-    """
+    """What is needed to make a figure again, as text: "command" (`args` without the program), "commit", "seed" and
+    "versions"."""
     packages = package_versions("torch", "numpy", "scipy")
     versions = {"tealightning": __version__, "Python": packages.pop("python")} | packages
     return {

@@ -6,7 +6,7 @@ Figures are made without pyplot, so that no global backend is touched.
 import io
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,15 +51,10 @@ class Curve:
 def styles(names: Iterable[str], reference: str | None = None) -> dict[str, Style]:
     """A style for every name: the reference black, the others by colour, line and marker, so that no two look alike
     without colour either."""
-    others = [name for name in names if name != reference]
-    looks = {
-        name: Style(
-            color=COLORS[index % len(COLORS)],
-            line=LINES[index // len(COLORS) % len(LINES)],
-            marker=MARKERS[index % len(MARKERS)],
-        )
-        for index, name in enumerate(others)
-    }
+    looks = {}
+    for index, name in enumerate(name for name in names if name != reference):
+        line = LINES[index // len(COLORS) % len(LINES)]
+        looks[name] = Style(color=COLORS[index % len(COLORS)], line=line, marker=MARKERS[index % len(MARKERS)])
     return looks if reference is None else looks | {reference: REFERENCE}
 
 
@@ -79,14 +74,7 @@ def grid_lines(axes: Axes, axis: Any = "both") -> None:
 def facets(
     count: int, *, columns: int | None = None, size: tuple[float, float] = (3.3, 2.2), share: bool = True
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels.
-
-    Args:
-        count: Panels.
-        columns: Panels of a row; None = 3 to 5, by their number.
-        size: Width and height of a panel in inches; the figure is 10 inches wide at most.
-        share: All panels have the same scales.
-    """
+    """A figure with `count` panels of a size in inches, at most 10 inches wide; `share`: all have the same scales."""
     columns = min(count, columns or (3 if count <= 9 else 4 if count <= 16 else 5))
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(min(10.0, size[0] * columns + 0.6), size[1] * rows + 0.8), layout="constrained")
@@ -122,18 +110,17 @@ def log_n_axis(axes: Axes, ns: Sequence[int]) -> None:
 def legend_outside(figure: Figure, axes: Axes, *, below: bool = False) -> None:
     """One legend for the figure, where it covers no line."""
     handles, names = axes.get_legend_handles_labels()
-    place: Mapping[str, Any] = (
-        {"loc": "outside lower center", "ncols": min(len(names), 3)}
-        if below
-        else {"loc": "outside right upper", "ncols": 1 if len(names) <= 20 else 2}
-    )
-    figure.legend(handles, names, fontsize=8, frameon=False, **place)
+    if below:
+        figure.legend(handles, names, fontsize=8, frameon=False, loc="outside lower center", ncols=min(len(names), 3))
+    else:
+        columns = 1 if len(names) <= 20 else 2
+        figure.legend(handles, names, fontsize=8, frameon=False, loc="outside right upper", ncols=columns)
 
 
-def image(figure: Figure, kind: str = "png", dpi: int = 150) -> bytes:
+def image(figure: Figure, kind: str) -> bytes:
     """The figure as `png` or `svg`; the same figure gives the same bytes."""
     stream = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else None
     with matplotlib.rc_context({"svg.hashsalt": "tealightning"}):
-        metadata = {"Date": None} if kind == "svg" else None
-        figure.savefig(stream, format=kind, dpi=dpi, facecolor="white", metadata=metadata)
+        figure.savefig(stream, format=kind, dpi=150, facecolor="white", metadata=metadata)
     return stream.getvalue()

@@ -1,15 +1,22 @@
-"""Tables as markdown, CSV and LaTeX.
+"""Tables as markdown, CSV and LaTeX, and with plots on a stand-alone HTML page.
 
 Numbers are shown with 3 decimals, counts and seconds as whole numbers. A cell holds the unrounded number.
 """
 
+import base64
 import csv
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import jinja2
+from markupsafe import Markup, escape
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 UNKNOWN = "–"
 
@@ -61,13 +68,7 @@ def rounded(value: float) -> str:
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
-    """A markdown table with a column for each key of the first row (or for `columns`); missing cells stay empty.
-
-    Raises:
-        ValueError: if there are no rows and no columns.
-    """
-    if not rows and columns is None:
-        raise ValueError("A table needs rows or columns.")
+    """A markdown table with a column for each key of the first row (or for `columns`); missing cells stay empty."""
     names = list(columns if columns is not None else rows[0])
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
@@ -86,7 +87,6 @@ def markdown_page(title: str, tables: Sequence[Table]) -> str:
 
 
 def _markdown_cell(cell: TableCell) -> str:
-    """`**1.234**\\* [1.100, 1.300]`."""
     if cell.kind == "text":
         return markdown_text(cell.text)
     number = cell.shown.replace("<", "&lt;")
@@ -113,23 +113,16 @@ def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = 
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write `rows` as CSV, with the union of their keys in order of appearance as columns."""
+    """Write `csv_text(rows)`, its lines ended as spreadsheets do."""
     path.write_text(csv_text(rows, line_end="\r\n"), encoding="utf-8", newline="")
 
 
 _LATEX = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "\n": " ",
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "\n": " ",
     "[": "{[}",  # at the start of a row it would be an argument of the line break before it
-    **{character: f"\\{character}" for character in "_&%$#"},
-}
+    **{character: f"\\{character}" for character in "{}_&%$#"},
+}  # fmt: skip
 _LATEX_BREAKS = {", ": r",\\ ", " (": r"\\ (", " a ": r"\\ a ", " to the ": r"\\ to the ", " of ": r" of\\ "}
 """Where headings are stacked: wide headings over narrow columns are what makes tables too wide."""
 
@@ -141,10 +134,8 @@ def latex_text(text: str) -> str:
 
 def latex_table(table: Table) -> str:
     """A booktabs `tabular` in a float, labelled `tab:<key>`."""
-    layout = "".join(
-        r"p{0.5\linewidth}" if name == "error" else "l" if cell.kind == "text" else "r"
-        for name, cell in zip(table.columns, table.rows[0], strict=True)
-    )
+    kinds = ["l" if cell.kind == "text" else "r" for cell in table.rows[0]]
+    layout = [r"p{0.5\linewidth}" if name == "error" else kind for name, kind in zip(table.columns, kinds, strict=True)]
     wide = len(table.columns) > 7
     size = r"\scriptsize\setlength{\tabcolsep}{1pt}" if wide else r"\footnotesize\setlength{\tabcolsep}{4pt}"
     lines = [
@@ -152,7 +143,7 @@ def latex_table(table: Table) -> str:
         rf"\centering{size}",
         rf"\caption{{{latex_text(f'{table.title}. {table.note}'.strip())}}}",
         rf"\label{{tab:{re.sub('[^A-Za-z0-9]', '-', table.key)}}}",
-        rf"\begin{{tabular}}{{{layout}}}",
+        rf"\begin{{tabular}}{{{''.join(layout)}}}",
         r"\toprule",
         " & ".join(map(_latex_heading, table.columns)) + r" \\",
         r"\midrule",
@@ -180,3 +171,75 @@ def _latex_cell(cell: TableCell) -> str:
         number = rf"\textbf{{{number.replace('$', '')}}}".replace("{-", "{$-$")
     number += "$^{*}$" if cell.star else ""
     return rf"\shortstack[r]{{{number}\\{{\tiny ${cell.interval}$}}}}" if cell.interval else number
+
+
+@dataclass(kw_only=True, slots=True)
+class Plot:
+    """A figure, the name of its files, a caption, and what stands in for it where it cannot be seen."""
+
+    name: str
+    figure: "Figure"
+    caption: str
+    alt: str
+
+
+@dataclass(kw_only=True, slots=True)
+class Box:
+    """A framed note above the sections of a page."""
+
+    title: str
+    lead: str = ""  # a first sentence, in bold
+    text: str = ""
+    bullets: Sequence[str] = ()
+    warning: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class Section:
+    """A part of a page with a link in its contents; what is empty is left out."""
+
+    key: str
+    title: str
+    text: str = ""
+    bullets: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    plots: Sequence[Plot] = ()
+    folded: Sequence[Table] = ()  # open on a click
+    code: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    folded_code: tuple[str, str] | None = None  # title, text
+
+
+def html_page(
+    title: str,
+    *,
+    boxes: Sequence[Box],
+    sections: Sequence[Section],
+    images: Mapping[str, bytes],
+    description: str = "",
+    meta: str = "",
+) -> str:
+    """The page, with styles and pictures inside: it loads nothing from elsewhere.
+
+    `images`: name of a plot -> its SVG. `description` stands below the heading, `meta` in small print below that.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        # Long names may be broken after an underscore, and `n = 1` is held together.
+        "breakable": lambda name: Markup(str(escape(name)).replace("_", "_<wbr>")),
+        "unbroken": lambda text: text.replace(" = ", "\u00a0=\u00a0"),
+    }
+    return environment.get_template("page.html.j2").render(
+        title=title,
+        boxes=boxes,
+        sections=sections,
+        images={name: f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" for name, svg in images.items()},
+        description=description,
+        meta=meta,
+    )

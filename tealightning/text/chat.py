@@ -21,17 +21,16 @@ class ChatFormatter:
     tokenizer adds none; without a template the tokenizer adds its usual ones, except for a `bos` that the text
     already starts with.
 
-    Args:
-        tokenizer: A `PreTrainedTokenizerBase`.
-        chat_template: See `ChatTemplate`.
-
     Raises:
         ValueError: if `chat_template` is True and the tokenizer has none, or is a path that is no file.
     """
 
     def __init__(self, tokenizer: Any, chat_template: ChatTemplate = "auto") -> None:
         self.tokenizer = tokenizer
-        self.template = _read_template(chat_template) if isinstance(chat_template, str) else None
+        check_template(chat_template)
+        self.template = None
+        if isinstance(chat_template, str) and chat_template != "auto":
+            self.template = Path(chat_template).expanduser().read_text(encoding="utf-8")
         has_own = bool(getattr(tokenizer, "chat_template", None))
         if chat_template is True and not has_own:
             raise UserError(
@@ -48,7 +47,7 @@ class ChatFormatter:
             ValueError: for a chat or a system prompt where there is no template, or one that the template refuses.
         """
         if self.uses_template:
-            return self._encode([self._render(_as_chat(p, system_prompt)) for p in prompts])
+            return self._encode([self._render(_as_chat(p, system_prompt), generate=True) for p in prompts])
         if system_prompt is not None:
             raise UserError(
                 "system_prompt needs a chat template, and prompts are used as plain text here: put it into the prompts."
@@ -57,26 +56,22 @@ class ChatFormatter:
         return [row[: len(row) - appended] for row in self._encode_plain([self._plain(p) for p in prompts])]
 
     def encode_answers(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[list[int]]:
-        """Token ids of each prompt followed by its answer: an assistant message, or text appended to text.
-
-        Raises:
-            ValueError: for a chat where there is no template, or one that the template refuses.
-        """
+        """Token ids of each prompt followed by its answer: an assistant message, or text appended to text."""
         pairs = list(zip(prompts, answers, strict=True))
         if self.uses_template:
-            return self._encode([self._render(_as_chat(p), answer=a) for p, a in pairs])
+            chats = [[*_as_chat(p), Message(role="assistant", content=a)] for p, a in pairs]
+            return self._encode([self._render(chat, generate=False) for chat in chats])
         return self._encode_plain([self._plain(p) + a for p, a in pairs])
 
-    def _render(self, chat: list[Message], *, answer: str | None = None) -> str:
-        if answer is not None:
-            chat = [*chat, {"role": "assistant", "content": answer}]
+    def _render(self, chat: list[Message], *, generate: bool) -> str:
         try:
             return self.tokenizer.apply_chat_template(
-                chat, chat_template=self.template, tokenize=False, add_generation_prompt=answer is None
+                chat, chat_template=self.template, tokenize=False, add_generation_prompt=generate
             )
         except Exception as error:  # a template runs code of its own: a TypeError is as much its refusal as a raise
             roles = [message["role"] for message in chat]
-            raise UserError(f"the chat template refuses a chat with the roles {roles}: {_reason(error)}") from error
+            reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+            raise UserError(f"the chat template refuses a chat with the roles {roles}: {reason}") from error
 
     def _plain(self, prompt: Prompt) -> str:
         if isinstance(prompt, str):
@@ -104,10 +99,6 @@ class ChatFormatter:
         return bos is not None and bos in full[:start], len(full) - start - len(bare)
 
 
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
-
-
 def _as_chat(prompt: Prompt, system_prompt: str | None = None) -> list[Message]:
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system_prompt is None or chat[0]["role"] == "system":
@@ -116,18 +107,9 @@ def _as_chat(prompt: Prompt, system_prompt: str | None = None) -> list[Message]:
 
 
 def check_template(chat_template: ChatTemplate) -> None:
-    """Refuse a `ChatTemplate` that is neither true, false, auto nor the path of a file.
-
-    Raises:
-        ValueError: with the path that was looked at.
-    """
+    """Refuse a `ChatTemplate` that is neither true, false, auto nor the path of a file."""
     if isinstance(chat_template, str) and chat_template != "auto" and not Path(chat_template).expanduser().is_file():
         raise UserError(
             'chat_template must be "auto", true, false or the path of a Jinja file; no file is at '
             f"{Path(chat_template).expanduser().absolute()}."
         )
-
-
-def _read_template(chat_template: str) -> str | None:
-    check_template(chat_template)
-    return None if chat_template == "auto" else Path(chat_template).expanduser().read_text(encoding="utf-8")

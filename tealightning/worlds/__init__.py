@@ -3,15 +3,12 @@
 A world's file adds its names to `WORLDS`; its import here makes the command line offer them.
 """
 
-from tealightning.worlds.folder import WORLDS as WORLDS
-from tealightning.worlds.folder import Playground as Playground
-from tealightning.worlds.folder import load_playground as load_playground
-from tealightning.worlds.maze import MAZE_WORLDS as MAZE_WORLDS
-from tealightning.worlds.maze import MazeConfig as MazeConfig
-from tealightning.worlds.maze import MazeReward as MazeReward
-from tealightning.worlds.maze_build import build_maze as build_maze
-from tealightning.worlds.prose import ProseConfig as ProseConfig
-from tealightning.worlds.prose_build import build_prose as build_prose
-from tealightning.worlds.styles import STYLE_WORLDS as STYLE_WORLDS
-from tealightning.worlds.styles import StylesConfig as StylesConfig
-from tealightning.worlds.styles import build_styles as build_styles
+from tealightning.worlds.folder import WORLDS, Playground, load_playground
+from tealightning.worlds.maze import MAZE_WORLDS, MazeConfig, MazeReward
+from tealightning.worlds.maze_build import build_maze
+from tealightning.worlds.prose import ProseConfig
+from tealightning.worlds.prose_build import build_prose
+from tealightning.worlds.styles import StylesConfig, build_styles
+
+__all__ = ["MAZE_WORLDS", "WORLDS", "MazeConfig", "MazeReward", "Playground", "ProseConfig", "StylesConfig"]
+__all__ += ["build_maze", "build_prose", "build_styles", "load_playground"]

@@ -1,16 +1,8 @@
 """Text mazes with a verifier: sample N plans, check them, keep the best one.
 
-A prompt is a grid, one character a token, a line a row, and a colon; the answer is a path of moves, one letter each:
-
-    .#S..#
-    ...#..
-    #..#.G
-    ......
-    .#.#..
-    ..#...:LDRDDRRUR
-
-Stopping early is safe and pays a little, going all the way is risky and pays much: an objective of the mean learns to
-stop, one of the best of N to arrive.
+A prompt is a grid, one character a token, a line a row, and a colon ("S.#\\n..#\\n#.G:"); the answer is a path of
+moves, one letter each ("RDDR"). Stopping early is safe and pays a little, going all the way is risky and pays much: an
+objective of the mean learns to stop, one of the best of N to arrive.
 """
 
 import io
@@ -55,7 +47,7 @@ class MazeConfig:
     steps: int = 300  # optimizer steps of the policy, on new walks each
     batch_size: int = 16  # mazes a step
     walks: int = 8  # through each of them
-    lr: float = 5e-3  # see `Descent`
+    lr: float = 5e-3  # see `train`
     muon_lr: float = 1e-2
     train_prompts: int = 4000  # mazes in prompts/train.jsonl
     val_prompts: int = 128
@@ -69,24 +61,17 @@ class MazeConfig:
         if self.side < 2:
             raise UserError(f"side must be at least 2, got {self.side}.")
         if not 1 <= shortest <= longest <= self.max_moves:
-            raise UserError(
-                f"path_lengths must be (shortest, longest) with 1 <= shortest <= longest <= max_moves="
-                f"{self.max_moves}, got {shortest, longest}."
-            )
+            bounds = f"1 <= shortest <= longest <= max_moves={self.max_moves}"
+            raise UserError(f"path_lengths must have {bounds}, got {shortest, longest}.")
         for name in ("wall_density", "greedy", "illegal", "stop"):
             if not 0 <= getattr(self, name) < 1 and not (name == "greedy" and self.greedy == 1):
                 raise UserError(f"{name} must be a probability in [0, 1), got {getattr(self, name)}.")
         check_sizes(self)
 
     @property
-    def prompt_tokens(self) -> int:
-        """Of every prompt: cells, ends of lines, the colon."""
-        return self.side * (self.side + 1)
-
-    @property
     def max_positions(self) -> int:
-        """Of the policy."""
-        return self.prompt_tokens + self.max_moves + 1
+        """Of the policy: cells, ends of lines and the colon, the moves, the end of text."""
+        return self.side * (self.side + 1) + self.max_moves + 1
 
 
 MAZE_WORLDS: dict[str, dict[str, Any]] = {

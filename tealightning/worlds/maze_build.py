@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import track
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import LlamaForCausalLM as Policy
@@ -150,8 +149,7 @@ def build_maze(
 ) -> worlds.Playground:
     """Build `out` (policy/, prompts/{train,val,test}.jsonl, playground.json), or reuse it; see `build_prose`.
 
-    The reward is `tealightning.worlds.MazeReward`. The layouts of the three splits and those that the policy has
-    learned to walk in are all different.
+    The layouts of the three splits and those that the policy has learned to walk in are all different.
 
     Args:
         world: A name in `MAZE_WORLDS`, or a configuration of your own.
@@ -173,7 +171,8 @@ def _fill(folder: Path, config: MazeConfig, *, seed: int, progress: bool) -> dic
         "test": config.test_prompts,
         "policy": config.steps * config.batch_size,
     }
-    rng = np.random.default_rng(worlds.stream_seed(seed, "layouts"))
+    seed_of = partial(worlds.stream_seed, seed)
+    rng = np.random.default_rng(seed_of("layouts"))
     every = draw_mazes(config, count=sum(sizes.values()), rng=rng)
     ends = np.cumsum(list(sizes.values()))
     splits = {name: every[end - sizes[name] : end] for name, end in zip(sizes, ends, strict=True)}
@@ -182,11 +181,9 @@ def _fill(folder: Path, config: MazeConfig, *, seed: int, progress: bool) -> dic
     for split in worlds.PROMPT_SPLITS:
         rows = ({"prompt": f"{grid}:", "grid": grid} for grid in grid_texts(splits[split]))
         prompts[split] = worlds.write_prompts(folder, split, rows)
-    policy = _train_walker(
-        splits["policy"], tokenizer, config, seed=worlds.stream_seed(seed, "policy"), progress=progress
-    )
+    policy = _train_walker(splits["policy"], tokenizer, config, seed=seed_of("policy"), progress=progress)
     pictured = splits["val"][: config.curve_prompts]
-    figures = _measure(policy, tokenizer, pictured, config, seed=worlds.stream_seed(seed, "figures"))
+    figures = _measure(policy, tokenizer, pictured, config, seed=seed_of("figures"))
     policy.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
     return {
@@ -214,29 +211,27 @@ def _train_walker(mazes: Grids, tokenizer: Tokenizer, config: MazeConfig, *, see
     rng = np.random.default_rng(seed)
     architecture = lm.llama_config(tokenizer, config, layers=config.layers, max_positions=config.max_positions)
     model = lm.new_policy(architecture)
-    descent = lm.Descent(model, steps=config.steps, adamw_lr=config.lr, muon_lr=config.muon_lr, float32=True)
-    model.train()
-    for step in track(range(config.steps), description="Policy", disable=not progress):
+
+    def loss(step: int) -> torch.Tensor:
         batch = mazes[step * config.batch_size : (step + 1) * config.batch_size]
-        walks = noisy_walks(batch[np.arange(len(batch)).repeat(config.walks)], config, rng=rng)
-        descent.step(_walk_loss(model, tokenizer, [f"{grid}:" for grid in grid_texts(batch)], *walks))
-    return model.eval()
+        walks = noisy_walks(batch.repeat(config.walks, axis=0), config, rng=rng)
+        return _walk_loss(model, tokenizer, [f"{grid}:" for grid in grid_texts(batch)], *walks)
+
+    bar = "Policy" if progress else None
+    lm.train(model, loss, steps=config.steps, adamw_lr=config.lr, muon_lr=config.muon_lr, float32=True, description=bar)
+    return model
 
 
 def _walk_loss(
-    model: Policy,
-    tokenizer: Tokenizer,
-    prompts: list[str],
-    walk_choices: NDArray[np.int64],
-    walk_probabilities: NDArray[np.float64],
+    model: Policy, tokenizer: Tokenizer, prompts: list[str], walks: NDArray[np.int64], probabilities: NDArray[Any]
 ) -> torch.Tensor:
     """Cross-entropy in nats to the probabilities of the choices of K walks through each of Q mazes, the mean over
     choices. All walks through a maze share one row: its prompt stands there once, and each walk sees it and itself."""
     symbols = torch.tensor(tokenizer.convert_tokens_to_ids([*MOVES, tokenizer.eos_token]))
     prompt_ids = torch.tensor(lm.tokenize(prompts, tokenizer))
     rows, width = prompt_ids.shape
-    choices = torch.from_numpy(walk_choices).view(rows, -1, walk_choices.shape[1])
-    targets = torch.from_numpy(walk_probabilities).float().view(*choices.shape, -1)
+    choices = torch.from_numpy(walks).view(rows, -1, walks.shape[1])
+    targets = torch.from_numpy(probabilities).float().view(*choices.shape, -1)
     is_move = choices != END
     length = int(is_move.sum((1, 2)).max())
     ids = torch.full((rows, length), tokenizer.pad_token_id)

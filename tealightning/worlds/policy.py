@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -103,16 +103,15 @@ def train_policy(
 ) -> LlamaForCausalLM:
     """Next-token training on texts, joined by end-of-text tokens in a new random order every epoch.
 
-    A step takes `batch_size` rows of `sequence_length` tokens; for the learning rates see `Descent`.
+    A step takes `batch_size` rows of `sequence_length` tokens; for the learning rates see `train`.
     """
     torch.manual_seed(seed)
     model = new_policy(architecture)
-    descent = Descent(model, steps=steps, adamw_lr=lr, muon_lr=muon_lr)
     rows = _endless_rows(tokenize(texts, tokenizer), tokenizer.eos_token_id, batch_size, sequence_length + 1, seed=seed)
-    model.train()
-    for _ in track(range(steps), description="Policy", disable=not progress):
-        descent.step(next_token_loss(model, next(rows)))
-    return model.eval()
+    bar = "Policy" if progress else None
+    return train(
+        model, lambda _: next_token_loss(model, next(rows)), steps=steps, adamw_lr=lr, muon_lr=muon_lr, description=bar
+    )
 
 
 def next_token_loss(model: LlamaForCausalLM, rows: Tensor) -> Tensor:
@@ -168,58 +167,51 @@ def sample_completions(
     return completions
 
 
-class Descent:
-    """Training step: clipped gradients, Muon on the layers' matrices, AdamW on everything else, a shared schedule.
+def train(
+    model: Any,
+    loss: Callable[[int], Tensor],
+    *,
+    steps: int,
+    adamw_lr: float,
+    muon_lr: float,
+    weight_decay: float = 0.1,
+    float32: bool = False,
+    description: str | None,
+) -> Any:
+    """Follow the clipped gradients of `loss(step)`: Muon on the layers' matrices, AdamW on the rest; returns `model`.
 
     Muon (Jordan et al., 2024) orthogonalises each matrix's momentum. From scratch on a small corpus it reaches in 300
-    steps a held-out loss for which AdamW needs several times as many.
-
-    Args:
-        steps: Length of the schedule: linear warm-up over the first 5%, cosine decay to a tenth of the peak.
-        adamw_lr: Peak learning rate of embeddings, heads and norms.
-        muon_lr: Peak learning rate of the layers' matrices, on AdamW's scale.
-        weight_decay: Decoupled weight decay of the matrices (norms have none).
-        float32: Compute Muon's matrix products in float32, see `Float32Muon`.
+    steps a held-out loss for which AdamW needs several times as many. The learning rates are peaks: a linear warm-up
+    over the first 5%, then cosine decay to a tenth. `muon_lr` is on AdamW's scale. Norms have no weight decay.
+    `float32`: see `Float32Muon`. `description` is the text of a progress bar; None = no bar.
     """
+    named = list(model.named_parameters())
+    layers = [p for name, p in named if p.dim() >= 2 and ".layers." in name]
+    matrices = [p for name, p in named if p.dim() >= 2 and ".layers." not in name]  # embeddings and heads
+    vectors = [p for _, p in named if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    muon: Any = Float32Muon if float32 else partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=adamw_lr, betas=(0.9, 0.95)),
+        muon(layers, lr=muon_lr, weight_decay=weight_decay),
+    ]
+    warmup = max(1, steps // 20)
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        steps: int,
-        adamw_lr: float,
-        muon_lr: float,
-        weight_decay: float = 0.1,
-        float32: bool = False,
-    ) -> None:
-        self.parameters = list(model.parameters())
-        named = list(model.named_parameters())
-        layers = [p for name, p in named if p.dim() >= 2 and ".layers." in name]
-        matrices = [p for name, p in named if p.dim() >= 2 and ".layers." not in name]  # embeddings and heads
-        vectors = [p for _, p in named if p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        muon: Any = Float32Muon if float32 else partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=adamw_lr, betas=(0.9, 0.95)),
-            muon(layers, lr=muon_lr, weight_decay=weight_decay),
-        ]
-        warmup = max(1, steps // 20)
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-        self.schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in self.optimizers]
-
-    def step(self, loss: Tensor) -> None:
-        """Follow the gradient of `loss`."""
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
+    model.train()
+    for step in track(range(steps), description=description or "", disable=description is None):
+        loss(step).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+    return model.eval()
 
 
 class Float32Muon(torch.optim.Optimizer):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from tealightning.errors import UserError
 from tealightning.worlds.folder import named_settings
@@ -50,7 +50,7 @@ class ProseConfig:
     sequence_length: int = 128  # of the policy's training rows, in tokens
     policy_steps: int = 750  # optimizer steps
     policy_batch_size: int = 8  # rows a step
-    policy_lr: float = 8e-3  # see `Descent`
+    policy_lr: float = 8e-3  # see `train`
     policy_muon_lr: float = 1.5e-2
     reward_pairs: int = 6400  # of a real and a sampled continuation, to train the reward model on
     reward_steps: int = 200
@@ -74,20 +74,13 @@ class ProseConfig:
 
     def __post_init__(self) -> None:
         if self.vocab_size < 300:
-            raise UserError(
-                f"vocab_size must be at least 300 (256 bytes, special tokens, merges), got {self.vocab_size}."
-            )
+            raise UserError(f"vocab_size must be at least 300 (bytes, special tokens), got {self.vocab_size}.")
         check_sizes(self)
         if not 1 <= self.reward_layers <= self.policy_layers:
-            raise UserError(
-                f"reward_layers must be in 1..policy_layers ({self.policy_layers}), because the reward model starts as "
-                f"the policy's first layers, got {self.reward_layers}."
-            )
+            raise UserError(f"reward_layers must be 1 to policy_layers={self.policy_layers}, got {self.reward_layers}.")
         shortest, longest = self.prompt_tokens
         if not 1 <= shortest <= longest:
-            raise UserError(
-                f"prompt_tokens must be (shortest, longest) with 1 <= shortest <= longest, got {shortest, longest}."
-            )
+            raise UserError(f"prompt_tokens must have 1 <= shortest <= longest, got {shortest, longest}.")
         needed = max(longest + self.completion_tokens, self.sequence_length)
         if self.max_positions < needed:
             raise UserError(
@@ -218,7 +211,7 @@ class Opening:
 
 
 def cut_openings(
-    paragraphs: Sequence[str], tokenizer: PreTrainedTokenizerFast, config: ProseConfig, *, rng: random.Random
+    paragraphs: Sequence[str], tokenizer: Tokenizer, config: ProseConfig, *, rng: random.Random
 ) -> list[Opening]:
     """One opening per paragraph, of a random length in `config.prompt_tokens` and at least `OPENING_WORDS` words.
 
@@ -242,12 +235,7 @@ def cut_openings(
 
 
 def cut_many_openings(
-    paragraphs: Sequence[str],
-    tokenizer: PreTrainedTokenizerFast,
-    config: ProseConfig,
-    *,
-    count: int,
-    rng: random.Random,
+    paragraphs: Sequence[str], tokenizer: Tokenizer, config: ProseConfig, *, count: int, rng: random.Random
 ) -> list[Opening]:
     """`count` openings in random order: every sentence may start one, and each is cut anew as often as needed."""
     starts = from_each_sentence(paragraphs)

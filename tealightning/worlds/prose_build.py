@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from torch import Tensor
 from transformers import LlamaForCausalLM as Policy
 from transformers import LlamaForSequenceClassification as RewardModel
@@ -33,15 +32,13 @@ def build_prose(
 ) -> worlds.Playground:
     """Build `out` (policy/, reward_model/, prompts/{train,val,test}.jsonl, playground.json), or reuse it.
 
-    Nothing is downloaded. The same seed and configuration give the same bits on the same machine with the same package
-    versions. The global random streams and the thread count are left as they were; the folder appears complete or not
-    at all.
+    The same seed and configuration give the same bits on the same machine with the same package versions. The global
+    random streams and the thread count are left as they were; the folder appears complete or not at all.
 
     Args:
         out: Folder to create. A world of the same configuration and seed there is returned as it is.
-        seed: Seed of splits, initial weights, batches and samples.
+        seed: What all random numbers follow from.
         size: A preset, or a configuration of your own.
-        progress: Show progress bars and print what happens.
         overwrite: Replace what is at `out`, whatever it is.
 
     Raises:
@@ -147,19 +144,16 @@ def _train_reward_model(
     model = RewardModel(architecture)
     model.model.load_state_dict(policy.model.state_dict(), strict=False)  # the policy has more layers
     torch.nn.init.zeros_(model.score.weight)
-    descent = lm.Descent(
+    rng = random.Random(seed)
+    return lm.train(
         model,
+        lambda _: _bradley_terry(model, rng.sample(pairs, config.reward_batch_size), tokenizer.pad_token_id),
         steps=config.reward_steps,
         adamw_lr=config.reward_lr,
         muon_lr=config.reward_muon_lr,
         weight_decay=config.reward_weight_decay,
+        description="Reward model" if progress else None,
     )
-    rng = random.Random(seed)
-    model.train()
-    for _ in track(range(config.reward_steps), description="Reward model", disable=not progress):
-        batch = rng.sample(pairs, config.reward_batch_size)
-        descent.step(_bradley_terry(model, batch, tokenizer.pad_token_id))
-    return model.eval()
 
 
 def _bradley_terry(model: RewardModel, pairs: Sequence[Pair], pad: int) -> Tensor:

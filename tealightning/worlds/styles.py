@@ -66,7 +66,7 @@ class StylesConfig:
     layers: int = 2
     steps: int = 600  # optimizer steps of the policy
     batch_size: int = 64  # texts a step, each new
-    lr: float = 5e-3  # see `Descent`
+    lr: float = 5e-3  # see `lm.train`
     muon_lr: float = 1e-2
     train_prompts: int = 2000  # in prompts/train.jsonl: enough that a training run repeats none
     val_prompts: int = 48
@@ -76,14 +76,9 @@ class StylesConfig:
 
     def __post_init__(self) -> None:
         if not self.daring_mean < self.classic_mean:
-            raise UserError(
-                f"daring_mean must be below classic_mean={self.classic_mean}, so that the styles differ in what they "
-                f"are good for, got {self.daring_mean}."
-            )
+            raise UserError(f"daring_mean must be below classic_mean={self.classic_mean}, got {self.daring_mean}.")
         if not 0 < self.classic_sd < self.daring_sd:
-            raise UserError(
-                f"the standard deviations must be 0 < classic_sd < daring_sd, got {self.classic_sd}, {self.daring_sd}."
-            )
+            raise UserError(f"0 < classic_sd < daring_sd must hold, got {self.classic_sd}, {self.daring_sd}.")
         if not 0 < self.daring_share < 1:
             raise UserError(f"daring_share must be in (0, 1), got {self.daring_share}.")
         lm.check_sizes(self)
@@ -174,8 +169,6 @@ def build_styles(
     overwrite: bool = False,
 ) -> worlds.Playground:
     """Build `out` (policy/, prompts/{train,val,test}.jsonl, playground.json), or reuse it; see `build_prose`.
-
-    The reward is `tealightning.worlds.styles:dish_reward`.
 
     Args:
         world: A name in `STYLE_WORLDS`, or a configuration of your own.

@@ -27,8 +27,8 @@ def test_chat_prompts_stay_chats_of_role_and_content(policy_tokenizer):
 
 def test_identifiers_are_row_numbers_by_default_and_any_column_by_choice(prompt_set):
     rows = [{"prompt": "a", "key": "x"}, {"prompt": "b", "key": "y"}]
-    assert list(prompt_set(rows).ids) == ["0", "1"]
-    assert list(prompt_set(rows, id_column="key").ids) == ["x", "y"]
+    assert prompt_set(rows).ids.to_pylist() == ["0", "1"]
+    assert prompt_set(rows, id_column="key").ids.to_pylist() == ["x", "y"]
 
 
 def test_long_prompts_are_dropped_and_counted(prompt_set, policy_tokenizer):

@@ -114,7 +114,7 @@ def test_a_mark_at_the_start_and_any_line_ends_change_nothing(prompts_in, newlin
     prompts = prompts_in(start + newline.join(GOOD) + end)
     batch = prompts.batch(range(3))
     assert batch.prompts == ["one", "two", "three"]
-    assert list(prompts.ids) == batch.ids == ["a", "b", "c"]
+    assert prompts.ids.to_pylist() == batch.ids == ["a", "b", "c"]
     assert [m["id"] for m in batch.metadata] == ["a", "b", "c"]
 
 

@@ -2,8 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from tealightning.reporting.page import Box, Plot, Section, html_page
-from tealightning.reporting.tables import Table, TableCell
+from tealightning.reporting.tables import Box, Plot, Section, Table, TableCell, html_page
 
 TABLE = Table(
     key="numbers",

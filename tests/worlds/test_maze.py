@@ -189,7 +189,7 @@ def test_build_writes_what_a_run_needs(world: Playground) -> None:
         assert len(splits[name]) == len(rows) == world.manifest["prompts"][name]
         for row in rows[:3]:
             ids = tokenizer(row["prompt"])["input_ids"]
-            assert len(ids) == len(row["prompt"]) == maze_config("maze", "tiny").prompt_tokens
+            assert len(ids) == len(row["prompt"]) == 4 * 5
             assert tokenizer.decode(ids) == row["prompt"] == row["grid"] + ":"
             assert 2 <= shortest(row["grid"]) <= 5
     assert not (splits["train"] & splits["val"] or splits["train"] & splits["test"] or splits["val"] & splits["test"])
