@@ -25,13 +25,7 @@ class PromptLoader:
 
     Iterating yields one epoch's number of batches from where the stream stands. A pass that was cut short (by
     `limit_train_batches`, or a checkpoint) is continued by the next one: no prompt comes twice before all came once.
-
-    Args:
-        batch_size: Prompts per rank and step.
-        seed: Seed of the shuffle.
-
-    Raises:
-        ValueError: if there are fewer prompts than one step takes.
+    `batch_size` is per rank and step; fewer prompts than one step takes are a ValueError.
     """
 
     def __init__(
@@ -75,11 +69,7 @@ class PromptLoader:
         return {"steps_served": self.steps_served, "stream": self._stream}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`.
-
-        Raises:
-            ValueError: if `state` is of a stream of other prompts, another order or another number per step.
-        """
+        """Continue from `state`, which must be of a stream of the same prompts, order and number per step."""
         was, now = state["stream"], self._stream
         changed = [f"{key} (was {was.get(key)}, now {now[key]})" for key in now if now[key] != was.get(key)]
         if changed:
@@ -103,10 +93,7 @@ class EvaluationLoader:
     """Evaluation batches: each pass yields every prompt of the split once, in its order.
 
     Rank r of W takes every W-th prompt, in batches of at most `batch_size` and nearly equal sizes: all ranks have the
-    same number of batches, except that with `batch_size=1` some may have one fewer.
-
-    Raises:
-        ValueError: if a rank would have no prompt.
+    same number of batches, except that with `batch_size=1` some may have one fewer. Every rank must have a prompt.
     """
 
     def __init__(self, prompts: PromptSet, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:

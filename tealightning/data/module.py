@@ -144,11 +144,7 @@ class PromptDataModule(pl.LightningDataModule):
         return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue the training stream, where there is one; called after `setup`.
-
-        Raises:
-            ValueError: if the data settings are not those of the checkpoint.
-        """
+        """Continue the training stream, where there is one; called after `setup`."""
         if "train" in state and "train" in self.prompt_sets:  # not when a checkpoint is only evaluated
             self.train_dataloader().load_state_dict(state["train"])
 

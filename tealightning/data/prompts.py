@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from numpy.typing import NDArray
+from pyarrow import compute
 from tqdm import tqdm
 
 from tealightning.data.sources import Rows, columns_of, place_of
@@ -183,12 +184,12 @@ def _encode(
 
 
 def _check_unique(ids: pyarrow.Array, rows: Rows, source: str) -> None:
-    if len(ids.unique()) == len(ids):
-        return
-    first: dict[str, int] = {}
-    for row, identifier in enumerate(ids.to_pylist()):
-        if (earlier := first.setdefault(identifier, row)) != row:
-            raise UserError(
-                f"{source}: identifiers must be unique, and {identifier!r} is that of {place_of(rows, earlier)} and of "
-                f"{place_of(rows, row)}. Name another column with id_column, or remove the duplicates."
-            )
+    order = compute.array_sort_indices(ids)  # takes less memory than a set of the texts
+    texts = ids.take(order)
+    same = compute.index(compute.equal(texts[1:], texts[:-1]), True).as_py()
+    if same >= 0:
+        first, again = (place_of(rows, row) for row in sorted(order[same : same + 2].to_pylist()))
+        raise UserError(
+            f"{source}: identifiers must be unique, and {texts[same].as_py()!r} is that of {first} and of {again}. "
+            "Name another column with id_column, or remove the duplicates."
+        )

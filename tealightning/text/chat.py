@@ -41,11 +41,7 @@ class ChatFormatter:
 
     def encode_prompts(self, prompts: Sequence[Prompt], *, system_prompt: str | None = None) -> list[list[int]]:
         """Token ids of each prompt, up to where the answer begins: the template's generation prompt included, and no
-        `eos` that the tokenizer would append.
-
-        Raises:
-            ValueError: for a chat or a system prompt where there is no template, or one that the template refuses.
-        """
+        `eos` that the tokenizer would append."""
         if self.uses_template:
             return self._encode([self._render(_as_chat(p, system_prompt), generate=True) for p in prompts])
         if system_prompt is not None:

@@ -93,11 +93,7 @@ def build_folder(
 
 
 def load_playground(path: Path | str) -> Playground:
-    """Load the world at `path`.
-
-    Raises:
-        ValueError: if there is none, saying how to build it.
-    """
+    """Load the world at `path`; where there is none, a ValueError says how to build it."""
     manifest = _read_manifest(Path(path))
     if manifest is None:
         raise UserError(

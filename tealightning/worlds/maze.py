@@ -104,11 +104,7 @@ class MazeMap:
 
     @classmethod
     def read(cls, grid: str) -> "MazeMap":
-        """The maze of a text.
-
-        Raises:
-            ValueError: unless it is a rectangle of the four characters with one start and one goal that it leads to.
-        """
+        """The maze of a text: a rectangle of the four characters with one start and one goal that it leads to."""
         lines = grid.split("\n")
         cells = {(row, column): symbol for row, line in enumerate(lines) for column, symbol in enumerate(line)}
         starts, goals = ([cell for cell, symbol in cells.items() if symbol == wanted] for wanted in (START, GOAL))

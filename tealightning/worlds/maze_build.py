@@ -35,11 +35,7 @@ def grid_texts(grids: Grids) -> list[str]:
 
 
 def draw_mazes(config: MazeConfig, *, count: int, rng: np.random.Generator) -> Grids:
-    """`count` different layouts: independent walls, start and goal uniform among cells that are far enough apart.
-
-    Raises:
-        ValueError: if the settings leave too few layouts, with what to change.
-    """
+    """`count` different layouts: independent walls, start and goal uniform among cells that are far enough apart."""
     side, (shortest, longest) = config.side, config.path_lengths
     found: dict[bytes, Grids] = {}
     tries = 0

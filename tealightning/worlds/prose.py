@@ -107,11 +107,9 @@ def prose_config(size: str | ProseConfig) -> ProseConfig:
 
 
 def collect_paragraphs(*, source_files: bool = True) -> list[str]:
-    """Paragraphs of prose from `pydoc_data.topics` and, with `source_files`, from the standard library's docstrings and
-    comments.
+    """Paragraphs of prose, one line each, from `pydoc_data.topics` and the standard library's docstrings and comments.
 
-    Each paragraph is one line, starts differently from every other one and is at least `MIN_CHARACTERS` long. Nothing
-    is imported but the topics (a module of plain data): the source files are parsed.
+    Nothing is imported but the topics (a module of plain data): the source files are parsed.
     """
     texts: list[str] = []
     with contextlib.suppress(ImportError):  # some distributions package it separately
@@ -178,10 +176,7 @@ def split_paragraphs(paragraphs: Sequence[str], config: ProseConfig, *, seed: in
     """A random partition: `corpus` (for the tokenizer and the policy), `reward` (for the reward model), `heldout` (for
     the manifest's figures), and `train`, `val` and `test` (behind the prompt files).
 
-    The corpus is what is left of the sizes that `config` asks for.
-
-    Raises:
-        ValueError: if less than half of the paragraphs would be left for the corpus.
+    The corpus is what is left of the sizes that `config` asks for: half of the paragraphs at least.
     """
     sizes = {
         "reward": config.reward_paragraphs,
