@@ -66,14 +66,9 @@ class ResumableCheckpoint(Checkpoint):
         self._is_due = False
         self._random: dict[str, Any] | None = None  # of the checkpoint that was loaded
 
-    # ---------------------------------------------------------------- signals
-
     def _take_over_signals(self) -> None:
-        """Handle SIGTERM and SIGINT, unless they are ignored, until Lightning puts its handlers back.
-
-        Lightning's own handler of SIGTERM exchanges tensors with the other ranks in the middle of whatever they are
-        exchanging, and a run that it ends exits with status 0. Only the main thread can have handlers.
-        """
+        """Handle SIGTERM and SIGINT, unless they are ignored, until Lightning puts its handlers back. Its own one of
+        SIGTERM calls collectives in the middle of others, and a run that it ends exits with status 0."""
         for signum in (signal.SIGTERM, signal.SIGINT):
             is_main = threading.current_thread() is threading.main_thread()
             if is_main and signal.getsignal(signum) is not signal.SIG_IGN:
@@ -93,8 +88,6 @@ class ResumableCheckpoint(Checkpoint):
         if self._stop:
             # Lightning's launcher would kill rank 0, which may still be writing, if another one failed.
             raise SystemExit(128 + self._stop if trainer.is_global_zero else 0)
-
-    # ---------------------------------------------------------------- life cycle
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.folder = run_folder(trainer) / "checkpoints"
@@ -156,8 +149,6 @@ class ResumableCheckpoint(Checkpoint):
         for callback in snapshots.callbacks_with_rank_state(trainer):
             callback.load_rank_state_dict(mine["callbacks"].get(callback.state_key, {}))
 
-    # ---------------------------------------------------------------- steps
-
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
         self._is_moving = True
 
@@ -203,8 +194,6 @@ class ResumableCheckpoint(Checkpoint):
         self._snapshot = snapshots.take_snapshot(trainer, self._snapshot.ranks)
         return self._snapshot
 
-    # ---------------------------------------------------------------- saving
-
     def _save_and_end(self, trainer: pl.Trainer) -> None:
         if self._is_due and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             is_saved = self.save(trainer)
@@ -217,11 +206,9 @@ class ResumableCheckpoint(Checkpoint):
         self._end_if_asked(trainer)
 
     def save(self, trainer: pl.Trainer) -> bool:
-        """Write a checkpoint of the last completed step; a call of all ranks.
+        """Write a checkpoint of the last completed step, and return whether the disk took it; a call of all ranks.
 
-        Returns:
-            Whether the disk took it; if not, there is a warning, and the older ones are as they were.
-        """
+        If it did not, there is a warning, and the older ones are as they were."""
         assert self.folder is not None and self._snapshot is not None
         # A checkpoint of such weights would in the end replace the good ones.
         if not all(over_ranks(snapshots.has_finite_weights(trainer.lightning_module))):
@@ -261,14 +248,10 @@ class ResumableCheckpoint(Checkpoint):
         self._saved = path
         return True
 
-    # ---------------------------------------------------------------- after an exception
-
     def _rescue(self, trainer: pl.Trainer, pl_module: Any) -> str:
         """Save what can be saved, and say how to go on. Raises nothing: the exception at hand is the one to be seen.
 
-        Nothing here waits for other ranks, which may be dead or wait for this one. Every rank that lives comes here at
-        a moment of its own; the first writes, the others wait for it and find its file.
-        """
+        No collectives: other ranks may be dead or wait for this one. The first rank that comes here writes."""
         path: Path | str | None = None
         try:
             step, path = self._save_last_step(trainer, pl_module)

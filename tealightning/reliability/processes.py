@@ -1,8 +1,7 @@
 """Child processes that end with their parent, however it ends: killed, crashed or interrupted.
 
-Also the script of the supervisor between the two, which is why this file uses the standard library alone: it starts the
-command in a process group of its own, and ends that group once its own stdin closes, as the kernel does to it when the
-parent is gone, or on SIGTERM.
+Also the script of the supervisor between the two, which is why this file uses the standard library alone. It starts the
+command in a process group of its own, and ends that group on SIGTERM or once its stdin closes: the parent is gone.
 """
 
 import os
@@ -70,9 +69,6 @@ class LocalServer(ChildProcess):
     def close(self) -> None:
         super().close()
         self._temporary.cleanup()
-
-
-# ---------------------------------------------------------------- the supervisor
 
 
 def supervise(grace_seconds: float, command: Sequence[str]) -> int:

@@ -91,8 +91,8 @@ def _change(thread: int, change: Callable[[_Stack], _Stack]) -> None:
         _STACKS[thread], _BEATS[thread] = change(_STACKS.get(thread, [None])), time.monotonic()
         if _STACKS[thread] == [None]:
             del _STACKS[thread], _BEATS[thread]
-    if on_change is not None:
-        on_change()
+    if (listener := on_change) is not None:  # read once: another thread may reset it
+        listener()
 
 
 is_process_ending = threading.Event()  # an entry point that owns the process has returned or raised
