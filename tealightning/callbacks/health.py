@@ -162,9 +162,8 @@ def _save_batch(folder: Path, batch: PromptBatch, skipped: SkippedStep, where: d
     }
     stem = f"step_{where['step']}_rank_{where['rank']}"
     with going_on_without(f"the batch of a skipped step to {folder}"):
-        write_whole(
-            folder / f"{stem}.safetensors", save({key: t.detach().cpu().contiguous() for key, t in tensors.items()})
-        )
+        content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+        write_whole(folder / f"{stem}.safetensors", content)
         write_whole(folder / f"{stem}.json", json.dumps(described | where, indent=1, ensure_ascii=False).encode())
 
 

@@ -37,12 +37,12 @@ class BestOfNReport(Callback):
             return  # a glance at a few batches is no evaluation
         keys, rewards = pl_module.best_of_n["val"].pooled()
         evaluation = Evaluation(step=trainer.global_step, keys=keys.cpu(), rewards=rewards.cpu())
+        folder = files.run_folder(trainer)
         if self.before is None:
             self.before = evaluation
-        else:
-            self.after = evaluation
-        folder = files.run_folder(trainer)
-        if self.after is not None and trainer.is_global_zero:
+            return
+        self.after = evaluation
+        if trainer.is_global_zero:
             self.write(folder, pl_module.ns)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -79,11 +79,8 @@ def score_through_logits(
 
 
 def trim(rollouts: RolloutBatch, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`rows` of the batch without the padding that only longer rollouts need.
-
-    Returns:
-        (input_ids [rows, tp + t], attention_mask [rows, tp + t] bool, completion_mask [rows, t] bool)
-    """
+    """`rows` of the batch without the padding that only longer rollouts need: input_ids [rows, tp + t], attention_mask
+    [rows, tp + t] bool and completion_mask [rows, t] bool."""
     width = max(1, int(rollouts.prompt_lengths[rows].max()))
     length = max(1, int(rollouts.completion_lengths[rows].max()))
     completion_mask = rollouts.completion_mask[rows][:, :length]
@@ -207,13 +204,9 @@ class PolicyGradientLoss:
 def micro_batch_loss(
     settings: PolicyGradientLoss, step: StepBatch, chosen: Tensor, scores: CompletionScores
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The share of the batch loss of the rollouts `chosen` [rows], and what the metrics need of them.
-
-    Args:
-        scores: With gradient; with entropies on the first pass over a batch.
-
-    Returns:
-        (scalar loss with gradient, {name: sum over tokens, or maximum for names that end in `_max`})
+    """The share of the batch loss of the rollouts `chosen` [rows], a scalar with gradient, and what the metrics need of
+    them: sums over tokens, or maxima where a name ends in `_max`. `scores` have entropies on the first pass over a
+    batch only.
     """
     policy_log_probs, mask = scores.log_probs, scores.mask
     here = (chosen, slice(mask.shape[1]))

@@ -26,7 +26,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from tealightning.checks import check_choice
+from tealightning.checks import check_choice, check_integer
 from tealightning.errors import UserError
 from tealightning.estimators import AdvantageEstimator
 from tealightning.reliability.progress import beat
@@ -61,8 +61,8 @@ class PostTrainingModule(PolicyModule):
         micro_batch_size: Most rollouts of one pass; None = as many as fit.
         gradient_clip_norm: Largest gradient norm; None = no clipping.
         optimizer: Built with the policy's trainable parameters.
-        lr_scheduler: Built with the optimizer and stepped once a rollout step, unless the step was skipped because its
-            gradient was not finite: a schedule of `max_steps` ends with the run.
+        lr_scheduler: Built with the optimizer and stepped once a rollout step that was not skipped (gradient not
+            finite): a schedule of `max_steps` ends with the run.
         dtype: Of the policy's weights: `float32`, `bfloat16` or `auto` (as saved).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more compute.
         trust_remote_code: Run model code that ships with the weights.
@@ -122,11 +122,10 @@ class PostTrainingModule(PolicyModule):
         self._check_settings()
 
     def _check_settings(self) -> None:
-        if self.inner_epochs < 1:
-            raise UserError(f"inner_epochs must be at least 1, got {self.inner_epochs}.")
-        for name in ("_micro_batch_tokens", "micro_batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name.lstrip('_')} must be at least 1 or null, got {value}.")
+        sizes = {"micro_batch_tokens": self._micro_batch_tokens, "micro_batch_size": self.micro_batch_size}
+        for name, value in ({"inner_epochs": self.inner_epochs} | sizes).items():
+            if value is not None:
+                check_integer(name, value, 1)
         if self.gradient_clip_norm is not None and not self.gradient_clip_norm > 0:
             raise UserError(f"gradient_clip_norm must be above 0 or null, got {self.gradient_clip_norm}.")
         if self.is_exact_off_policy and not self.estimator.has_off_policy_form:

@@ -85,9 +85,8 @@ class PolicyModule(pl.LightningModule):
         """Load the policy, with its adapter. Safe to call again."""
         if self.policy is not None:
             return
-        self.policy = load_policy(
-            self.policy_path, gradient_checkpointing=self.gradient_checkpointing, **self.load_kwargs
-        )
+        settings = self.load_kwargs | {"gradient_checkpointing": self.gradient_checkpointing}
+        self.policy = load_policy(self.policy_path, **settings)
         if self.lora is not None:
             add_adapter(self.policy, self.lora)
         if self._reference_is_base and self.with_reference:

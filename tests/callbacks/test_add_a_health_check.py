@@ -38,3 +38,4 @@ def test_check_of_the_page_warns_or_stops_and_is_counted(plugin, playground):
     with pytest.raises(UnhealthyRun, match=r"after optimizer step 2: .*are cut off .*at 3 steps in a row"):
         fit(playground, steps=4, callbacks=[stopping], rollout=short)
     assert stopping.counts["truncation"] == 3
+    assert HEALTH_CHECKS["truncation"].total == 0  # every run counts in a copy of its own
