@@ -37,7 +37,6 @@ class TailEstimator(AdvantageEstimator):
 
     @property
     def group_size_advice(self) -> str:
-        """Names the parameters that would help."""
         or_alpha = ", or raise alpha" if self.alpha < 1 else ""
         return (
             f"the tail would have fewer than {self.min_tail} rollouts at alpha={self.alpha}; "

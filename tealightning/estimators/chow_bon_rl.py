@@ -35,8 +35,7 @@ class ChowBonRL(AdvantageEstimator):
 
     @property
     def min_group_size(self) -> int:
-        """1 without a baseline; a single rollout never exceeds its own mean."""
-        return 1 if self.baseline == "none" else 2
+        return 1 if self.baseline == "none" else 2  # a single rollout never exceeds its own mean
 
     def compute(self, rewards: Tensor) -> Tensor:
         paid = rewards if self.baseline == "none" else centred(rewards)

@@ -18,9 +18,8 @@ class Entropic(AdvantageEstimator):
         A_i = exp(beta R_i) / mean_{j != i} exp(beta R_j) - 1
 
     The gradient of `log E[exp(beta R)]` with its denominator estimated from the other rollouts, hence biased at finite
-    m. By default beta is chosen for each group such that softmax(beta R) is `kl_target` nats away from uniform, which
-    makes the advantages invariant to shift and scale of the rewards; beta then depends on the group, and no fixed
-    objective is ascended. A constant group gets zeros.
+    m. By default beta is chosen for each group such that softmax(beta R) is `kl_target` nats away from uniform: shift-
+    and scale-invariant, but no fixed objective is ascended. A constant group gets zeros.
 
     Deviations: beta has no bound in units of reward; a target that ties at the top put out of reach takes the limit
     beta -> infinity (`functional.entropic`); groups with `ln m <= kl_target` are refused; no eps in the denominator.
@@ -41,7 +40,6 @@ class Entropic(AdvantageEstimator):
 
     @property
     def min_group_size(self) -> int:
-        """The smallest m with `ln m > kl_target`; 2 with a fixed beta."""
         if self.beta is not None:
             return 2
         m = max(2, math.floor(math.exp(min(self.kl_target, 700.0))))
@@ -51,7 +49,6 @@ class Entropic(AdvantageEstimator):
 
     @property
     def group_size_advice(self) -> str:
-        """A group of m is at most ln m away from uniform."""
         if self.beta is not None:
             return super().group_size_advice
         return (

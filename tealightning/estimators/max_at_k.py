@@ -65,7 +65,6 @@ class MaxAtK(AdvantageEstimator):
 
     @property
     def group_size_advice(self) -> str:
-        """A subset cannot be larger than the group."""
         return f"raise group_size to {self.min_group_size} or more, or lower k (now {self.k})."
 
     def compute(self, rewards: Tensor) -> Tensor:

@@ -30,8 +30,7 @@ class MeanReward(AdvantageEstimator):
 
     @property
     def min_group_size(self) -> int:
-        """1 without a baseline; a baseline needs another rollout to compare with."""
-        return 1 if self.baseline == "none" else 2
+        return 1 if self.baseline == "none" else 2  # a baseline needs another rollout to compare with
 
     def compute(self, rewards: Tensor) -> Tensor:
         if self.baseline == "none":

@@ -20,8 +20,8 @@ class PassAtN(AdvantageEstimator):
 
         A = N * prod_{j=0}^{N-2} (prior_failures + f + j) / (prior_successes + prior_failures + m - 1 + j)
 
-    - `baseline="none"`: failures get exactly 0. So does a group of successes only, although the formula leaves it
-      `N prod_j (prior_failures + j)/(...)`: 3e-5 at m = 8, N = 16 and below 1e-10 at N = 128, but 0.1 at m = N = 4.
+    - `baseline="none"`: failures get exactly 0. So does a group of successes only, although the formula leaves it a
+      little: 3e-5 at m = 8, N = 16, but 0.1 at m = N = 4.
     - `baseline="loo"`: `R_i` minus the mean of the others' outcomes, times the factor that the others give. The same
       expectation (that omission aside); smaller advantages where successes are common.
 

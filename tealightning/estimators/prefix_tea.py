@@ -50,7 +50,6 @@ class PrefixTEA(PlugInEstimator):
 
     @property
     def group_size_advice(self) -> str:
-        """Names the parameters that would help."""
         return f"{super().group_size_advice[:-1]}; num_prefixes (now {self.num_prefixes}) may not exceed group_size."
 
     def compute(self, rewards: Tensor) -> Tensor:

@@ -14,11 +14,9 @@ from torch import Tensor
 def filter_logits(logits: Tensor, keep_ids: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Set logits [..., V], with temperature applied, outside top-k and then top-p to -inf, as samplers do.
 
-    The sampled tokens `keep_ids` [...] always stay: rounding differences between engine and trainer can put a token of
-    the edge on different sides, and its log-prob must stay finite.
-
     `top_k` keeps the k largest (ties at the k-th stay; 0 = all), `top_p` the smallest set of largest probabilities that
-    sums to at least `top_p` (1 = all).
+    sums to at least `top_p` (1 = all). The sampled tokens `keep_ids` [...] always stay: rounding differences between
+    engine and trainer can put a token of the edge on different sides, and its log-prob must stay finite.
 
     >>> filter_logits(torch.tensor([3.0, 2.0, 1.0]), torch.tensor(0), top_k=2)
     tensor([3., 2., -inf])
@@ -234,10 +232,7 @@ _right: dict[tuple[Any, ...], bool] = {}
 
 
 def _is_right(chunked: LogProbs, hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> bool:
-    """Check the fused kernel against the chunks on some of these tokens, once for each shape.
-
-    A kernel that is compiled for a card and shape it was never tried on can be wrong without an error.
-    """
+    """Check the fused kernel on some tokens, once for each shape: on untried ones it is at times wrong."""
     shape = (hidden.device, weight.shape, temperature)
     if shape not in _right:
         # Up to the rounding of bfloat16 the results are to be equal.

@@ -118,8 +118,8 @@ def _check(rewards: Tensor, ratios: Tensor, k: int, smallest_group: int) -> None
 def _subset_means(ratios: Tensor, values: Tensor, k: int) -> Tensor:
     """Mean of `v prod rho` over the subsets of size s = 0..k-1 of the items before the i-th: [P, m, k].
 
-    v is the value of the subset's first item; the empty set has mean 1. A subset of size s of `count + 1` items has the
-    newest with probability `s/(count+1)`; without it, it is one of the older items.
+    v is the value of the subset's first item; the empty set has mean 1. A subset of size s of i + 1 items has the
+    newest with probability `s/(i+1)`.
     """
     size = torch.arange(k, dtype=ratios.dtype, device=ratios.device)
     means = torch.zeros_like(ratios[:, :1]).repeat(1, k)
@@ -182,7 +182,7 @@ def off_policy_max_at_k_loo_weights(rewards: Tensor, ratios: Tensor, k: int) -> 
         A_i = m C(m,k)^-1 * sum over I of size k with i in I of prod_{j in I} rho_j * (max R_I - max R_{I without i})
 
     The baseline carries the ratio of i too: `E_mu[rho_i grad log pi(y_i)] = 0` given the others, so it changes nothing
-    in expectation. Without that ratio, as if I had lost i altogether, it would be biased. With a_l of `subset_shares`,
+    in expectation; without that ratio it would be biased. With a_l of `subset_shares`,
 
         A_(i) = rho_i sum_{l < i} (R_(l+1) - R_(l)) * a_l * (mean of prod rho over k-1 of the l lowest)
 

@@ -50,8 +50,8 @@ def calibration_matrix(m: int, k: int, resolution: Resolution = DEFAULT) -> tupl
 def _quadratic_terms(r: float, k: int, resolution: Resolution) -> np.ndarray:
     """`E[sum_j e_j (e_j - 2 e_mean)/(2 sigma) * (x_j, x_j^2 - 1) | r]`, where e_mean is over all k: [2].
 
-    With g one of the scores, the sum over j of `e_j (e_j - 2 e_mean) g_j` is `sum e_j^2 g_j - (2/k) sum_l e_l sum_j
-    e_j g_j`, and under a product of independent excesses its mean follows from one-excess moments.
+    With g one of the scores, the sum is `sum_j e_j^2 g_j - (2/k) sum_l e_l sum_j e_j g_j`, and under a product of
+    independent excesses its mean follows from one-excess moments.
     """
     n = k - 1
     nodes = normal_tail.std_nodes(r, n, resolution, members=k, below=0, with_threshold=True)

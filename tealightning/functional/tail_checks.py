@@ -1,10 +1,8 @@
 """Check whether a reward's upper tail is what the tail estimators assume, ties included.
 
-An estimator of the upper tail reads the differences between the best scores of a group, and rounding makes them equal.
-Scores that are meant to be equal (right or wrong, a count of points) are not what is looked for here.
-
-Estimators read the upper `alpha` of a group's rewards and assume that the upper `2 alpha` of the distribution is
-Gaussian: ties and predictions are those of the upper alpha, line, shape and clusters those of the `tested_share`.
+Estimators read the differences between the best scores, the upper `alpha` of a group (rounding makes them equal), and
+assume that the upper `2 alpha` of the distribution is Gaussian: ties and predictions are those of the upper alpha,
+line, shape and clusters those of the `tested_share`.
 """
 
 import zlib

@@ -131,7 +131,7 @@ def _normal_samples(width: int, seed: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 def gaussian_tail_null(m: int, k: int) -> TailNull:
-    """Simulate the tails of Gaussian samples, once a process for each `(m, k)`: a tenth of a second for m = 128.
+    """Simulate the tails of Gaussian samples, once a process for each `(m, k)`, in a tenth of a second for m = 128.
 
     >>> round(gaussian_tail_null(64, 32).r2.median().item(), 3)
     0.974
@@ -163,8 +163,7 @@ def standardised_tail(tail: Tensor, m: int) -> Tensor:
 def _mean_pwm_shapes(k: int) -> np.ndarray:
     """The mean of `pwm_shape` over generalised Pareto tails of size `k`, ascending, one for each of `_SHAPES`.
 
-    Excesses over the k-th largest value of such a sample are k - 1 independent draws of the same shape; sorted uniforms
-    are drawn once and turned into each shape's quantiles `(u^-xi - 1)/xi`.
+    The excesses of such a tail are k - 1 independent draws of the same shape, quantiles `(u^-xi - 1)/xi` of uniforms.
     """
     count = int(np.clip(5_000_000 // (4 * k), 2_000, 10_000))
     uniforms = np.random.default_rng(_SHAPE_SEED).random((count, k - 1))
@@ -223,8 +222,7 @@ def _predict_held_out(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Hold the first `num_groups` disjoint groups of `m` of the samples [Q, M] against the M - m others.
 
-    Returns predictions `mu_a + ct_n sigma_a` of each group and unbiased best-of-n of the others, both [Q, groups,
-    len(ns)], and sigma_a of the group, [Q, groups, 1].
+    Returns `mu_a + ct_n sigma_a` of each group and best-of-n of the others, both [Q, groups, len(ns)], and sigma_a.
     """
     others_count = samples.shape[1] - m
     counts = torch.tensor([others_count], device=samples.device)
@@ -243,8 +241,7 @@ def _predict_held_out(
 def _gaussian_prediction_null(num_samples: int, m: int, ns: tuple[int, ...], alpha: float, level: float) -> Tensor:
     """Quantiles of `(predicted - measured) / sigma_a` between which `level` of Gaussian samples lie: [2, len(ns)].
 
-    They do not depend on location and scale, so an interval made of them covers Gaussian rewards exactly (up to 0.3%,
-    the simulation's error).
+    They do not depend on location and scale. An interval made of them covers Gaussian rewards exactly, up to 0.3%.
     """
     samples = _normal_samples(num_samples, _PREDICTION_SEED)
     predicted, measured, spread = _predict_held_out(samples, m, ns, alpha, num_groups=1)

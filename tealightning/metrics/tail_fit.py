@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tealightning.checks import check_share
-from tealightning.errors import UserError
+from tealightning.checks import check_integer, check_share
 from tealightning.functional.tail import smallest_group
 from tealightning.functional.tail_checks import check_tail, summarise
 from tealightning.metrics.prompt_samples import PromptSamples
@@ -52,12 +51,8 @@ class TailFit(PromptSamples):
     def __init__(self, m: int = 16, alpha: float = 0.25, tested_share: float | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.alpha = check_share("alpha", alpha)
-        if tested_share is not None and not 0 < tested_share <= 1:
-            raise UserError(f"tested_share must be in (0, 1], or None for 2 alpha, got {tested_share!r}.")
-        if isinstance(m, bool) or not isinstance(m, int) or m < smallest_group(alpha, 2):
-            raise UserError(f"m must be an integer of at least {smallest_group(alpha, 2)} at alpha={alpha}, got {m!r}.")
-        self.m = m
-        self.tested_share = tested_share
+        self.m = check_integer("m", m, smallest_group(alpha, 2))
+        self.tested_share = None if tested_share is None else check_share("tested_share", tested_share)
 
     def compute(self) -> dict[str, Tensor]:
         """The keys that the class describes."""

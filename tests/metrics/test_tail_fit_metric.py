@@ -70,7 +70,7 @@ def test_tail_fit_resets_and_pickles():
 
 @pytest.mark.parametrize("m", [4, 16.0, True])
 def test_tail_fit_names_a_bad_m(m):
-    with pytest.raises(ValueError, match=r"^m must be an integer of at least 5 at alpha=0.25"):
+    with pytest.raises(ValueError, match=r"^m must be an integer of at least 5, got"):
         TailFit(m=m)
 
 
@@ -78,7 +78,7 @@ def test_tail_fit_tests_the_share_that_it_is_told():
     found = metric_of((REWARDS, KEY), tested_share=0.25).compute()
     torch.testing.assert_close(found, summarise(check_tail(REWARDS, tested_share=0.25)), rtol=0, atol=0)
     assert found["tail_shape"] != metric_of((REWARDS, KEY)).compute()["tail_shape"]
-    with pytest.raises(ValueError, match=r"^tested_share must be in \(0, 1\], or None for 2 alpha, got 0"):
+    with pytest.raises(ValueError, match=r"^tested_share must be a number in \(0, 1\], got 0"):
         TailFit(tested_share=0)
 
 
