@@ -13,7 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from tealightning.cli.main import playground, quiet_startup
+from tealightning.cli.commands import playground
+from tealightning.cli.console import quiet_startup
 from tealightning.errors import UserError
 
 if TYPE_CHECKING:

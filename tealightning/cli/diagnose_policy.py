@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
 from tealightning.callbacks import RolloutCallback
-from tealightning.cli.diagnose import at_least, new_parser, upper_share
+from tealightning.cli.options import at_least, new_parser, upper_share
 from tealightning.cli.training import build_training
 from tealightning.data import PromptDataModule
 from tealightning.diagnostics import fidelity_report, policy_fidelity

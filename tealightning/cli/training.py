@@ -13,8 +13,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger
 
 from tealightning.callbacks import BestOfNReport, Deadlines, HealthChecks, ResumableCheckpoint, RolloutCallback
+from tealightning.cli.console import quiet_transformers
 from tealightning.cli.error_messages import naming_settings, parse_error
-from tealightning.cli.main import quiet_transformers
 from tealightning.cli.preflight import check_classes, check_inputs, check_together
 from tealightning.cli.resume import command_to_go_on, last_checkpoint
 from tealightning.cli.user_settings import canonical_args, canonical_settings, with_estimator_defaults

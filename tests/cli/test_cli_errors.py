@@ -7,7 +7,7 @@ import pytest
 from command_line import PROSE, QUICKSTART, overlay, run
 from run_records import quickstart_args
 
-from tealightning.cli import training
+from tealightning.cli import commands, training
 from tealightning.errors import MissingFileError, UserError
 from tealightning.estimators import ESTIMATORS
 
@@ -286,7 +286,7 @@ def test_a_group_without_any_score_is_survived_and_counted(fit_args, rewards_fil
 
 
 def test_a_bad_call_inside_the_package_is_no_error_of_the_user(monkeypatch):
-    monkeypatch.setattr(sys.modules["tealightning.cli.main"], "_describe", None)  # the package calls it: TypeError
+    monkeypatch.setattr(commands, "_describe", None)  # the package calls it: TypeError
     with pytest.raises(TypeError, match="not callable") as raised:
         run("estimators")
     assert "it is a defect: please report it" in raised.value.__notes__[0]
@@ -294,7 +294,7 @@ def test_a_bad_call_inside_the_package_is_no_error_of_the_user(monkeypatch):
 
 def test_rows_of_other_lengths_inside_the_package_are_no_error_of_the_user(monkeypatch):
     # zip(strict=True): ValueError
-    monkeypatch.setattr(sys.modules["tealightning.cli.main"], "_describe", lambda cls: ("a", "b", "c", "d"))
+    monkeypatch.setattr(commands, "_describe", lambda cls: ("a", "b", "c", "d"))
     with pytest.raises(ValueError, match="zip") as raised:
         run("estimators")
     assert "it is a defect: please report it" in raised.value.__notes__[0]

@@ -6,7 +6,7 @@ import pytest
 from command_line import run
 
 import tealightning
-from tealightning.cli.main import quiet_startup
+from tealightning.cli.console import quiet_startup
 from tealightning.estimators import ESTIMATORS, estimator_names
 
 
