@@ -6,6 +6,7 @@ two independent unbiased estimates are unbiased, which a norm or a cosine of one
 """
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import torch
 from torch import Generator, Tensor
@@ -161,18 +162,16 @@ def measure_on_policy(
             oracle_parts.append(cross_products(oracles, oracles, torch.zeros(len(rewards), dtype=torch.float64)))
             if split == 0:
                 signs = [oracle.mean(dim=0).sign() for oracle in oracles]
-            groups_of = {}
-            for estimator, row, parts in estimators:
-                if row["m"] not in groups_of:
-                    groups_of = {row["m"]: [Groups(half, row["m"]) for half in halves]}
-                groups = groups_of[row["m"]]
-                weights = [each.weights(estimator) for each in groups]
-                pairs = [each.mean_and_noise(own) for each, own in zip(groups, weights, strict=True)]
-                means, (noise_a, noise_b) = zip(*pairs, strict=True)
-                parts.append(cross_products(oracles, means, (noise_a + noise_b) / 2))
-                if split == 0:  # the same draws for every estimator
-                    steps.append(simulated_steps(groups, weights, oracles, _generator(seed, SPLITS)))
-                bar.update()
+            for m, members in groupby(estimators, key=lambda each: each[1]["m"]):
+                groups = [Groups(half, m) for half in halves]
+                for estimator, _, parts in members:
+                    weights = [each.weights(estimator) for each in groups]
+                    pairs = [each.mean_and_noise(own) for each, own in zip(groups, weights, strict=True)]
+                    means, (noise_a, noise_b) = zip(*pairs, strict=True)
+                    parts.append(cross_products(oracles, means, (noise_a + noise_b) / 2))
+                    if split == 0:  # the same draws for every estimator
+                        steps.append(simulated_steps(groups, weights, oracles, _generator(seed, SPLITS)))
+                    bar.update()
     for (_, row, parts), simulated in zip(estimators, steps, strict=True):
         row |= with_intervals(estimator_figures, parts, seed=seed) | simulated
     agreement = float((signs[0] == signs[1]).double().mean())
