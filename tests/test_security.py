@@ -172,7 +172,7 @@ def test_code_that_ships_with_a_model_is_not_run_unless_asked(playground, tmp_pa
 
             load_tokenizer(str(folder))
         else:
-            PromptDataModule(train="x.jsonl", tokenizer=str(folder))._load_tokenizer()
+            PromptDataModule(train="x.jsonl", tokenizer=str(folder)).setup("fit")
     assert not (tmp_path / "exploded").exists()
 
 
