@@ -140,13 +140,12 @@ class RankHeartbeat(threading.Thread):
                 return f"Rank {rank} (process {process.pid}) {how}; it was {self._last_word(rank)}."
         if self._is_store_lost:
             return f"Rank 0, or the launcher that the ranks meet at, is gone; rank 0 was {self._last_word(0)}."
-        limit = self.silent_seconds if silent_seconds is None else silent_seconds
+        limit, why = self.silent_seconds, f" (deadlines.silent_seconds={self.silent_seconds:g})"
+        if silent_seconds is not None:
+            limit, why = silent_seconds, ""
         rank = min(self.others, key=lambda other: self.others[other].at, default=self.rank)
         if self.others and (silent := time.monotonic() - self.others[rank].at) > limit:
-            return (
-                f"Rank {rank} has given no sign of life for {silent:.0f} s "
-                f"(deadlines.silent_seconds={self.silent_seconds:g}); it was {self._last_word(rank)}."
-            )
+            return f"Rank {rank} has given no sign of life for {silent:.0f} s{why}; it was {self._last_word(rank)}."
         return None
 
     def _last_word(self, rank: int) -> str:
