@@ -178,6 +178,8 @@ class Watchdog(threading.Thread):
         if threading.get_ident() == self._main:
             self._handler = signal.signal(signal.SIGUSR2, self._on_signal)
         progress.on_change = self._on_change
+        if not faulthandler.is_enabled():  # a crash in C code says where Python stood
+            faulthandler.enable(file=2)  # by number: what replaced `sys.stderr` may have none
 
     def closing(self, raised_in: Activity | None = None) -> Activity:
         """Expect an exception to be handled within `limits[CLOSING]`; the activity that it was raised in."""
@@ -315,4 +317,4 @@ def say(text: str) -> None:
 
 def _end_unless_called_again(seconds: float) -> None:
     """Set `faulthandler`'s timer, of which a process has one: it works while C code holds Python's lock."""
-    faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # by number: what replaced `sys.stderr` may have none
+    faulthandler.dump_traceback_later(seconds, exit=True, file=2)
