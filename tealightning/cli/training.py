@@ -69,9 +69,11 @@ class _SaveConfig(SaveConfigCallback):
     """Saves the resolved config into the run's own folder, whatever the logger; without one there is no such folder."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if not trainer.loggers or self.already_saved or not trainer.is_global_zero:
+        if not trainer.loggers:
             return
-        file = run_folder(trainer) / self.config_filename
+        file = run_folder(trainer) / self.config_filename  # the ranks agree on it: all of them have to ask
+        if self.already_saved or not trainer.is_global_zero:
+            return
         if stage != "fit" or self.config.get("ckpt_path") is None:
             refuse_other_runs(file)
         write_whole(file, self.parser.dump(self.config, skip_none=False).encode())
