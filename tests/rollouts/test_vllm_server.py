@@ -152,6 +152,7 @@ import sys
 import torch
 import torch.distributed as dist
 from tiny_policies import PROMPTS, SEEDS, engine_context, largest_difference, token_ids
+from tealightning.errors import UserError
 from tealightning.rollouts import VLLMServerEngine, policy_weights
 from tealightning.rollouts.vllm_client import ServerError
 from tealightning.types import SamplingConfig
@@ -180,7 +181,7 @@ if rank == 0:
     engine._pusher.push = refuse
 try:
     engine.sync_weights(policy_weights(context.policy))
-except RuntimeError as error:
+except (ServerError, UserError) as error:
     assert str(error) == ("refused" if rank == 0 else "Rank 0 failed: ServerError: refused"), error
 else:
     raise AssertionError("a failed push must fail on every rank")
