@@ -165,9 +165,9 @@ class ResumableCheckpoint(Checkpoint):
             self._save_and_end(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if (snapshot := self._snapshot_again(trainer)) is not None:
-            self.validation_due = True
-            snapshots.mark_before_validation(snapshot)
+        if self._is_after_a_step(trainer):
+            self.validation_due = True  # before the snapshot, which holds it
+            snapshots.mark_before_validation(self._snapshot_again(trainer))
             self._save_and_end(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
@@ -177,20 +177,23 @@ class ResumableCheckpoint(Checkpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.validation_due = False
-        if self._snapshot_again(trainer) is not None:
+        if self._is_after_a_step(trainer):
+            self._snapshot_again(trainer)
             self._stop = max(over_ranks(self._received))
             self._is_due = bool(self._stop)
             self._save_and_end(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if (snapshot := self._snapshot_again(trainer)) is not None:
-            snapshots.mark_after_epoch(snapshot, trainer)
+        if self._is_after_a_step(trainer):
+            snapshots.mark_after_epoch(self._snapshot_again(trainer), trainer)
             self._save_and_end(trainer)
 
-    def _snapshot_again(self, trainer: pl.Trainer) -> snapshots.StepSnapshot | None:
-        """Snapshot of the same step, further on; None if there was no step."""
-        if self._snapshot is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
-            return None
+    def _is_after_a_step(self, trainer: pl.Trainer) -> bool:
+        return self._snapshot is not None and not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING
+
+    def _snapshot_again(self, trainer: pl.Trainer) -> snapshots.StepSnapshot:
+        """Snapshot of the same step, further on."""
+        assert self._snapshot is not None
         self._snapshot = snapshots.take_snapshot(trainer, self._snapshot.ranks)
         return self._snapshot
 
