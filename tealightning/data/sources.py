@@ -93,6 +93,28 @@ def place_of(rows: Rows, row: int) -> str:
     return rows.place(row) if isinstance(rows, JsonLines) else f"row {row} (from 0)"
 
 
+class OpenFile:
+    """A file that is held open. Copies share it, and a pickled one opens its path again, for instance in a process
+    that was spawned: what changed in between is for its reader to notice."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.lines = path.open("rb")
+
+    def read(self, start: int, end: int) -> bytes:
+        """The bytes from `start` to `end`; safe in threads, as the file has no position that is moved."""
+        return os.pread(self.lines.fileno(), end - start, start)
+
+    def __reduce__(self) -> Any:
+        return OpenFile, (self.path,)
+
+    def __copy__(self) -> "OpenFile":
+        return self
+
+    def __deepcopy__(self, memo: Any) -> "OpenFile":
+        return self
+
+
 class JsonLines(Sequence[dict[str, Any]]):
     """The objects of a file, one a line: each is checked once, and read again when it is asked for. Empty lines are
     left out. Twelve bytes a row are kept in memory.
@@ -103,12 +125,12 @@ class JsonLines(Sequence[dict[str, Any]]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("rb")
+        self._file = OpenFile(path)
         self._starts = array("q")  # n + 1: where each line begins, and where the last one ends
         self._checksums = array("L")  # n
         columns: dict[str, None] = {}
         end = 0
-        for number, line in enumerate(self._file, start=1):
+        for number, line in enumerate(self._file.lines, start=1):
             end += len(line)
             content = line.removeprefix(_BOM) if number == 1 else line
             if content.strip():
@@ -124,7 +146,7 @@ class JsonLines(Sequence[dict[str, Any]]):
     def __getitem__(self, index: Any) -> Any:
         row = range(len(self))[index]
         start, end = self._starts[row], self._starts[row + 1]
-        content = os.pread(self._file.fileno(), end - start, start)
+        content = self._file.read(start, end)
         line = content[: content.find(b"\n") + 1] or content  # without the empty lines before the next row
         if zlib.crc32(line) != self._checksums[row]:
             raise UserError(f"{self.path}, {self.place(row)} was changed while the file was in use.")
@@ -141,7 +163,7 @@ class JsonLines(Sequence[dict[str, Any]]):
         """Where a row is, for people: `line 17`."""
         number, start = 1, self._starts[row]
         for offset in range(0, start, 2**20):
-            number += os.pread(self._file.fileno(), min(start - offset, 2**20), offset).count(b"\n")
+            number += self._file.read(offset, min(start, offset + 2**20)).count(b"\n")
         return f"line {number}"
 
 

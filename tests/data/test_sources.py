@@ -1,12 +1,14 @@
+import copy
 import json
 import os
+import pickle
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tealightning.data.sources import Source, columns_of, parse_source, read_rows
+from tealightning.data.sources import Source, columns_of, parse_source, place_of, read_rows
 
 ROWS = [{"prompt": f"p{i}", "answer": i} for i in range(10)]
 
@@ -110,6 +112,26 @@ def test_changed_file_is_read_anew(tmp_path: Path, extension):
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"prompt": prompt}]), path)
         os.utime(path, (0, 0))
         assert read_rows(str(path))[0] == {"prompt": prompt}
+
+
+@pytest.mark.parametrize("part", ["", "@[2:5]"])
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda rows: pickle.loads(pickle.dumps(rows))])
+def test_rows_are_copied_and_pickled(jsonl: Path, monkeypatch, duplicate, part):
+    monkeypatch.chdir(jsonl.parent)
+    rows = read_rows(f"{jsonl.name}{part}")
+    monkeypatch.chdir("/")
+    again = duplicate(rows)
+    assert list(again) == list(rows) == (ROWS[2:5] if part else ROWS)
+    assert place_of(again, 1) == place_of(rows, 1) == ("line 4" if part else "line 2")
+
+
+def test_pickled_rows_notice_that_the_file_changed(jsonl: Path):
+    pickled = pickle.dumps(read_rows(str(jsonl)))
+    jsonl.write_text(jsonl.read_text().replace("p3", "q3"))
+    rows = pickle.loads(pickled)
+    assert rows[2] == ROWS[2]
+    with pytest.raises(ValueError, match=r"line 4 was changed"):
+        rows[3]
 
 
 def test_folder_of_a_data_set_has_splits(tmp_path: Path, jsonl: Path):
