@@ -1,0 +1,76 @@
+"""Probe of an engine's weights: log-probs of a few tokens that it samples, compared with the trainer's."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from tealightning.rollouts.base import EngineContext, RolloutEngine
+from tealightning.rollouts.generation_request import padded, prompt_seed
+from tealightning.rollouts.transformers import eval_mode
+from tealightning.training.micro_batches import score_through_logits
+from tealightning.types import Completion, RolloutBatch, SamplingConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class LogProbDifference:
+    """How far engine and trainer are apart on the tokens that the engine sampled, in nats."""
+
+    mean: float  # of the absolute differences
+    largest: float
+
+
+def log_prob_difference(
+    engine: RolloutEngine,
+    policy: Any,
+    context: EngineContext,
+    *,
+    num_prompts: int = 4,
+    prompt_tokens: int = 16,
+    new_tokens: int = 4,
+    seed: int = 0,
+) -> LogProbDifference:
+    """Have a started engine sample after prompts of random tokens, and compare its log-probs with those of `policy`.
+
+    Random tokens reach more of a mixture of experts than text does. They are sampled at temperature 1 without top-k and
+    top-p, whatever the run samples with: these hide differences. Global random streams and the modes of the policy's
+    modules stay as they were; ranks of a sharded policy must call this together.
+    """
+    new_tokens = max(1, min(new_tokens, context.max_model_len - 1))
+    prompts = probe_prompts(context, num_prompts, max(1, min(prompt_tokens, context.max_model_len - new_tokens)), seed)
+    sampling = SamplingConfig(max_new_tokens=new_tokens)
+    with isolate_rng(include_cuda=context.device.type == "cuda"):
+        seeds = [prompt_seed(seed, "probe", 0, str(p)) for p in range(num_prompts)]
+        groups = engine.generate(prompts, num_samples=1, sampling=sampling, seeds=seeds)
+        rollouts = _rollouts(prompts, [group[0] for group in groups], sampling).to(context.device)
+        with torch.inference_mode(False), torch.no_grad(), eval_mode(policy):
+            scores = score_through_logits(policy, rollouts, torch.arange(num_prompts, device=context.device))
+    differences = (scores.log_probs - rollouts.rollout_log_probs[:, : scores.mask.shape[1]])[scores.mask].abs()
+    return LogProbDifference(mean=float(differences.mean()), largest=float(differences.max()))
+
+
+def probe_prompts(context: EngineContext, num_prompts: int, longest: int, seed: int) -> list[list[int]]:
+    """Prompts of random tokens without special ones, from half of `longest` to `longest` tokens long."""
+    tokenizer, embeddings = context.tokenizer, context.policy.get_input_embeddings().num_embeddings
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
+    size = min(len(tokenizer), embeddings)
+    tokens = [token for token in range(size) if token not in special] or list(range(size))
+    generator = random.Random(seed)
+    lengths = [longest - p * (longest // 2) // max(1, num_prompts - 1) for p in range(num_prompts)]
+    return [generator.choices(tokens, k=length) for length in lengths]
+
+
+def _rollouts(prompts: list[list[int]], completions: list[Completion], sampling: SamplingConfig) -> RolloutBatch:
+    """What scoring needs of the completions."""
+    return RolloutBatch(
+        prompt_ids=padded(prompts, 0, side="left"),
+        prompt_lengths=torch.tensor([len(ids) for ids in prompts]),
+        completion_ids=padded([completion.token_ids for completion in completions], 0),
+        completion_lengths=torch.tensor([len(completion.token_ids) for completion in completions]),
+        rollout_log_probs=padded([completion.log_probs for completion in completions], 0.0),
+        truncated=torch.tensor([completion.truncated for completion in completions]),
+        rewards=torch.zeros(len(prompts), 1, dtype=torch.float64),
+        sampling=sampling,
+    )
