@@ -16,6 +16,9 @@ from tealightning.errors import UserError
 _CHANGES_NO_RESULT = ("ckpt_path", "checkpoint", "health", "deadlines")
 """Sections that decide what is saved of a run and when it is given up, not the result of one that finishes."""
 
+_ADDED_LATER: dict[str, Any] = {"importance_mode": "token_truncate", "importance_min": 0.0}
+"""Settings that came later, with the value that changes nothing: a run with it is known by the same hash as before."""
+
 Resolve = Callable[[Sequence[str]], dict[str, Any]]
 """Arguments of `tealightning fit` -> the configuration that they amount to; raises UserError where there is none."""
 
@@ -214,8 +217,15 @@ def config_hash(config: Mapping[str, Any], fingerprints: dict[str, str]) -> str:
     for path in paths:
         fingerprints[path] = fingerprints.get(path) or _fingerprint(Path(path))
     inputs = {path: fingerprints[path] for path in paths}
-    settings = {key: value for key, value in config.items() if key not in _CHANGES_NO_RESULT}
+    settings = _without_additions({key: value for key, value in config.items() if key not in _CHANGES_NO_RESULT})
     return hashlib.sha256(json.dumps([settings, inputs], sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _without_additions(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        kept = {key: inner for key, inner in value.items() if key not in _ADDED_LATER or inner != _ADDED_LATER[key]}
+        return {key: _without_additions(inner) for key, inner in kept.items()}
+    return [_without_additions(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -59,17 +59,45 @@ def token_weights(
     raise ValueError(f"reduction must be token_mean, sequence_mean or constant, got {reduction!r}.")
 
 
-def truncated_importance_weights(trainer_log_probs: Tensor, rollout_log_probs: Tensor, cap: float) -> Tensor:
-    """Truncated importance weights per token (Ionides 2008), without gradient:
+ImportanceMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
-        min(pi_trainer / pi_engine, cap)
+MAX_LOG_RATIO = 20.0
+"""Importance ratios above `exp(20)` count as this much, so that a cap of infinity gives finite weights."""
 
-    They correct for an engine whose probabilities differ from the trainer's.
 
-    >>> truncated_importance_weights(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -3.0]), cap=2)
-    tensor([1., 2.])
+def importance_weights(
+    trainer_log_probs: Tensor,
+    rollout_log_probs: Tensor,
+    completion_mask: Tensor,
+    mode: ImportanceMode = "token_truncate",
+    *,
+    lower: float = 0.0,
+    upper: float,
+) -> tuple[Tensor, Tensor]:
+    """Importance weights without gradient, which correct for an engine whose probabilities differ from the trainer's.
+
+    The ratio `r = pi_trainer / pi_engine` is that of each token, or, for the `sequence` modes, of the whole completion:
+    the product over its tokens. `truncate` limits it to `[lower, upper]` (Ionides 2008), `mask` keeps it inside
+    the bounds and puts 0 in the place of what lies outside. Nothing is renormalised: what is masked still counts in
+    the denominators of the loss.
+
+    Args: log-probs and mask are [rows, T], of whole completions.
+
+    Returns: (weights, outside bool: where the ratio is beyond a bound), both [rows, T], or [rows, 1] for `sequence`
+
+    >>> trainer, engine = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -3.0]])
+    >>> importance_weights(trainer, engine, torch.ones(1, 2, dtype=torch.bool), upper=2)
+    (tensor([[1., 2.]]), tensor([[False,  True]]))
+    >>> importance_weights(trainer, engine, torch.ones(1, 2, dtype=torch.bool), "sequence_mask", upper=2)
+    (tensor([[0.]]), tensor([[True]]))
     """
-    return (trainer_log_probs - rollout_log_probs).detach().exp().clamp(max=cap)
+    log_ratio = (trainer_log_probs - rollout_log_probs).detach().masked_fill(~completion_mask, 0.0)
+    level, constraint = mode.split("_")
+    if level == "sequence":  # in float64: the order of the sum, and with it the padding, decides nothing
+        log_ratio = log_ratio.double().sum(dim=1, keepdim=True)
+    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp().to(trainer_log_probs.dtype)
+    outside = (ratio < lower) | (ratio > upper)
+    return ratio.masked_fill(outside, 0.0) if constraint == "mask" else ratio.clamp(lower, upper), outside
 
 
 KLEstimator = Literal["k1", "k2", "k3"]

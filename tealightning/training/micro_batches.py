@@ -175,8 +175,12 @@ class PolicyGradientLoss:
         constant: Tokens that `constant` divides by; None = sampling.max_new_tokens (Dr. GRPO), 1 = textbook sum.
         kl_coef: Weight of the KL penalty to the frozen reference; 0 loads no reference model.
         kl_estimator: `k1`, `k2` or `k3` (see `functional.losses.kl_estimate`).
-        importance_cap: Cap of the truncated importance weights that correct engine/trainer log-prob mismatch;
-            None = no correction.
+        importance_cap: Upper bound of the importance ratios trainer / engine that weight the loss, which correct for
+            log-probs that differ (rounding, rollouts of older weights); None = no correction.
+        importance_mode: Whether the ratio is each `token`'s or the whole completion's (`sequence`), and whether one
+            beyond a bound is set to the bound (`truncate`) or to 0 (`mask`): `token_truncate`, `token_mask`,
+            `sequence_truncate` or `sequence_mask` (see `functional.losses.importance_weights`).
+        importance_min: Lower bound of these ratios; 0 = none.
     """
 
     clip_lower: float = 0.2
@@ -186,15 +190,28 @@ class PolicyGradientLoss:
     kl_coef: float = 0.0
     kl_estimator: losses.KLEstimator = "k3"
     importance_cap: float | None = None
+    importance_mode: losses.ImportanceMode = "token_truncate"
+    importance_min: float = 0.0
 
     def __post_init__(self) -> None:
         check_share("loss.clip_lower", self.clip_lower)
         check_not_negative("loss.kl_coef", self.kl_coef)
         check_choice("loss.reduction", self.reduction, get_args(losses.Reduction))
         check_choice("loss.kl_estimator", self.kl_estimator, get_args(losses.KLEstimator))
+        check_choice("loss.importance_mode", self.importance_mode, get_args(losses.ImportanceMode))
+        check_not_negative("loss.importance_min", self.importance_min)
         for name, value in (("clip_upper", self.clip_upper), ("importance_cap", self.importance_cap)):
             if value is not None and not value > 0:
                 raise UserError(f"loss.{name} must be above 0, got {value}.")
+        if self.importance_cap is None:
+            for name in ("importance_mode", "importance_min"):
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    warnings.warn(f"loss.{name} has no effect without loss.importance_cap.", stacklevel=3)
+        elif self.importance_min >= self.importance_cap:
+            raise UserError(
+                f"loss.importance_min must be below loss.importance_cap ({self.importance_cap}), got "
+                f"{self.importance_min}."
+            )
         if self.constant is not None:
             check_positive("loss.constant", self.constant)
             if self.reduction != "constant":
@@ -219,9 +236,17 @@ def micro_batch_loss(
         clip_lower=settings.clip_lower,
         clip_upper=settings.clip_upper,
     )
+    outside = torch.zeros_like(clipped)
     if settings.importance_cap is not None:
-        cap = settings.importance_cap
-        token_loss = token_loss * losses.truncated_importance_weights(behaviour, rollout_log_probs, cap)
+        ratios, outside = losses.importance_weights(
+            behaviour,
+            rollout_log_probs,
+            mask,
+            settings.importance_mode,
+            lower=settings.importance_min,
+            upper=settings.importance_cap,
+        )
+        token_loss = token_loss * ratios
     weights = losses.token_weights(
         mask,
         settings.reduction,
@@ -230,7 +255,8 @@ def micro_batch_loss(
         constant=float(settings.constant or step.rollouts.sampling.max_new_tokens),
     )
     loss = (weights * token_loss).sum()
-    sums = {"policy_loss": loss.detach(), "clipped": (clipped & mask).sum(), "tokens": mask.sum()}
+    sums = {"policy_loss": loss.detach(), "tokens": mask.sum()}
+    sums |= {"clipped": (clipped & mask).sum(), "outside": (outside & mask).sum()}
     if scores.entropy is not None:
         mismatch = (policy_log_probs.detach() - rollout_log_probs).abs().masked_fill(~mask, 0.0)
         sums |= {"entropy": scores.entropy.sum(), "mismatch": mismatch.sum(), "mismatch_max": mismatch.max()}

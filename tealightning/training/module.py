@@ -242,7 +242,7 @@ class PostTrainingModule(PolicyModule):
 
     def _log_step(self, step: StepBatch, sums: dict[str, Tensor], trained_tokens: int) -> None:
         """Log the step's metrics, reduced over ranks."""
-        summed = ("policy_loss", "clipped", "entropy", "kl", "mismatch", "tokens")
+        summed = ("policy_loss", "clipped", "outside", "entropy", "kl", "mismatch", "tokens")
         averaged: dict[str, Tensor | float] = {
             "train/advantage_std": step.advantages.std(),
             "train/rollouts_skipped": 1 - len(step.rows) / len(step.advantages),
@@ -263,6 +263,8 @@ class PostTrainingModule(PolicyModule):
             "rollout/log_prob_abs_diff_max": sums["mismatch_max"],
         }
         metrics |= {name: total[name] / self.trainer.world_size for name in averaged}
+        if self.loss.importance_cap is not None:
+            metrics["train/importance_clip_fraction"] = total["outside"] / tokens
         if self._reference:
             metrics["train/kl"] = total["kl"] / tokens
         self.log_dict({k: float(v) for k, v in metrics.items()}, batch_size=len(step.rollouts.rewards))

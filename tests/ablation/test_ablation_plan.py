@@ -177,6 +177,16 @@ def test_hash_leaves_out_when_a_run_is_given_up():
     assert config_hash(CONFIG | {"seed_everything": 1}, {}) != config_hash(CONFIG, {})
 
 
+def test_hash_does_not_change_with_a_setting_that_came_later_and_changes_nothing():
+    """Finished runs of an older version are not made again."""
+    loss = {"kl_coef": 0.1, "importance_cap": 2.0}
+    old, same, other = (copy.deepcopy(CONFIG) for _ in range(3))
+    old["model"]["init_args"]["loss"] = loss
+    same["model"]["init_args"]["loss"] = loss | {"importance_mode": "token_truncate", "importance_min": 0.0}
+    other["model"]["init_args"]["loss"] = loss | {"importance_mode": "token_mask", "importance_min": 0.0}
+    assert config_hash(same, {}) == config_hash(old, {}) != config_hash(other, {})
+
+
 def test_folder_is_that_of_the_first_logger_and_others_are_kept(tmp_path):
     loggers = with_folder(CONFIG, tmp_path)["trainer"]["logger"]
     assert [logger["class_path"].rpartition(".")[2] for logger in loggers] == ["CSVLogger", "WandbLogger"]

@@ -70,6 +70,8 @@ OUT_OF_RANGE = [
     *values(f"{M}.loss.clip_lower", 0, 1.5, NAN),
     *values(f"{M}.loss.clip_upper", 0, -1, NAN),
     *values(f"{M}.loss.importance_cap", 0, -2, NAN),
+    *values(f"{M}.loss.importance_mode", "sequence", "mask"),
+    *values(f"{M}.loss.importance_min", -1, NAN, INF),
     *values(f"{M}.loss.reduction", "sum", 1),
     *values(f"{M}.loss.kl_estimator", "k4"),
     *values(f"{M}.advantage_scale", "std"),

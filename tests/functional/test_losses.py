@@ -1,14 +1,20 @@
 """Clipped loss, token weights, importance correction and KL estimates."""
 
+import math
+from typing import get_args
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tealightning.functional.losses import (
+    ImportanceMode,
     clipped_policy_loss,
+    importance_weights,
     kl_estimate,
     kl_penalty,
     token_weights,
-    truncated_importance_weights,
 )
 
 
@@ -67,12 +73,66 @@ def test_token_weights_of_an_empty_batch_are_finite():
         assert weights.tolist() == [[0.0, 0.0]]
 
 
-def test_truncated_importance_weights_cap_only_from_above():
-    trainer = torch.tensor([-1.0, -1.0, -1.0], requires_grad=True)
-    engine = torch.tensor([-1.0, -3.0, 0.0])
-    weights = truncated_importance_weights(trainer, engine, cap=2.0)
-    assert torch.allclose(weights, torch.tensor([1.0, 2.0, torch.e**-1]))
-    assert not weights.requires_grad
+TRAINER = torch.tensor([[-1.0, -1.0, -1.0, 0.0], [-1.0, -2.0, 0.0, 0.0]])
+ENGINE = torch.tensor([[-1.0, -3.0, 0.0, 0.0], [-2.0, -1.5, 0.0, 0.0]])  # log-ratios 0, 2, -1 and 1, -0.5
+MASK = torch.tensor([[True, True, True, False], [True, True, False, False]])
+
+
+@pytest.mark.parametrize(
+    ("mode", "bounds", "expected"),
+    [
+        ("token_truncate", {"upper": 2.0}, [[1, 2, math.exp(-1), 1], [2, math.exp(-0.5), 1, 1]]),
+        ("token_truncate", {"upper": 2.0, "lower": 0.5}, [[1, 2, 0.5, 1], [2, math.exp(-0.5), 1, 1]]),
+        ("token_mask", {"upper": 2.0}, [[1, 0, math.exp(-1), 1], [0, math.exp(-0.5), 1, 1]]),
+        ("token_mask", {"upper": 2.0, "lower": 0.5}, [[1, 0, 0, 1], [0, math.exp(-0.5), 1, 1]]),
+        ("sequence_truncate", {"upper": 2.0}, [[2], [math.exp(0.5)]]),
+        ("sequence_truncate", {"upper": math.inf, "lower": 2.0}, [[math.e], [2]]),
+        ("sequence_mask", {"upper": 2.0}, [[0], [math.exp(0.5)]]),
+        ("sequence_mask", {"upper": math.inf, "lower": 2.0}, [[math.e], [0]]),
+    ],
+)
+def test_importance_weights_of_each_mode(mode, bounds, expected):
+    trainer = TRAINER.clone().requires_grad_()
+    weights, outside = importance_weights(trainer, ENGINE, MASK, mode, **bounds)
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float32))
+    assert not weights.requires_grad and outside.shape == weights.shape
+
+
+def test_importance_ratios_at_a_bound_are_inside():
+    weights, outside = importance_weights(torch.zeros(1, 1), torch.zeros(1, 1), MASK[:1, :1], "token_mask", upper=1.0)
+    assert weights.item() == 1.0 and not outside.item()
+
+
+@given(
+    st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=5), min_size=1, max_size=4),
+    st.sampled_from(get_args(ImportanceMode)),
+    st.one_of(st.just(0.0), st.floats(0.01, 0.99)),
+    st.floats(1, 1e6),
+)
+def test_importance_weights_are_those_of_a_loop_over_tokens(rows, mode, lower, upper):
+    """Also at ratios that no float holds; and padding, of whatever value, is nothing."""
+    length = max(map(len, rows)) + 1
+    log_ratios = torch.tensor([row + [7.0] * (length - len(row)) for row in rows])
+    mask = torch.tensor([[i < len(row) for i in range(length)] for row in rows])
+    weights, outside = importance_weights(log_ratios, torch.zeros(1), mask, mode, lower=lower, upper=upper)
+    assert weights.isfinite().all()
+    for r, row in enumerate(rows):
+        for t, value in enumerate(row):
+            ratio = math.exp(min(math.fsum(row) if mode.startswith("sequence") else value, 20.0))
+            if math.isclose(ratio, lower, rel_tol=1e-5) or math.isclose(ratio, upper, rel_tol=1e-5):
+                continue  # rounding decides
+            is_outside = not lower <= ratio <= upper
+            limited = 0.0 if mode.endswith("mask") and is_outside else min(max(ratio, lower), upper)
+            where = (r, 0 if mode.startswith("sequence") else t)
+            assert outside[where].item() == is_outside
+            assert weights[where].item() == pytest.approx(limited, rel=1e-5, abs=1e-30)
+
+
+def test_a_log_prob_that_is_no_number_stays_one_in_every_mode():
+    """NaN is no drift: the step is skipped and counted, not masked."""
+    for mode in get_args(ImportanceMode):
+        weights, _ = importance_weights(torch.full((1, 1), math.nan), ENGINE[:1, :1], MASK[:1, :1], mode, upper=2.0)
+        assert weights.isnan().all()
 
 
 POLICY = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)

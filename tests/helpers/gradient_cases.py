@@ -46,6 +46,14 @@ CASES: dict[str, tuple[list[list[list[float]]], dict[str, Any]]] = {
         [SPREAD, UNSCORED],
         {"inner_epochs": 2, "loss": {"kl_coef": 0.1}, "lr": 0.05, "micro_batch_size": 3},
     ),
+    "importance by tokens": (
+        [SPREAD, RAGGED],
+        {"loss": {"importance_cap": 2.0, "importance_mode": "token_mask"}, "micro_batch_size": 3},
+    ),
+    "importance by sequences": (
+        [SPREAD, RAGGED],
+        {"loss": {"importance_cap": 2.0, "importance_mode": "sequence_mask", "reduction": "sequence_mean"}},
+    ),
     "gradient checkpointing": ([SPREAD, RAGGED], {"gradient_checkpointing": True, "micro_batch_size": 3}),
 }
 
@@ -68,6 +76,8 @@ def rollouts_of(case: str, rank: int | None = None) -> RolloutBatch:
     """The whole batch of a case, or a rank's share of it, as short as its own longest completion."""
     shares, _ = CASES[case]
     whole = make_rollouts([group for share in shares for group in share])
+    if case.startswith("importance"):
+        whole.rollout_log_probs = whole.rollout_log_probs - math.log(32)  # an engine that draws any token
     if rank is None:
         return whole
     first = sum(len(share) for share in shares[:rank])
