@@ -1,7 +1,9 @@
 """Transformers engine: `generate` of the trainer's own policy, no second copy of the weights."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from tealightning.functional.log_probs import filter_logits
 from tealightning.registry import register
 from tealightning.rollouts import generation_request as request
 from tealightning.rollouts.base import EngineContext, RolloutEngine, TokenIds
+from tealightning.training.padding import reads_padding
 from tealightning.training.policy_weights import is_sharded
 from tealightning.types import Completion, SamplingConfig
 
@@ -35,13 +38,23 @@ class TransformersEngine(RolloutEngine):
     def __init__(self, *, batch_size: int = 256) -> None:
         self.batch_size = check_integer("rollout.engine.batch_size", batch_size, 1)
         self._context: EngineContext | None = None
+        self._use_cache = True
 
     def start(self, context: EngineContext) -> None:
-        """Take over the policy; one that is sharded is refused with a ValueError."""
+        """Take over the policy; one that is sharded is refused with a ValueError, and a cache that changes what the
+        policy says is not used."""
         if is_sharded(context.policy):
             raise UserError(
                 "TransformersEngine samples with the trainer's own policy, and ranks cannot sample at their own pace "
                 "with one that is sharded over them: use --rollout.engine=VLLMEngine with ModelParallelStrategy."
+            )
+        with torch.no_grad(), eval_mode(context.policy):
+            self._use_cache = cache_is_right(context.policy)
+        if not self._use_cache:
+            warnings.warn(
+                f"{type(context.policy).__name__} of this transformers says something else with its key-value cache "
+                "than without: completions are generated without it, more slowly.",
+                stacklevel=2,
             )
         self._context = context
 
@@ -57,11 +70,14 @@ class TransformersEngine(RolloutEngine):
         rows = [(p, i) for p in by_length for i in range(num_samples)]
         completions: dict[tuple[int, int], Completion] = {}
         with torch.no_grad(), eval_mode(context.policy):
-            for first in range(0, len(rows), self.batch_size):
-                chunk = rows[first : first + self.batch_size]
-                uniforms = torch.stack([_uniforms(seeds[p] + i, sampling.max_new_tokens) for p, i in chunk])
-                prompts = [prompt_token_ids[p] for p, _ in chunk]
-                completions.update(zip(chunk, _complete(context, prompts, uniforms, sampling, rule), strict=True))
+            # Together are rows of any length, or, where a model would read padding, of one.
+            unpadded = reads_padding(context.policy)
+            for _, same in groupby(rows, key=lambda row: unpadded and len(prompt_token_ids[row[0]])):
+                for chunk in _chunks(list(same), self.batch_size):
+                    uniforms = torch.stack([_uniforms(seeds[p] + i, sampling.max_new_tokens) for p, i in chunk])
+                    prompts = [prompt_token_ids[p] for p, _ in chunk]
+                    done = _complete(context, prompts, uniforms, sampling, rule, use_cache=self._use_cache)
+                    completions.update(zip(chunk, done, strict=True))
         return [[completions[p, i] for i in range(num_samples)] for p in range(len(seeds))]
 
     def sync_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -71,12 +87,22 @@ class TransformersEngine(RolloutEngine):
         self._context = None
 
 
+def _chunks(rows: list[Any], size: int) -> Iterator[list[Any]]:
+    return (rows[first : first + size] for first in range(0, len(rows), size))
+
+
 def _uniforms(seed: int, count: int) -> Tensor:
     return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def _complete(
-    context: EngineContext, prompts: TokenIds, uniforms: Tensor, sampling: SamplingConfig, rule: request.EndRule
+    context: EngineContext,
+    prompts: TokenIds,
+    uniforms: Tensor,
+    sampling: SamplingConfig,
+    rule: request.EndRule,
+    *,
+    use_cache: bool,
 ) -> list[Completion]:
     """One completion for each of R prompts; `uniforms` [R, max_new_tokens] float64 decide the tokens."""
     policy, pad = context.policy, context.tokenizer.pad_token_id
@@ -90,21 +116,44 @@ def _complete(
         num_beams=1,
         eos_token_id=rule.token_ids or None,
         pad_token_id=pad,
-        use_cache=True,
+        use_cache=use_cache,
     )
-    # `generate` fills in from the model folder's defaults what a caller leaves unset.
+    generate(
+        policy,
+        request.padded(prompts, pad, side="left").to(context.device),
+        config,
+        attention_mask=request.padded([[1] * len(ids) for ids in prompts], 0, side="left").to(context.device),
+        logits_processor=LogitsProcessorList([sampler]),
+        stopping_criteria=StoppingCriteriaList([stopping] if rule.strings else []),
+    )
+    return _cut(sampler, stopping.ended_at, context, rule)
+
+
+def generate(policy: Any, input_ids: Tensor, config: GenerationConfig, **kwargs: Any) -> Any:
+    """`policy.generate` with `config` alone: it takes what a caller leaves unset from the model folder's defaults."""
     defaults, policy.generation_config = policy.generation_config, config
     try:
-        policy.generate(  # type: ignore[operator]
-            request.padded(prompts, pad, side="left").to(context.device),
-            attention_mask=request.padded([[1] * len(ids) for ids in prompts], 0, side="left").to(context.device),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([sampler]),
-            stopping_criteria=StoppingCriteriaList([stopping] if rule.strings else []),
-        )
+        return policy.generate(input_ids, generation_config=config, **kwargs)
     finally:
         policy.generation_config = defaults
-    return _cut(sampler, stopping.ended_at, context, rule)
+
+
+def cache_is_right(policy: Any) -> bool:
+    """Whether a policy says the same with its cache as without, to a tenth of how far its logits are apart: much more
+    than the rounding of any data type. In transformers 5.19 RWKV does not in batches, and MiniMax not after padding."""
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True)
+    config.return_dict_in_generate = config.output_logits = True
+    device = next(policy.parameters()).device
+    prompts = [[0, 1], [1, 0] if reads_padding(policy) else [1]]
+    ids, mask = (request.padded(rows, 0, side="left").to(device) for rows in (prompts, [[1] * len(p) for p in prompts]))
+    made = generate(policy, ids, config, attention_mask=mask)
+    for row, prompt in enumerate(prompts):
+        cached = torch.stack([logits[row] for logits in made.logits[1:]]).float()
+        whole = policy(made.sequences[row : row + 1, 2 - len(prompt) :], use_cache=False).logits[0, -3:-1].float()
+        apart = (whole - whole.mean(dim=-1, keepdim=True)).norm()
+        if (cached - whole).norm() > 0.1 * apart:  # where they are NaN, it is not the cache's fault
+            return False
+    return True
 
 
 def _cut(sampler: "_Sampler", ended_at: list[int], context: EngineContext, rule: request.EndRule) -> list[Completion]:

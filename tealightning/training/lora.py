@@ -99,6 +99,7 @@ class WithoutAdapter:
         self.policy = policy
         # What scoring looks up before it calls the model.
         self.forward = policy.forward
+        self._is_stateful = getattr(policy, "_is_stateful", False)
         self.get_output_embeddings = policy.get_output_embeddings
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

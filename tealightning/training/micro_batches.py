@@ -13,6 +13,7 @@ from tealightning.checks import check_choice, check_not_negative, check_positive
 from tealightning.errors import UserError
 from tealightning.functional import losses
 from tealightning.functional.log_probs import linear_log_probs, token_entropy, token_log_probs
+from tealightning.training.padding import padding_of, reads_padding, rolled
 from tealightning.types import CompletionScores, RolloutBatch, SamplingConfig, StepBatch
 
 
@@ -67,8 +68,8 @@ def score_through_logits(
     model: nn.Module, rollouts: RolloutBatch, rows: Tensor, *, with_entropy: bool = False
 ) -> CompletionScores:
     """`score_completions` with all logits at once: for models that change them, and for hooks of the output layer."""
-    inputs, targets, mask = _model_inputs(model, rollouts, rows)
-    logits = model(**inputs).logits[:, -mask.shape[1] - 1 : -1]
+    inputs, targets, mask, padding = _model_inputs(model, rollouts, rows)
+    logits = _at_targets(model(**inputs).logits, mask, padding)
     log_probs = token_log_probs(logits, targets, **_distribution(rollouts.sampling))
     scores = CompletionScores(log_probs=log_probs.masked_fill(~mask, 0.0), mask=mask)
     if with_entropy:
@@ -88,16 +89,28 @@ def trim(rollouts: RolloutBatch, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return input_ids, torch.cat([rollouts.prompt_mask[rows][:, -width:], completion_mask], dim=1), completion_mask
 
 
-def _model_inputs(model: nn.Module, rollouts: RolloutBatch, rows: Tensor) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Arguments of the model's forward pass, and the targets [rows, t] with their mask."""
+def _model_inputs(
+    model: nn.Module, rollouts: RolloutBatch, rows: Tensor
+) -> tuple[dict[str, Any], Tensor, Tensor, Tensor | None]:
+    """Arguments of the model's forward pass, the targets [rows, t] with their mask, and by how much each row was moved
+    to the left, so that all padding is on its right (None = not at all): for models that would read it."""
     input_ids, attention_mask, mask = trim(rollouts, rows)
+    targets, padding = input_ids[:, -mask.shape[1] :], None
+    if reads_padding(model):
+        padding = padding_of(attention_mask)
+        input_ids, attention_mask = rolled(input_ids, -padding), rolled(attention_mask, -padding)
     accepted = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
     if "position_ids" in accepted:
         inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    if "logits_to_keep" in accepted:
+    if "logits_to_keep" in accepted and padding is None:
         inputs["logits_to_keep"] = mask.shape[1] + 1
-    return inputs, input_ids[:, -mask.shape[1] :], mask
+    return inputs, targets, mask, padding
+
+
+def _at_targets(outputs: Tensor, mask: Tensor, padding: Tensor | None) -> Tensor:
+    """[rows, t, ...] of a model's outputs [rows, t + 1 or more, ...] where it predicts the targets."""
+    return (outputs if padding is None else rolled(outputs, padding))[:, -mask.shape[1] - 1 : -1]
 
 
 def _distribution(sampling: SamplingConfig) -> dict[str, Any]:
@@ -127,7 +140,7 @@ def _score_in_head(
 
     None if the model did not pass them on as they were: they are worthless then, and the model is remembered.
     """
-    inputs, targets, mask = _model_inputs(model, rollouts, rows)
+    inputs, targets, mask, padding = _model_inputs(model, rollouts, rows)
     made: list[CompletionScores] = []
 
     def padded(values: Tensor) -> Tensor:
@@ -136,7 +149,7 @@ def _score_in_head(
     def score(hidden: Tensor) -> Tensor:
         """[rows, t] from [rows, t + 1 or more, D], of which padding is left out."""
         log_probs, entropy = linear_log_probs(
-            hidden[:, -mask.shape[1] - 1 : -1][mask],
+            _at_targets(hidden, mask, padding)[mask],
             head.weight,
             targets[mask],
             bias=head.bias,
