@@ -14,9 +14,10 @@ from tealightning.errors import UserError
 from tealightning.pretrained import positions_of
 from tealightning.reliability.progress import Activity, during
 from tealightning.rewards.base import Reward
-from tealightning.rollouts import EngineContext, RolloutCollector, RolloutEngine, policy_weights, prompt_seed
+from tealightning.rollouts import EngineContext, RolloutCollector, RolloutEngine, prompt_seed
 from tealightning.rollouts.collector import rollout_metrics
 from tealightning.rollouts.prefetch import Collected, OneStepAhead
+from tealightning.rollouts.weight_sync import WeightSync
 from tealightning.types import PromptBatch, RolloutBatch, SamplingConfig, Split
 
 MOST_TOKENS = 8192  # of prompt and completion, where nothing else says how long they get
@@ -26,8 +27,9 @@ class RolloutCallback(Callback):
     """Samples completions from the policy as it is now and scores them.
 
     Training samples `group_size` completions a prompt, validation and test `max(ns)` of the module. Before each batch
-    the engine takes over the trainer's weights if an optimizer step was made since. Seeds depend on the run's seed, the
-    prompt's id and, in training only, the rollout step: differences between two evaluations of a run are paired.
+    the engine takes over the trainer's weights if they changed since, and a probe shows that it has them. Seeds depend
+    on the run's seed, the prompt's id and, in training only, the rollout step: differences between two evaluations of a
+    run are paired.
 
     Args:
         engine: Generates completions.
@@ -45,6 +47,9 @@ class RolloutCallback(Callback):
         seed: Of the samples; None = the run's `seed_everything`.
         max_model_len: Longest prompt + completion in tokens that the engine prepares for; None = from the data module's
             `max_prompt_tokens`, else what the model can hold, at most 8,192.
+        max_probe_diff: Largest mean difference of engine's and trainer's log-probs, in nats, on the few tokens that are
+            sampled when the engine starts and after each push of weights; above it the run is refused. None = what
+            rounding explains in their data types: 0.001 in float32, 0.2 in bfloat16. Infinity = no probe.
     """
 
     def __init__(
@@ -59,11 +64,14 @@ class RolloutCallback(Callback):
         max_unscorable: float = 0.5,
         seed: int | None = None,
         max_model_len: int | None = None,
+        max_probe_diff: float | None = None,
     ) -> None:
         if group_size < 1:
             raise UserError(f"rollout.group_size must be at least 1, got {group_size}.")
         if max_model_len is not None and max_model_len < 2:  # a prompt and a token
             raise UserError(f"rollout.max_model_len must be at least 2 or null, got {max_model_len}.")
+        if max_probe_diff is not None and not max_probe_diff > 0:
+            raise UserError(f"rollout.max_probe_diff must be above 0 or null, got {max_probe_diff}.")
         if steps_ahead not in (0, 1):
             raise UserError(f"rollout.steps_ahead must be 0 or 1, got {steps_ahead}.")
         if steps_ahead and not engine.is_concurrent:
@@ -80,16 +88,20 @@ class RolloutCallback(Callback):
         self._unscorable = UnscorableGuard(max_unscorable)
         self.seed = seed
         self.max_model_len = max_model_len
+        self.max_probe_diff = max_probe_diff
         self.rollout_step = 0
         self._collector: RolloutCollector | None = None
         self._ahead = OneStepAhead()
-        self._policy: Any = None  # what the engine was started with
-        self._synced_step: int | None = None
+        self._weights: WeightSync | None = None  # of the policy that the engine was started with
+        self._synced_step: int | None = None  # optimizer steps that the engine's weights have seen
         self._run_seed = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work before any model is loaded."""
         self._ahead = OneStepAhead()  # what an earlier run may have left in flight is not this one's
+        self._synced_step = None
+        if self._weights is not None:
+            self._weights.forget()
         self._run_seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
         if trainer.world_size == 1:  # vLLM makes a process group of size 1, which Lightning takes for several ranks
             warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
@@ -123,7 +135,7 @@ class RolloutCallback(Callback):
     def close(self) -> None:
         """Release engine and reward. Not called between stages: an engine serves fit, validate and test in turn. A
         collection under way is not waited for, its thread ends with the process at the latest."""
-        self._collector = self._policy = None
+        self._collector = self._weights = None
         try:
             self.engine.close()
         finally:
@@ -145,8 +157,7 @@ class RolloutCallback(Callback):
             self._ahead.load_state(state_dict["ahead"])
 
     def _start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._synced_step = None  # a stage may have loaded other weights
-        if self._policy is pl_module.policy:
+        if self._weights is not None and self._weights.policy is pl_module.policy:
             return
         config = pl_module.policy.config
         context = EngineContext(
@@ -168,7 +179,15 @@ class RolloutCallback(Callback):
             vocab_size=getattr(config, "vocab_size", None),
             score_as_finished=self.score_as_finished,
         )
-        self._policy = pl_module.policy
+        weights = WeightSync(
+            self.engine,
+            pl_module.policy,
+            context,
+            over_ranks=lambda value: float(pl_module.over_ranks({"value": value}, "max")["value"]),
+            tolerance=self.max_probe_diff,
+        )
+        weights.start()
+        self._weights = weights
 
     def _model_len(self, trainer: pl.Trainer, config: Any) -> int:
         """Tokens of a prompt and its completion: what prompts need and the model holds, if nothing else is set."""
@@ -262,10 +281,10 @@ class RolloutCallback(Callback):
         """Give the engine the trainer's weights if they changed; seconds taken."""
         with during(Activity.GENERATING):
             self._ahead.wait()  # a completion is of one policy from its first token to its last
-        if self.engine.shares_weights or self._synced_step == trainer.global_step:
+        assert self._weights is not None, "the engine is started before the first batch"
+        if self.engine.shares_weights:
             return 0.0
         started = time.perf_counter()
-        with during(Activity.SYNCING):
-            self.engine.sync_weights(policy_weights(pl_module.policy))
+        pushed = self._weights.push_if_changed()
         self._synced_step = trainer.global_step
-        return time.perf_counter() - started
+        return time.perf_counter() - started if pushed else 0.0

@@ -50,6 +50,13 @@ class RolloutEngine(ABC):
         """Its key in metrics and tables."""
         return snake_case(type(self).__name__).removesuffix("_engine")
 
+    def dtype_of(self, policy: "PreTrainedModel") -> torch.dtype | None:
+        """In what it computes: how far its log-probs may be from the trainer's. None = not known. By default the
+        policy's data type if it shares the weights, else that of its attribute `dtype` ("auto" = the policy's)."""
+        dtype = getattr(self, "dtype", "auto" if self.shares_weights else None)
+        named = {"auto": policy.dtype, "float": torch.float32, "half": torch.float16}
+        return named.get(dtype, getattr(torch, dtype, None)) if isinstance(dtype, str) else dtype
+
     def check(self) -> None:  # noqa: B027 - optional hook
         """Refuse, with a ValueError or ImportError, what cannot work: called at the start of a run, before anything is
         loaded."""

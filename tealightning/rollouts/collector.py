@@ -71,11 +71,11 @@ class RolloutCollector:
                     groups[p] = group
                     beat()
                     if self.score_as_finished:
-                        self._check([group], num_prompts=1, num_samples=num_samples)
+                        self._check([group], 1, num_samples)
                         pending[p] = thread.submit(self._score, batch, {p: group})
             generated = time.perf_counter()
             grouped = [groups[p] for p in sorted(groups)]
-            self._check(grouped, num_prompts=len(batch), num_samples=num_samples)
+            self._check(grouped, len(batch), num_samples)
             with during(Activity.SCORING):
                 parts = [pending[p].result() for p in sorted(pending)]
                 parts = parts or [self._score(batch, dict(enumerate(grouped)))]
@@ -91,27 +91,47 @@ class RolloutCollector:
         with during(Activity.SCORING):
             return self.reward(prompts, [text for _, text in rows], metadata)
 
-    def _check(self, grouped: Sequence[Sequence[Completion]], *, num_prompts: int, num_samples: int) -> None:
-        engine = f"rollout engine {self.engine.name!r}"
-        counts = [len(group) for group in grouped]
-        if counts != [num_samples] * num_prompts:
-            wanted = f"{num_samples} completions for each of {num_prompts} prompts"
-            raise UserError(f"{engine} must return {wanted}, got {counts}.")
-        above = math.inf if self.vocab_size is None else self.vocab_size
-        for completion in (completion for group in grouped for completion in group):
-            ids, log_probs, longest = completion.token_ids, completion.log_probs, self.sampling.max_new_tokens
-            if not 1 <= len(ids) <= longest or len(log_probs) != len(ids):
-                raise UserError(
-                    f"{engine} must return 1 to {longest} tokens with a log-prob each, got {len(ids)} tokens and "
-                    f"{len(log_probs)} log-probs."
-                )
-            if not all(0 <= token < above for token in ids):
-                raise UserError(
-                    f"{engine} returned a token id outside [0, {above}): {min(ids)} to {max(ids)}. Does it serve "
-                    "another model than the trainer's?"
-                )
-            if not all(math.isfinite(value) for value in log_probs):
-                raise UserError(f"{engine} returned a log-prob that is not finite: {log_probs}.")
+    def _check(self, grouped: Sequence[Sequence[Completion]], num_prompts: int, num_samples: int) -> None:
+        check_completions(
+            self.engine,
+            grouped,
+            self.sampling,
+            num_prompts=num_prompts,
+            num_samples=num_samples,
+            vocab_size=self.vocab_size,
+        )
+
+
+def check_completions(
+    engine: RolloutEngine,
+    grouped: Sequence[Sequence[Completion]],
+    sampling: SamplingConfig,
+    *,
+    num_prompts: int,
+    num_samples: int = 1,
+    vocab_size: int | None = None,
+) -> None:
+    """Refuse what breaks an engine's contract: other numbers of completions or tokens, ids that are none, NaN."""
+    name = f"rollout engine {engine.name!r}"
+    counts = [len(group) for group in grouped]
+    if counts != [num_samples] * num_prompts:
+        wanted = f"{num_samples} completions for each of {num_prompts} prompts"
+        raise UserError(f"{name} must return {wanted}, got {counts}.")
+    above = math.inf if vocab_size is None else vocab_size
+    for completion in (completion for group in grouped for completion in group):
+        ids, log_probs, longest = completion.token_ids, completion.log_probs, sampling.max_new_tokens
+        if not 1 <= len(ids) <= longest or len(log_probs) != len(ids):
+            raise UserError(
+                f"{name} must return 1 to {longest} tokens with a log-prob each, got {len(ids)} tokens and "
+                f"{len(log_probs)} log-probs."
+            )
+        if not all(0 <= token < above for token in ids):
+            raise UserError(
+                f"{name} returned a token id outside [0, {above}): {min(ids)} to {max(ids)}. Does it serve "
+                "another model than the trainer's?"
+            )
+        if not all(math.isfinite(value) for value in log_probs):
+            raise UserError(f"{name} returned a log-prob that is not finite: {log_probs}.")
 
 
 def rollout_metrics(rollouts: RolloutBatch) -> dict[str, float]:

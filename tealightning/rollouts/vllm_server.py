@@ -183,6 +183,10 @@ class VLLMServerEngine(RolloutEngine):
         refuse_partial_push(missing)
         self._version = on_rank_zero(lambda: self._push(named))
 
+    def dtype_of(self, policy: Any) -> torch.dtype | None:
+        """Not known of a server that was started elsewhere."""
+        return None if self.url else super().dtype_of(policy)
+
     def close(self) -> None:
         """End the server if this engine started it, and remove what was written for it."""
         if self._pusher is not None:

@@ -122,6 +122,7 @@ class Scripted(RolloutEngine):
     """Gives the completions of a list, in turns."""
 
     shares_weights = True
+    is_scripted = True
 
     def __init__(self, completions: list[Completion]) -> None:
         self.completions = completions

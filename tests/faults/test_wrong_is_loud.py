@@ -182,6 +182,8 @@ def test_step_that_is_not_finite_on_one_rank_is_skipped_on_all(strategy, tmp_pat
 
 # ---------------------------------------------------------------- the engine's weights
 
+NO_PROBE = {"max_probe_diff": math.inf}  # what the health checks see by themselves
+
 
 @pytest.mark.fault(
     "an engine that goes on with old weights", how="sync_weights does nothing, drops every second tensor, or works once"
@@ -192,7 +194,7 @@ def test_stale_weights_are_noticed_within_five_steps(engine, playground, injecte
     are compared with, and a difference that lasts for three steps is told; a large one is a `mismatch` as well."""
     health = HealthChecks(max_log_prob_diff=None)
     with pytest.raises(UnhealthyRun, match=r"Training was stopped.*does not have the trainer's weights"):
-        fit(playground, steps=20, engine=engine(), callbacks=[health])
+        fit(playground, steps=20, engine=engine(), callbacks=[health], rollout=NO_PROBE)
     assert health._global_step <= 5 - 1
     assert health.counts["stale_weights"] == 3
     injected(times=1, lost="at most five steps")
@@ -203,7 +205,7 @@ def test_stale_weights_are_noticed_through_the_rounding_of_bfloat16(playground, 
     """As in verl #7495 and TRL #5312, with an engine whose log-probs are off by 1e-2 when all is well."""
     health = HealthChecks()
     with pytest.raises(UnhealthyRun, match="engine"):
-        fit(playground, steps=20, engine=NeverSyncs(torch.bfloat16), callbacks=[health])
+        fit(playground, steps=20, engine=NeverSyncs(torch.bfloat16), callbacks=[health], rollout=NO_PROBE)
     assert health._global_step <= 5 - 1
     injected(times=1, lost="at most five steps")
 
@@ -214,7 +216,11 @@ def test_stale_weights_are_noticed_one_step_ahead(playground, injected):
     health = HealthChecks(stop_on=["stale_ahead"])
     settings = {"module": module_of(playground, loss=PolicyGradientLoss(importance_cap=2.0)), "callbacks": [health]}
     with pytest.raises(UnhealthyRun, match="times what they did at the first step"):
-        told_by(lambda: fit(playground, steps=40, engine=NeverSyncsAhead(), rollout={"steps_ahead": 1}, **settings))
+        told_by(
+            lambda: fit(
+                playground, steps=40, engine=NeverSyncsAhead(), rollout=NO_PROBE | {"steps_ahead": 1}, **settings
+            )
+        )
     assert health._global_step < 12
     assert health.counts["drift"] > 0 and health.counts["weights_version"] == 0
     injected(times=1, lost="the steps until the difference shows, at most twelve")

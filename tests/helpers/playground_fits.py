@@ -1,5 +1,6 @@
 """Training on the tiny playground in this process, with everything real."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,15 @@ def data_of(playground: Path, **kwargs: Any) -> PromptDataModule:
 def rollout_of(
     playground: Path, engine: RolloutEngine | None = None, reward: Reward | Any = None, **kwargs: Any
 ) -> RolloutCallback:
-    """The reward is the playground's reward model, a `Reward`, or a function."""
+    """The reward is the playground's reward model, a `Reward`, or a function. An engine with `is_scripted` makes its
+    log-probs up, so that no probe of its weights can be right."""
     if reward is None:
         reward = SequenceClassifierReward(str(playground / "reward_model"))
     elif not isinstance(reward, Reward):
         reward = FunctionReward(reward)
     settings = {"group_size": 8, "sampling": SamplingConfig(max_new_tokens=12)} | kwargs
+    if getattr(engine, "is_scripted", False):
+        settings["max_probe_diff"] = math.inf
     return RolloutCallback(engine or TransformersEngine(), reward, **settings)
 
 

