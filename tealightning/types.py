@@ -161,6 +161,8 @@ class PromptBatch:
 
 
 def _finite_or_nan(values: Tensor) -> Tensor:
+    if not (values.is_floating_point() or values.is_complex()):  # integers and truth values, which have no NaN
+        values = values.double()
     return values.masked_fill(~values.isfinite(), math.nan)
 
 

@@ -15,7 +15,7 @@ from tealightning.functional.diversity import distinct_n, self_similarity
 from tealightning.functional.losses import kl_estimate
 from tealightning.pretrained import load_policy
 from tealightning.reliability.files import going_on_without, run_folder, write_whole
-from tealightning.rewards.base import Reward
+from tealightning.rewards.base import Reward, checked_scores
 from tealightning.training.micro_batches import score_completions, split_rows
 from tealightning.training.policy_weights import is_sharded
 from tealightning.types import PromptBatch, RolloutBatch
@@ -129,7 +129,7 @@ class EvaluationRecord(Callback):
         if self.gold is not None:
             prompts = [prompt for prompt in batch.prompts for _ in range(m)]
             metadata = [row for row in batch.metadata for _ in range(m)]
-            measured["gold"] = self.gold(prompts, rollouts.completions, metadata).total.view(shape)
+            measured["gold"] = checked_scores(self.gold, prompts, rollouts.completions, metadata).total.view(shape)
         if self.kl_samples:
             kl, tokens = self._kl(pl_module, rollouts)
             measured |= {"kl": kl.mean(dim=1), "kl_per_token": kl.sum(dim=1) / tokens.sum(dim=1)}

@@ -13,7 +13,7 @@ from tealightning.callbacks.rollout_checks import UnscorableGuard, check_prompts
 from tealightning.errors import UserError
 from tealightning.pretrained import positions_of
 from tealightning.reliability.progress import Activity, during
-from tealightning.rewards.base import Reward
+from tealightning.rewards.base import Reward, errors_only
 from tealightning.rollouts import EngineContext, RolloutCollector, RolloutEngine, prompt_seed
 from tealightning.rollouts.collector import rollout_metrics
 from tealightning.rollouts.prefetch import Collected, OneStepAhead
@@ -169,7 +169,8 @@ class RolloutCallback(Callback):
             seed=self._run_seed,
         )
         with during(Activity.STARTING):
-            self.reward.setup(pl_module.device)
+            with errors_only(f"reward {self.reward.name!r}, being set up,"):
+                self.reward.setup(pl_module.device)
             self.engine.start(context)
         self._collector = RolloutCollector(
             engine=self.engine,

@@ -4,7 +4,8 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from tealightning.errors import UserError
 from tealightning.registry import Registry, did_you_mean, register, snake_case
+from tealightning.rewards.user_function import NoScoresError, message_of, no_numbers, read_scores
 from tealightning.types import Prompt, RewardScores
 
 REWARDS = Registry("reward")
@@ -20,6 +22,10 @@ Metadata = Sequence[dict[str, Any]]
 """Of each completion: the other columns of its prompt in the data set."""
 
 Row = TypeVar("Row")
+
+
+class RewardExitError(RuntimeError):
+    """A reward's code asked to end the process."""
 
 
 class Reward(ABC):
@@ -49,8 +55,9 @@ class Reward(ABC):
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Metadata) -> RewardScores:
         """`score` as float64; a ValueError says that it returned another number of values, or what is no number."""
+        count = len(completions)  # before the user's code, which may change the list
         values = self.score(prompts, completions, metadata)
-        total = as_scores(values, expected=len(completions), source=f"reward {self.name!r}")
+        total = as_scores(values, expected=count, source=f"reward {self.name!r}")
         return RewardScores(total=total, components={self.name: total})
 
     def report_unscored(self, problem: str, unscored: int) -> None:
@@ -112,7 +119,7 @@ class WeightedReward(Reward):
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Metadata) -> RewardScores:
         """The weighted total and every component unweighted."""
-        scores = {key: reward(prompts, completions, metadata) for key, reward in self.rewards.items()}
+        scores = {key: checked_scores(one, prompts, completions, metadata) for key, one in self.rewards.items()}
         components = {key: one.total for key, one in scores.items()}
         total = torch.zeros(len(completions), dtype=torch.float64)
         for key, weight in self.weights.items():
@@ -169,15 +176,42 @@ def summed_counts(parts: Iterable[dict[str, int]]) -> dict[str, int]:
     return dict(total)
 
 
+def checked_scores(
+    reward: Reward, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Metadata
+) -> RewardScores:
+    """What `reward` says, held to its contract whatever its class has overridden: float64 on the CPU, one for each
+    completion, and nothing that ends the process. It gets lists of its own, in case it sorts or empties them."""
+    name, count = f"reward {getattr(reward, 'name', reward)!r}", len(completions)
+    with errors_only(f"{name}, scoring {count} completions,"):
+        scores = reward(list(prompts), list(completions), list(metadata))
+    if not isinstance(scores, RewardScores):
+        raise UserError(f"{name} must return RewardScores when it is called, got {type(scores).__name__}.")
+    components = {
+        key: as_scores(values, expected=count, source=f"{name}, component {key!r},")
+        for key, values in scores.components.items()
+    }
+    total = as_scores(scores.total, expected=count, source=name)
+    return RewardScores(total=total, components=components, counts=scores.counts)
+
+
+@contextmanager
+def errors_only(who: str) -> Iterator[None]:
+    """Turn what would end the process without an error, such as `sys.exit(0)`, into one: a run that user code has cut
+    short must not look like one that is done."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise RewardExitError(f"{who} raised {type(error).__name__}: {message_of(error)}") from error
+
+
 def as_scores(values: Any, *, expected: int, source: str) -> Tensor:
     """[expected] float64 on the CPU, or a ValueError that says what `source` returned. `None` becomes NaN."""
     try:
-        if not isinstance(values, Tensor):
-            values = torch.tensor([float("nan") if v is None else float(v) for v in values], dtype=torch.float64)
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{source} must return one number per completion (None or NaN = unscorable): {error}"
-        ) from error
-    if values.shape != (expected,):
-        raise UserError(f"{source} must return {expected} values, one per completion, got shape {tuple(values.shape)}.")
-    return values.detach().to("cpu", torch.float64)
+        scores, problems = read_scores(values, expected)
+    except NoScoresError as error:
+        raise UserError(f"{source} {error}") from error.__cause__
+    if problems:
+        raise UserError(f"{source} {no_numbers(*problems.values())}")
+    return torch.tensor(scores, dtype=torch.float64)

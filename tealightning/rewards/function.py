@@ -20,7 +20,7 @@ from tealightning.errors import UserError
 from tealightning.registry import register
 from tealightning.reliability.processes import ChildProcess
 from tealightning.rewards import user_function
-from tealightning.rewards.base import Metadata, Reward, as_scores, bisect_failures
+from tealightning.rewards.base import Metadata, Reward, bisect_failures
 from tealightning.types import Prompt, RewardScores
 
 _TIMEOUTS_OF_A_DEADLINE = 10.0  # enough to find one completion in 500 that hangs
@@ -102,16 +102,34 @@ class FunctionReward(Reward):
         if self._path:
             self._running_process()
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Metadata) -> Any:
-        """What the function returns. A RuntimeError says that it raised, its own exception being the cause, or that its
-        process failed; a ValueError that metadata cannot be sent there, or no numbers came back."""
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Metadata) -> list[float]:
+        """What the function returns, as floats. A RuntimeError says that it raised, its own exception being the cause,
+        or that its process failed; a ValueError that metadata cannot be sent there, or no numbers came back."""
+        scores, problems = self._values(prompts, completions, metadata)
+        if problems:
+            raise self._no_numbers(problems)
+        return scores
+
+    def _values(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Metadata
+    ) -> tuple[list[float], dict[int, str]]:
+        """Scores, and what is wrong with those that are no numbers, by their place."""
         columns = {"prompts": prompts, "completions": completions, "metadata": metadata}
+        count = len(completions)  # before the user's code, which may change the list
         if self._path:
-            return self._score_in_process(columns, len(completions))
+            return self._score_in_process(columns, count)
         try:
-            return user_function.call_function(self._function, **columns)
-        except Exception as error:  # whatever the user's code raises gets the context that its traceback lacks
-            raise FunctionRaisedError(self.name, type(error).__name__, len(completions), str(error)) from error
+            return user_function.read_scores(user_function.call_function(self._function, **columns), count)
+        except user_function.NoScoresError as error:
+            raise UserError(f"reward {self.name!r} {error}") from error.__cause__
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # what user code raises, SystemExit included, is its failure and not the end
+            message = user_function.message_of(error)
+            raise FunctionRaisedError(self.name, type(error).__name__, count, message) from error
+
+    def _no_numbers(self, problems: dict[int, str]) -> UserError:
+        return UserError(f"reward {self.name!r} {user_function.no_numbers(*problems.values())}")
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Metadata) -> RewardScores:
         """The scores, checked. In a process of its own, or with `on_error="unscored"`, a failure costs only the
@@ -120,15 +138,21 @@ class FunctionReward(Reward):
         if not self._path and self.on_error == "raise":
             return super().__call__(prompts, completions, metadata)
         counts = dict.fromkeys(("timeouts", "crashes", "errors", "unscored"), 0)
-        problem = ""
+        problem, no_numbers = "", 0
 
         def attempt(rows: Sequence[int]) -> Sequence[float] | None:
-            nonlocal problem
+            nonlocal problem, no_numbers
             try:
-                values = self.score(
+                values, problems = self._values(
                     [prompts[i] for i in rows], [completions[i] for i in rows], [metadata[i] for i in rows]
                 )
-                return as_scores(values, expected=len(rows), source=f"reward {self.name!r}").tolist()
+                if problems and self.on_error == "raise":
+                    raise self._no_numbers(problems)
+                if problems:  # the fault of these completions alone: no need to look for it in halves
+                    counts["errors"] += 1
+                    no_numbers += len(problems)
+                    problem = str(self._no_numbers(problems))
+                return values
             except WorkerStartError:
                 raise
             except (WorkerFailedError, FunctionRaisedError, ValueError) as error:
@@ -143,7 +167,7 @@ class FunctionReward(Reward):
         scored = bisect_failures(
             range(len(completions)), attempt, lambda: self._closes == closes and time.monotonic() < deadline
         )
-        counts["unscored"] = len(completions) - len(scored)
+        counts["unscored"] = len(completions) - len(scored) + no_numbers
         if problem:
             self.report_unscored(problem, counts["unscored"])
         total = torch.tensor([scored.get(row, math.nan) for row in range(len(completions))], dtype=torch.float64)
@@ -172,7 +196,7 @@ class FunctionReward(Reward):
             raise WorkerStartError(problem) from _TracebackOfWorker(trace)
         return process
 
-    def _score_in_process(self, columns: dict[str, Sequence[Any]], count: int) -> list[float | None]:
+    def _score_in_process(self, columns: dict[str, Sequence[Any]], count: int) -> tuple[list[float], dict[int, str]]:
         with self._one_call:
             process = self._running_process()
             try:
@@ -186,9 +210,9 @@ class FunctionReward(Reward):
             error_type, message, trace = details
             raise FunctionRaisedError(self.name, error_type, count, message) from _TracebackOfWorker(trace)
         if kind == "invalid":
-            wanted = "must return one number per completion (None or NaN = unscorable)"
-            raise UserError(f"reward {self.name!r} {wanted}: {details[0]}")
-        return details[0]
+            raise UserError(f"reward {self.name!r} {details[0]}")
+        scores, problems = details
+        return scores, problems
 
     def _end_process(self) -> None:
         process, self._process = self._process, None

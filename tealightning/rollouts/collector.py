@@ -11,7 +11,7 @@ import torch
 from tealightning.errors import UserError
 from tealightning.functional.tail_checks import tied
 from tealightning.reliability.progress import Activity, beat, during
-from tealightning.rewards.base import Reward, summed_counts
+from tealightning.rewards.base import Reward, checked_scores, summed_counts
 from tealightning.rollouts.base import RolloutEngine
 from tealightning.rollouts.generation_request import padded
 from tealightning.types import Completion, PromptBatch, RewardScores, RolloutBatch, SamplingConfig
@@ -89,7 +89,7 @@ class RolloutCollector:
         rows = [(p, completion.text) for p, group in groups.items() for completion in group]
         prompts, metadata = [batch.prompts[p] for p, _ in rows], [batch.metadata[p] for p, _ in rows]
         with during(Activity.SCORING):
-            return self.reward(prompts, [text for _, text in rows], metadata)
+            return checked_scores(self.reward, prompts, [text for _, text in rows], metadata)
 
     def _check(self, grouped: Sequence[Sequence[Completion]], num_prompts: int, num_samples: int) -> None:
         check_completions(
