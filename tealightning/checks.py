@@ -23,6 +23,16 @@ def check_choice(name: str, value: Name, choices: Sequence[str]) -> Name:
     return value
 
 
+def check_text(name: str, value: str) -> str:
+    """`value` if it can be encoded: half a character is half of a pair that JSON escapes (`\\ud83d`), or a byte of a
+    command line or file name that is no UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} holds half a character (a lone surrogate) at {error.start}: {value!r}.") from None
+    return value
+
+
 def check_share(name: str, value: float) -> float:
     """`value` if it is a share above 0, such as the tail level alpha or a probability mass."""
     return _check_number(name, value, "a number in (0, 1]", lambda number: 0 < number <= 1)

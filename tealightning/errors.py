@@ -13,7 +13,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str, *, key: str = "", file: str = "") -> None:
-        super().__init__(f"{file}: {message}" if file else message)
+        text = f"{file}: {message}" if file else message
+        super().__init__(text.encode(errors="backslashreplace").decode())  # what a name or value holds can be printed
         self.key = key
         self.file = file
 

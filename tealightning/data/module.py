@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from tealightning.checks import check_text
 from tealightning.data.loader import EvaluationLoader, PromptLoader
 from tealightning.data.prompts import PromptSet, build_prompt_set
 from tealightning.data.sources import parse_source, read_rows
@@ -23,7 +24,7 @@ def _named(setting: str) -> Iterator[None]:
     """Errors about what `setting` names begin with it."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except UserError as error:
         told = f"{setting}.{error}" if setting == "data" else f"{setting}: {error}"
         raise type(error)(told).with_traceback(error.__traceback__) from error.__cause__
 
@@ -31,8 +32,8 @@ def _named(setting: str) -> Iterator[None]:
 class PromptDataModule(pl.LightningDataModule):
     """Prompts for training, validation and test; generation happens elsewhere.
 
-    A source is the path of a `.jsonl`, `.json`, `.csv` or `.parquet` file, or a folder or hub id of a data set:
-    `prompts.jsonl`, `prompts.jsonl@[:90%]`, `org/name`, `org/name:config@train[:1000]`.
+    A source is the path of a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file, perhaps compressed (`.gz`), or a
+    folder or hub id of a data set: `prompts.jsonl`, `prompts.csv@[:90%]`, `org/name`, `org/name:config@train[:1000]`.
 
     Args:
         train: Source of training prompts.
@@ -76,6 +77,8 @@ class PromptDataModule(pl.LightningDataModule):
         if seed < 0:
             raise UserError(f"seed must be at least 0, got {seed}.")
         check_template(chat_template)
+        if system_prompt is not None:
+            check_text("system_prompt", system_prompt)
         self.sources: dict[Split, str | None] = {"train": train, "val": val, "test": test}
         self.prompt_column = prompt_column
         self.id_column = id_column

@@ -1,6 +1,7 @@
 """Prompt sets: checked, encoded once, handed out as batches."""
 
 import itertools
+import json
 import math
 import warnings
 from array import array
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from pyarrow import compute
 from tqdm import tqdm
 
-from tealightning.data.sources import Rows, columns_of, place_of
+from tealightning.data.sources import Rows, columns_of, numbered, place_of
 from tealightning.errors import UserError
 from tealightning.registry import did_you_mean
 from tealightning.text.chat import ChatFormatter
@@ -148,21 +149,48 @@ def _checked(rows: Rows, source: str, prompt_column: str, id_column: str | None)
     """Identifier and prompt of each row, as far as all prompts are good; the bad ones are told of at the end."""
     bad: list[str] = []
     is_quiet = bool(getattr(rank_zero_only, "rank", 0))
-    for number, row in enumerate(tqdm(rows, desc=source, unit=" prompts", delay=5, leave=False, disable=is_quiet)):
-        value = number if id_column is None else row.get(id_column)
-        if value is None:
-            raise UserError(f"{source}: {place_of(rows, number)} has no identifier in column {id_column!r}.")
+    look = {"desc": source, "unit": " prompts", "delay": 5, "leave": False, "disable": is_quiet}
+    for number, row in tqdm(numbered(rows, source), total=len(rows), **look):
         try:
-            prompt, identifier = as_prompt(row.get(prompt_column)), _text(str(value))
+            prompt = as_prompt(row.get(prompt_column))
         except ValueError as error:
             bad.append(f"{place_of(rows, number)}: {error}" if len(bad) < _SHOWN else "")
         if not bad:
-            yield identifier, prompt
+            _check_texts(row, rows, number, source)
+            yield str(number) if id_column is None else _identifier(row, id_column, rows, number, source), prompt
     if bad:
         more = f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         raise UserError(
             f"{source}: column {prompt_column!r} must hold non-empty texts or chats. {'; '.join(bad[:_SHOWN])}{more}."
         )
+
+
+def _identifier(row: dict[str, Any], column: str, rows: Rows, number: int, source: str) -> str:
+    value = row.get(column)
+    if value is None or value != value or not str(value).strip():  # NaN is pandas' way to say missing
+        raise UserError(f"{source}: {place_of(rows, number)} has no identifier in column {column!r}.")
+    if isinstance(value, bytes | list | dict):
+        place = f"{place_of(rows, number)}, column {column!r}"
+        raise UserError(f"{source}: {place}: an identifier is a text or a number, got {type(value).__name__}.")
+    return str(value)
+
+
+def _check_texts(row: dict[str, Any], rows: Rows, number: int, source: str) -> None:
+    """Refuse a row with a text that no file or server takes, in whichever column: rewards get all of them."""
+    if _is_encoded(row):
+        return
+    column = next((name for name, value in row.items() if not _is_encoded({name: value})), None)
+    place = f"{place_of(rows, number)}, column {column!r}"
+    raise UserError(f"{source}: {place} holds half a character (a lone surrogate), or is nested too deeply.")
+
+
+def _is_encoded(row: dict[str, Any]) -> bool:
+    try:
+        # Written by C, with everything in it. What JSON does not know, a date or an image, holds no such text.
+        json.dumps(row, ensure_ascii=False, skipkeys=True, default=lambda value: None).encode()
+    except (UnicodeEncodeError, RecursionError):
+        return False
+    return True
 
 
 def _encode(

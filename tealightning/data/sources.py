@@ -1,24 +1,24 @@
 """Read the rows of a prompt data set: a file, or a data set of the Hugging Face hub."""
 
-import copy
-import csv
 import difflib
-import json
 import os
 import re
-import zlib
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
+from tealightning.checks import check_text
+from tealightning.data.files import READERS, ArrowRows, JsonLines, Rows, format_of, read_file
 from tealightning.errors import MissingFileError, UserError
 
-Rows = Sequence[dict[str, Any]]
-
-_FORM = re.compile(r"(?P<name>[^@:]+)(:(?P<config>[^@:]+))?(@(?P<split>[\w.-]*)(?P<slice>\[[^\]]*\])?)?")
-_BOM = b"\xef\xbb\xbf"
+_FORM = re.compile(r"(?P<name>[^@:\[]+)(:(?P<config>[^@:\[]+))?(@(?P<split>[\w.-]*)(?P<slice>\[[^\]]*\])?)?")
+_READINGS = (  # of names that may hold @ and :, the most literal one first
+    re.compile(r"(?P<name>.+)(?P<config>)(?P<split>)(?P<slice>)", re.DOTALL),
+    re.compile(r"(?P<name>.+)(?P<config>)@(?P<split>[\w.-]*)(?P<slice>\[[^\]]*\])?", re.DOTALL),
+    re.compile(r"(?P<name>.+):(?P<config>[^@:]+)(@(?P<split>[\w.-]*)(?P<slice>\[[^\]]*\])?)?", re.DOTALL),
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,38 +33,53 @@ class Source:
 
     @property
     def path(self) -> Path:
-        return Path(self.name).expanduser()
+        if self.name.startswith("file://"):
+            return Path(unquote(self.name.removeprefix("file://").removeprefix("localhost")))
+        return Path(os.path.expanduser(self.name))  # which leaves an unknown user's ~name as it is
+
+    @property
+    def exists(self) -> bool:
+        return os.path.exists(self.path)  # Path.exists raises on a name that is too long
 
     @property
     def is_file(self) -> bool:
         """True: a data file, by its extension or because it is there. False: a folder or hub id."""
-        return self.path.suffix.lower() in READERS or self.path.is_file()
+        return not os.path.isdir(self.path) and (format_of(self.path) in READERS or self.exists)
 
 
 def parse_source(text: str) -> Source:
-    """Take `prompts.jsonl`, `prompts.jsonl@[:90%]`, `org/name`, `org/name:config@train[:1000]` apart."""
-    if Path(text).expanduser().is_file():
-        return Source(text=text, name=text)
+    """Take `prompts.jsonl`, `prompts.jsonl@[:90%]`, `org/name`, `org/name:config@train[:1000]` apart.
+
+    What is there, or is named like a data file, is that file or folder, whatever `@` and `:` its name holds.
+    """
+    text = check_text("a data source", os.fspath(text))
+    readings = [_source(text, match) for form in _READINGS if (match := form.fullmatch(text))]
+    paths = [r for r in readings if r.exists] or [r for r in readings if format_of(r.path) in READERS]
     match = _FORM.fullmatch(text)
-    if match is None:
+    if re.match(r"[a-zA-Z][\w+.-]*://", text) and not text.startswith("file://"):
+        raise UserError(f"{text!r} is an address of the network: download the file, or name a data set of the hub.")
+    if not paths and match is None:
         raise UserError(
             f"a data source is a file (prompts.jsonl, prompts.jsonl@[:90%]) or a data set of the hub "
             f"(org/name, org/name:config@train[:1000]), got {text!r}."
         )
-    source = Source(
-        text=text, name=match["name"], config=match["config"], split=match["split"] or None, slice=match["slice"] or ""
-    )
+    source = paths[0] if paths else _source(text, match)
     if source.is_file and (source.config or source.split):
         raise UserError(f"{text!r}: a file has no configurations and splits; only a slice, {source.name}@[:1000].")
     return source
+
+
+def _source(text: str, match: Any) -> Source:
+    parts = {key: match[key] or None for key in ("config", "split")}
+    return Source(text=text, name=match["name"], slice=match["slice"] or "", **parts)
 
 
 def check_source(text: str) -> None:
     """Refuse a source that cannot be read, as far as its name tells; a data set of the hub is looked up later."""
     source = parse_source(text)
     if source.is_file:
-        _reader_of(source.path)
-    elif (source.path.is_absolute() or text.startswith(".")) and not source.path.exists():
+        _check_file(source.path)
+    elif (source.path.is_absolute() or text.startswith(".")) and not source.exists:
         raise MissingFileError(f"There is no file or folder {source.path.absolute()}.")
 
 
@@ -72,7 +87,7 @@ def read_rows(text: str) -> Rows:
     """The rows that a source names, in their order; an error if there are none.
 
     JSON and CSV are read by Python, so that every value is what the file says (in CSV a string); Parquet and hub data
-    are Arrow tables. JSON lines stay on the disk, a list of JSON and CSV are kept in memory.
+    are Arrow tables. JSON lines stay on the disk, other files are kept in memory.
     """
     source = parse_source(text)
     rows = _read_file(source) if source.is_file else _read_data_set(source)
@@ -93,106 +108,42 @@ def place_of(rows: Rows, row: int) -> str:
     return rows.place(row) if isinstance(rows, JsonLines) else f"row {row} (from 0)"
 
 
-class OpenFile:
-    """A file that is held open. Copies share it, and a pickled one opens its path again, for instance in a process
-    that was spawned: what changed in between is for its reader to notice."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path.absolute()
-        self.lines = path.open("rb")
-
-    def read(self, start: int, end: int) -> bytes:
-        """The bytes from `start` to `end`; safe in threads, as the file has no position that is moved."""
-        return os.pread(self.lines.fileno(), end - start, start)
-
-    def __reduce__(self) -> Any:
-        return OpenFile, (self.path,)
-
-    def __copy__(self) -> "OpenFile":
-        return self
-
-    def __deepcopy__(self, memo: Any) -> "OpenFile":
-        return self
-
-
-class JsonLines(Sequence[dict[str, Any]]):
-    """The objects of a file, one a line: each is checked once, and read again when it is asked for. Empty lines are
-    left out. Twelve bytes a row are kept in memory.
-
-    The file is held open, so that replacing it changes nothing; what is changed inside it is noticed. It is UTF-8, with
-    or without a byte-order mark; lines end in LF or CRLF.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = OpenFile(path)
-        self._starts = array("q")  # n + 1: where each line begins, and where the last one ends
-        self._checksums = array("L")  # n
-        columns: dict[str, None] = {}
-        end = 0
-        for number, line in enumerate(self._file.lines, start=1):
-            end += len(line)
-            content = line.removeprefix(_BOM) if number == 1 else line
-            if content.strip():
-                columns.update(dict.fromkeys(_decoded(content, f"{self.path}, line {number}")))
-                self._starts.append(end - len(content))
-                self._checksums.append(zlib.crc32(content))
-        self._starts.append(end)
-        self.column_names = list(columns)
-
-    def __len__(self) -> int:
-        return len(self._checksums)
-
-    def __getitem__(self, index: Any) -> Any:
-        row = range(len(self))[index]
-        start, end = self._starts[row], self._starts[row + 1]
-        content = self._file.read(start, end)
-        line = content[: content.find(b"\n") + 1] or content  # without the empty lines before the next row
-        if zlib.crc32(line) != self._checksums[row]:
-            raise UserError(f"{self.path}, {self.place(row)} was changed while the file was in use.")
-        return json.loads(line)
-
-    def select(self, rows: range) -> "JsonLines":
-        """Some neighbouring rows."""
-        part = copy.copy(self)
-        part._starts = self._starts[rows.start : rows.stop + 1]
-        part._checksums = self._checksums[rows.start : rows.stop]
-        return part
-
-    def place(self, row: int) -> str:
-        """Where a row is, for people: `line 17`."""
-        number, start = 1, self._starts[row]
-        for offset in range(0, start, 2**20):
-            number += self._file.read(offset, min(start, offset + 2**20)).count(b"\n")
-        return f"line {number}"
-
-
-def _decoded(line: bytes, place: str) -> dict[str, Any]:
+def numbered(rows: Rows, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each row with its number; a value of a hub data set that Python cannot hold is named, as the readers of files do
+    themselves."""
     try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{place} is not UTF-8 text: byte {error.object[error.start]:#04x} at {error.start}: {error.reason}."
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place} is not JSON: {error.msg}.") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise UserError(f"{place} cannot be read: {error}.") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: expected an object, {{...}}, got {type(row).__name__}.")
-    return row
+        yield from enumerate(rows)
+    except UserError:
+        raise
+    except Exception as error:  # a text that is no UTF-8, a date in the year 300,000: of no common class
+        for column in columns_of(rows):
+            cells = rows.select_columns([column])  # type: ignore[attr-defined]
+            for row in range(len(rows)):
+                try:
+                    cells[row]
+                except Exception as reason:
+                    raise UserError(f"{source}: row {row} (from 0), column {column!r}: {reason}") from error
+        raise
+
+
+def _check_file(path: Path) -> None:
+    if not os.path.exists(path):
+        siblings = os.listdir(path.parent) if os.path.isdir(path.parent) else []
+        near = difflib.get_close_matches(path.name, siblings, n=1)
+        hint = f" Did you mean {str(path.parent / near[0])!r}?" if near else ""
+        if os.path.islink(path):
+            hint = f" It is a link to {os.readlink(path)}."
+        if "*" in path.name or "?" in path.name:
+            hint = " A pattern is not expanded: put the files into a folder of their own and name that."
+        raise MissingFileError(f"There is no file {path.absolute()}.{hint}")
+    if format_of(path) not in READERS:
+        known = f"{', '.join(READERS)}, each also with .gz, .bz2, .xz or .zst"
+        raise UserError(f"{path}: cannot tell the format from {path.suffix!r}. Known: {known}.")
 
 
 def _read_file(source: Source) -> Rows:
-    path = source.path
-    reader = _reader_of(path)
-    try:
-        rows = reader(path)
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line} is not UTF-8 text: {error}") from error
-    except RecursionError as error:
-        raise UserError(f"{path} cannot be read: it is nested too deeply.") from error
+    _check_file(source.path)
+    rows = read_file(source.path)
     if not source.slice:
         return rows
     from datasets import ReadInstruction
@@ -203,74 +154,54 @@ def _read_file(source: Source) -> Rows:
         hint = "Say [:1000], [90%:], [10:20]."
         raise UserError(f"{source.text!r}: {source.slice} is no slice: {error}. {hint}") from error
     chosen = range(part.from_, max(part.from_, part.to))
-    return rows[chosen.start : chosen.stop] if isinstance(rows, list) else rows.select(chosen)
-
-
-def _reader_of(path: Path) -> Callable[[Path], Any]:
-    if not path.exists():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, n=1)
-        hint = f" Did you mean {str(path.parent / near[0])!r}?" if near else ""
-        raise MissingFileError(f"There is no file {path.absolute()}.{hint}")
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(f"{path}: cannot tell the format from {path.suffix!r}. Known: {', '.join(READERS)}.")
-    return reader
-
-
-def _read_json(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig") or "[]")
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{path} is not JSON: {error.msg} ({where}). Is it JSON lines (.jsonl)?") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: expected a list of objects, [{{...}}, ...].")
-    return rows
-
-
-def _read_csv(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
-        try:
-            rows = []
-            for row in reader:
-                if None in row or None in row.values():  # more, or fewer, fields than the header
-                    raise UserError(
-                        f"{path}, line {reader.line_num}: expected the header's {len(reader.fieldnames or [])} fields."
-                    )
-                rows.append(row)
-        except csv.Error as error:
-            raise UserError(f"{path} is not CSV, in or after line {reader.line_num}: {error}.") from error
-    return rows
-
-
-def _read_parquet(path: Path) -> Any:
-    import pyarrow.parquet
-    from datasets import Dataset
-
-    try:
-        return Dataset(pyarrow.parquet.read_table(path))
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a Parquet file: {error}") from error
+    return rows[chosen.start : chosen.stop] if isinstance(rows, list) else rows.select(chosen)  # type: ignore[attr-defined]
 
 
 def _read_data_set(source: Source) -> Any:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
+    name = str(source.path) if source.exists else source.name
     try:
-        return load_dataset(source.name, source.config, split=f"{source.split or 'train'}{source.slice}")
-    except (DatasetsError, OSError, ValueError) as error:
+        return load_dataset(name, source.config, split=f"{source.split or 'train'}{source.slice}")
+    except Exception as error:  # datasets passes on what pyarrow, pandas, fsspec and httpx raise, of no common class
+        reasons = "; ".join(dict.fromkeys(" ".join(f"{reason!s}".split()) or repr(reason) for reason in _causes(error)))
+        if source.exists:
+            reasons += _trouble_in(name, source.config)
+        found = f"{'a folder' if source.exists else 'nothing'} is at {source.path.absolute()}"
         raise UserError(
-            f"{source.text!r} is neither a file (nothing is at {source.path.absolute()}) nor a data set that can be "
-            f"loaded from the hub: {error}"
+            f"{source.text!r} is neither a file ({found}) nor a data set that can be loaded: {reasons}"
         ) from error
 
 
-READERS: dict[str, Callable[[Path], Any]] = {
-    ".jsonl": JsonLines,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
+def _trouble_in(folder: str, config: str | None) -> str:
+    """What is wrong with which file of a folder, as far as this package's own readers see it; for messages."""
+    import pyarrow
+    from datasets import Features, load_dataset_builder
+
+    columns: set[str] = set()
+    try:
+        files = load_dataset_builder(folder, config).config.data_files or {}
+        for path in [Path(file) for split in files.values() for file in split]:
+            if format_of(path) in READERS:
+                rows = read_file(path)
+                for field in rows.table.schema if isinstance(rows, ArrowRows) else ():
+                    try:
+                        Features.from_arrow_schema(pyarrow.schema([field]))
+                    except ValueError:
+                        return f". {path}, column {field.name!r}: name the file, not its folder, to have it read."
+                found = set(columns_of(rows))
+                if columns and found != columns:
+                    return f". {path} has the columns {sorted(found)}, other files have {sorted(columns)}."
+                columns = found
+    except UserError as error:
+        return f". {error}"
+    except Exception:  # the error that is being explained is told anyway
+        return ""
+    return ""
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """`error` and what caused it: datasets says `An error occurred` and leaves file and column to the cause."""
+    while error is not None:
+        yield error
+        error = error.__cause__

@@ -1,5 +1,11 @@
+import bz2
 import copy
+import csv
+import datetime
+import gzip
+import io
 import json
+import lzma
 import os
 import pickle
 from pathlib import Path
@@ -9,6 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from tealightning.data.sources import Source, columns_of, parse_source, place_of, read_rows
+from tealightning.errors import UserError
 
 ROWS = [{"prompt": f"p{i}", "answer": i} for i in range(10)]
 
@@ -179,9 +186,228 @@ def test_unknown_data_set_is_neither_file_nor_hub(monkeypatch):
         ("a.csv", b"prompt,answer\na,1,2\n", "line 2: expected the header's 2 fields"),
         ("a.csv", b'prompt\n"a"b\n', "is not CSV"),
         ("a.parquet", b"hello", "is not a Parquet file"),
+        ("a.parquet", b"", "is not a Parquet file"),
+        ("a.csv", b'a,b\n"x\ny",1\n"z\nw"\n', "line 4: expected the header's 2 fields, got 1"),
+        ("a.csv", b'a,b\nx,1\n"y,2\nz,3\n', "in the row that begins in line 3: unexpected end of data"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "several columns have the same name: 'a'"),
+        ("a.csv", b"prompt\n" + b"a" * 20_000 + b"\n\xe9\n", r"a\.csv, line 3 is not UTF-8 text"),
+        ("a.csv", "prompt\na".encode("utf-16"), "It is UTF-16: convert it"),
+        ("a.csv", "prompt,id\na,1".encode("utf-16-le"), "NUL characters in the names of columns. Is it UTF-16"),
+        ("a.csv", b"PK\x03\x04\xff", "It is a zip archive: unpack it"),
+        ("a.jsonl", '{"prompt": "a"}'.encode("utf-16"), "line 1 is not UTF-8 text: byte 0xff .* It is UTF-16"),
+        ("a.jsonl", b'[{"prompt": "a"}]', r"line 1: expected an object.* Is it a list of objects \(\.json\)"),
+        ("a.jsonl", b'[\n{"prompt": "a"}\n]', r"line 1 is not JSON.* Is it a list of objects"),
+        ("a.jsonl", b'{"a": 1}\n{"a": {"x": 1, "x": 2}}', "line 2 cannot be read: the key 'x' comes twice"),
+        ("a.jsonl", b"PAR1abc", "It is a Parquet file: name it .parquet"),
+        ("a.json", b'[{"a": 1, "a": 2}]', r"a\.json cannot be read: the key 'a' comes twice"),
+        ("a.json", b'[{"a": 1}, "b"]', r"row 1 \(from 0\) is str"),
+        ("a.json", b'[{"n": ' + b"9" * 5000 + b"}]", r"a\.json cannot be read: Exceeds the limit"),
+        ("a.tar.gz", b"", r"cannot tell the format from '\.gz'"),
     ],
 )
 def test_bad_file_is_explained(tmp_path: Path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_rows(str(tmp_path / name))
+
+
+PLAIN = b'{"prompt": "a"}\n{"prompt": "b", "x": 1}\n'
+READ = [{"prompt": "a"}, {"prompt": "b", "x": 1}]
+PACKED = {
+    "gz": gzip.compress(PLAIN),
+    "bz2": bz2.compress(PLAIN),
+    "xz": lzma.compress(PLAIN),
+    "zst": pyarrow.compress(PLAIN, "zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("name", ["p.jsonl.{}", "p.ndjson.{}", "P.JSONL.{}", "p.jsonl"])
+@pytest.mark.parametrize("packed", PACKED)
+def test_compressed_lines_are_read_sliced_and_pickled(tmp_path: Path, name, packed):
+    path = tmp_path / name.format(packed)
+    path.write_bytes(PACKED[packed])
+    rows = read_rows(str(path))
+    assert list(rows) == list(pickle.loads(pickle.dumps(rows))) == list(copy.deepcopy(rows)) == READ
+    assert (rows[1], place_of(rows, 1)) == (READ[1], "line 2")
+    assert list(read_rows(f"{path}@[1:]")) == READ[1:]
+    path.unlink()
+    assert list(rows) == READ
+
+
+def test_name_of_a_compression_without_one_is_read(tmp_path: Path):
+    (tmp_path / "p.jsonl.gz").write_bytes(PLAIN)
+    assert list(read_rows(str(tmp_path / "p.jsonl.gz"))) == READ
+
+
+def test_every_format_is_read_compressed(tmp_path: Path):
+    rows = [{"prompt": 'say "hi", now', "answer": "1"}]
+    parquet = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), parquet)
+    contents = {
+        "csv": b'prompt,answer\n"say ""hi"", now",1\n',
+        "tsv": b'prompt\tanswer\nsay "hi", now\t1\n',
+        "json": json.dumps(rows).encode(),
+        "ndjson": json.dumps(rows[0]).encode(),
+        "parquet": parquet.getvalue(),
+    }
+    for extension, content in contents.items():
+        for name, data in ((f"p.{extension}", content), (f"p.{extension}.gz", gzip.compress(content))):
+            (tmp_path / name).write_bytes(data)
+            assert list(read_rows(str(tmp_path / name))) == rows, name
+
+
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("damage", ["cut", "overwritten"])
+def test_damaged_compressed_file_is_named(tmp_path: Path, packed, damage):
+    path = tmp_path / f"p.jsonl.{packed}"
+    content = PACKED[packed]
+    path.write_bytes(content[:-5] if damage == "cut" else content[:12] + b"x" * 40)
+    with pytest.raises(UserError, match=rf"p\.jsonl\.{packed} cannot be unpacked into /"):
+        read_rows(str(path))
+
+
+ODD_NAMES = ["a@b", "a:b", "run:3/p@2", "a b", "a#b", "a?b", "a%20b", "ü😀", "a[1]", "a\nb", "~a", "x@[:1]", "a,b='c'"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_file_that_is_there_is_read_whatever_its_name(tmp_path: Path, monkeypatch, name):
+    path = tmp_path / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(PLAIN)
+    monkeypatch.chdir(tmp_path)
+    for text in (str(path), f"{name}.jsonl", path.as_uri()):
+        assert list(read_rows(text)) == READ, text
+        assert list(read_rows(f"{text}@[1:]")) == READ[1:], text
+    path.unlink()
+    with pytest.raises(UserError, match=r"(?s)There is no file /.*\.jsonl"):
+        read_rows(f"{path}@[1:]")
+
+
+def test_home_and_links_are_followed(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "p.jsonl").write_bytes(PLAIN)
+    (tmp_path / "link.jsonl").symlink_to("p.jsonl")
+    (tmp_path / "broken.jsonl").symlink_to("nothing.jsonl")
+    assert list(read_rows("~/link.jsonl")) == READ
+    with pytest.raises(UserError, match=r"broken\.jsonl\. It is a link to nothing\.jsonl"):
+        read_rows("~/broken.jsonl")
+    folder = tmp_path / "set@1.jsonl"  # a folder, whatever its name
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes(PLAIN)
+    assert [row["prompt"] for row in read_rows("~/set@1.jsonl@train[1:]")] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("https://host/p.jsonl", "is an address of the network: download the file"),
+        ("s3://bucket/p.jsonl@[:5]", "is an address of the network"),
+        ("/nowhere/*.jsonl", "A pattern is not expanded"),
+        ("p.jsonl[:1000]", "a data source is a file"),
+        ("/nowhere/run:3/a@b.jsonl.gz", r"There is no file /nowhere/run:3/a@b\.jsonl\.gz"),
+        ("~nobody-of-that-name/p.jsonl", "There is no file .*~nobody-of-that-name/p"),
+        ("x" * 5000 + ".jsonl", "There is no file"),
+        ("a\0.jsonl", "There is no file"),
+        ("a\udcff.jsonl", r"a data source holds half a character .* at 1: 'a\\udcff\.jsonl'"),
+        ("a.tar.gz", "neither a file"),
+    ],
+)
+def test_source_that_is_not_there_is_explained(text, message):
+    with pytest.raises(UserError, match=message):
+        read_rows(text)
+
+
+def test_large_cell_of_a_csv_is_read(tmp_path: Path):
+    (tmp_path / "a.csv").write_text('prompt,id\n"' + "x" * 200_000 + '",1\n')
+    limit = csv.field_size_limit()
+    (row,) = read_rows(str(tmp_path / "a.csv"))
+    assert len(row["prompt"]) == 200_000
+    assert csv.field_size_limit() == limit
+
+
+def test_parquet_types_arrive_as_python_values(tmp_path: Path):
+    columns = {
+        "prompt": ["a", "b"],
+        "map": pyarrow.array([[("x", 1)], None], pyarrow.map_(pyarrow.string(), pyarrow.int64())),
+        "category": pyarrow.array(["u", "v"]).dictionary_encode(),
+        "chat": [[{"role": "user", "content": "c"}], []],
+        "day": [datetime.date(2026, 1, 2), None],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "p.parquet")
+    rows = read_rows(str(tmp_path / "p.parquet"))
+    expected = [
+        {"prompt": "a", "map": {"x": 1}, "category": "u", "chat": columns["chat"][0], "day": columns["day"][0]},
+        {"prompt": "b", "map": None, "category": "v", "chat": [], "day": None},
+    ]
+    assert list(rows) == [rows[0], rows[-1]] == expected
+    assert list(pickle.loads(pickle.dumps(rows))) == list(copy.deepcopy(rows)) == expected
+
+
+def _not_utf8(texts: list[bytes]) -> pyarrow.Array:
+    return pyarrow.array(texts, pyarrow.binary()).view(pyarrow.string())
+
+
+STRANGE_COLUMNS = {
+    "text that is no UTF-8": (_not_utf8([b"a", b"\xff"]), 1),
+    "date out of Python's range": (pyarrow.array([5 * 10**18, 0], pyarrow.timestamp("us")), 0),
+    "key twice": (
+        pyarrow.array([[], [("x", 1), ("x", 2)]], pyarrow.map_(pyarrow.string(), pyarrow.int64())),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE_COLUMNS)
+def test_value_of_a_parquet_file_is_named_by_row_and_column(tmp_path: Path, kind):
+    column, row = STRANGE_COLUMNS[kind]
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "odd": column}), tmp_path / "p.parquet")
+    with pytest.raises(UserError, match=rf"p\.parquet, row {row} \(from 0\), column 'odd' cannot be read"):
+        list(read_rows(str(tmp_path / "p.parquet")))
+
+
+def test_damaged_column_of_a_parquet_file_is_named(tmp_path: Path):
+    path = tmp_path / "p.parquet"
+    columns = {name: [f"{name}{i}" * 9 for i in range(1000)] for name in ("good", "bad")}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, use_dictionary=False, compression="none")
+    content = bytearray(path.read_bytes())
+    at = content.index(b"bad500bad500")
+    content[at - 3000 : at] = b"\xff" * 3000
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"p\.parquet, column 'bad' cannot be read"):
+        read_rows(str(path))
+
+
+BROKEN_FOLDERS = {
+    "other columns": ({"a.jsonl": b'{"id": 1}\n', "b.jsonl": b'{"x": 1}\n'}, r"b\.jsonl has the columns \['x'\]"),
+    "no JSON": ({"train.jsonl": b'{"id": 1}\n{"id": \n'}, r"train\.jsonl, line 2 is not JSON"),
+    "no CSV": ({"train.csv": b'a\n"x'}, r"train\.csv is not CSV, in the row that begins in line 2"),
+    "cut short": ({"train.jsonl.gz": PACKED["gz"][:-12]}, r"train\.jsonl\.gz cannot be unpacked"),
+    "nothing": ({"train.weird": b"x"}, "No .*data files found"),
+    "empty": ({"train.jsonl": b""}, "neither a file"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_FOLDERS)
+def test_broken_folder_names_the_file(tmp_path: Path, case):
+    files, message = BROKEN_FOLDERS[case]
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_rows(str(tmp_path))
+
+
+def test_map_in_a_folder_names_file_and_column(tmp_path: Path):
+    table = pyarrow.table({"m": pyarrow.array([[("x", 1)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))})
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=r"train\.parquet, column 'm': name the file, not its folder"):
+        read_rows(str(tmp_path))
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path: Path, monkeypatch):
+    os.mkfifo(tmp_path / "p.jsonl")
+    with pytest.raises(UserError, match=r"p\.jsonl is no regular file"):
+        read_rows(str(tmp_path / "p.jsonl"))
+    (tmp_path / "q.jsonl").write_bytes(PLAIN)
+    monkeypatch.setattr(Path, "open", lambda *args, **kwargs: os.open("/nowhere", os.O_RDONLY))
+    with pytest.raises(UserError, match=r"q\.jsonl cannot be read: No such file"):
+        read_rows(str(tmp_path / "q.jsonl"))
