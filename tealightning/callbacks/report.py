@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from safetensors import SafetensorError
 
+from tealightning.callbacks.screen import stop_bar
 from tealightning.errors import UserError
 from tealightning.functional.best_of_n import best_of_n
 from tealightning.functional.statistics import mean_over_prompts, paired_difference
@@ -55,6 +56,7 @@ class BestOfNReport(Callback):
 
     def show(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Print the table and where table and curve lie."""
+        stop_bar(trainer, pl_module)
         folder = files.run_folder(trainer)
         if self.before is None or self.after is None:
             rank_zero_warn("No best-of-n comparison: set trainer.num_sanity_val_steps=-1 to evaluate before training.")
@@ -237,6 +239,7 @@ class ExportPolicy(Callback):
         self.folder = folder
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        stop_bar(trainer, pl_module)
         target = files.run_folder(trainer) / self.folder
         if not trainer.is_global_zero:
             pl_module.export(str(target))  # gathers the weights, writes nothing

@@ -1,7 +1,9 @@
 """Keep the noise of libraries off the screen."""
 
+import io
 import logging
 import os
+import sys
 import warnings
 
 
@@ -34,3 +36,22 @@ def quiet_transformers() -> None:
     disable_progress_bar()
     if not were_disabled:
         enable_progress_bars()
+
+
+class _CurrentStderr(io.TextIOBase):
+    """Writes to what `sys.stderr` is at the time."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def log_to_current_stderr() -> None:
+    """Let libraries log to `sys.stderr` as it is at the time and not as it was when they were imported: a progress bar
+    replaces it to put what is written above itself."""
+    for name in ("lightning.pytorch", "lightning.fabric", "transformers"):
+        for handler in logging.getLogger(name).handlers:
+            if type(handler) is logging.StreamHandler and handler.stream in (sys.stderr, sys.__stderr__):
+                handler.setStream(_CurrentStderr())

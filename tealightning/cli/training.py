@@ -9,11 +9,13 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
 from tealightning.callbacks import BestOfNReport, Deadlines, HealthChecks, ResumableCheckpoint, RolloutCallback
-from tealightning.cli.console import quiet_transformers
+from tealightning.callbacks.screen import RunProgressBar, RunSummary
+from tealightning.cli.console import log_to_current_stderr, quiet_transformers
 from tealightning.cli.error_messages import naming_settings, parse_error
 from tealightning.cli.preflight import check_classes, check_inputs, check_together
 from tealightning.cli.resume import command_to_go_on, last_checkpoint
@@ -99,8 +101,8 @@ class TrainingCLI(LightningCLI):
         parser.add_lightning_class_args(HealthChecks, "health")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """With checkpoints from which a run can go on, unless they are off, their files verified in any case, and CSV
-        loggers that lose nothing."""
+        """With checkpoints from which a run can go on, unless they are off, their files verified in any case, a bar and
+        a line about the model that leave the screen to results, and CSV loggers that lose nothing."""
         settings = self._get(self.config_init, "trainer")
         lists = [settings.get(name) or [] for name in ("callbacks", "plugins")]
         callbacks, plugins = ([*value] if isinstance(value, list | tuple) else [value] for value in lists)
@@ -110,6 +112,16 @@ class TrainingCLI(LightningCLI):
             callbacks.append(checkpoint)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(VerifiedCheckpointIO())
+
+        def wants(setting: str, kind: type) -> bool:
+            is_off = settings.get(setting) is False or settings.get("barebones")
+            return not is_off and not any(isinstance(callback, kind) for callback in callbacks)
+
+        if wants("enable_progress_bar", ProgressBar):
+            callbacks.append(RunProgressBar())
+        if wants("enable_model_summary", ModelSummary):
+            callbacks.append(RunSummary())
+            kwargs["enable_model_summary"] = False  # Lightning would tell that it adds none
         trainer = super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
         for logger in trainer.loggers:
             if type(logger) is CSVLogger:
@@ -181,6 +193,7 @@ def build_training(command: str, args: Sequence[str], given: Sequence[str] = ())
     `given` is the command line as the user gave it, with the options that are not in `args`.
     """
     quiet_transformers()
+    log_to_current_stderr()
     torch.set_float32_matmul_precision("high")
     usage = f"tealightning {command} [-c CONFIG]... [--setting=value]..."
     try:

@@ -82,7 +82,8 @@ class ResumableCheckpoint(Checkpoint):
         self._received = signum
         name = signal.Signals(signum).name
         # Not print: it is not allowed to be entered a second time, and the signal may have come in the middle of one.
-        os.write(2, f"tealightning: {name}: stopping after this step (again: at once)\n".encode())
+        start = "\n" if os.isatty(2) else ""  # below a progress bar and the terminal's ^C
+        os.write(2, f"{start}tealightning: {name}: stopping after this step (again: at once)\n".encode())
 
     def _end_if_asked(self, trainer: pl.Trainer) -> None:
         if self._stop:
