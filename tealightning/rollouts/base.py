@@ -82,7 +82,8 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def sync_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take over the trainer's weights, given as `(name, tensor)` with tied parameters under every name."""
+        """Take over the trainer's weights, given as `(name, tensor)` with the names and layout of a saved checkpoint,
+        tied parameters once."""
 
     def offload(self) -> None:  # noqa: B027 - optional hook
         """Hand back memory while the trainer trains; the next `sync_weights` or `generate` takes it again."""

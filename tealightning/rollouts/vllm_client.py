@@ -103,8 +103,25 @@ class VLLMClient:
             raise
         resume()
 
+    def parameter_names(self) -> list[str] | None:
+        """The model's own parameters; None if the server was started without this package's extension of workers."""
+        body = {"method": "checkpoint_parameter_names", "timeout": self.timeout_seconds}
+        try:
+            return self._call("POST", "/collective_rpc", "asking for its parameters", body)["results"][0]  # type: ignore[no-any-return]
+        except ServerError as error:
+            if "is not implemented" in str(error):
+                return None
+            raise
+
+    def load_checkpoint(self, folder: Path) -> list[str]:
+        """Have every worker load the safetensors file in `folder`, a path on the server's own file system, and return
+        the parameters that did not get all of their elements. Needs the extension."""
+        body = {"method": "load_checkpoint", "args": [str(folder)], "timeout": self.timeout_seconds}
+        answer = self._call("POST", "/collective_rpc", "loading the new weights", body)
+        return sorted({name for incomplete in answer["results"] for name in incomplete})
+
     def reload_weights(self, folder: Path) -> None:
-        """Have every worker load the safetensors files in `folder`, a path on the server's own file system."""
+        """`load_checkpoint` without the extension: vLLM does not say what was loaded."""
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}, "timeout": self.timeout_seconds}
         self._call("POST", "/collective_rpc", "loading the new weights", body)
 

@@ -25,15 +25,22 @@ from tealightning.rollouts import generation_request as request
 from tealightning.rollouts import vllm_client as http
 from tealightning.rollouts.base import EngineContext, RolloutEngine, TokenIds
 from tealightning.rollouts.vllm_client import ServerError, VLLMClient
+from tealightning.rollouts.vllm_worker import Extension, refuse_incomplete, with_copies
 from tealightning.rollouts.weight_push import FilePush, NCCLPush
-from tealightning.training.policy_weights import checked_off, policy_weights, refuse_partial_push, weight_names
+from tealightning.training.policy_weights import (
+    checked_off,
+    policy_weights,
+    refuse_partial_push,
+    tied_weight_names,
+    weight_names,
+)
 from tealightning.types import Completion, SamplingConfig
 
 _SAMPLES_PER_REQUEST = 16
 
 # What the engine's promises rest on: `serve_args` may not hold these.
 _OWN_FLAGS = {"--model", "--tokenizer", "--host", "--port", "--dtype", "--max-model-len", "--generation-config"}
-_OWN_FLAGS |= {"--logprobs-mode", "--api-key", "--weight-transfer-config"}
+_OWN_FLAGS |= {"--logprobs-mode", "--api-key", "--weight-transfer-config", "--worker-extension-cls"}
 
 _LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
@@ -246,14 +253,18 @@ class VLLMServerEngine(RolloutEngine):
 
     def _push(self, named: list[tuple[str, Tensor]]) -> str:
         """Rank 0: the label of the weights that the server holds now."""
-        _, client = self._started()
+        context, client = self._started()
         assert self._pusher is not None
         if self.dtype != "auto":
             named = [(name, tensor.to(getattr(torch, self.dtype))) for name, tensor in named]
+        own, tied = client.parameter_names(), tied_weight_names(context.policy)
+        named = list(
+            with_copies(named, tied, [name for names in tied.values() for name in names] if own is None else own)
+        )
         version = uuid.uuid4().hex
         with client.paused():
             client.set_weight_version(f"{version} incomplete")
-            self._pusher.push(client, named)
+            refuse_incomplete(self._pusher.push(client, named, checked=own is not None), context)
             client.reset_prefix_cache()  # it was computed with the old weights
             client.set_weight_version(version)
         return version
@@ -273,6 +284,7 @@ def serve_command(context: EngineContext, *, port: int, dtype: str, nccl: bool, 
     for name, value in request.vllm_arguments(context, dtype=dtype, on_cpu=context.device.type == "cpu").items():
         flag = name.replace("_", "-")
         command += [f"--no-{flag}"] if value is False else [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+    command += ["--worker-extension-cls", f"{Extension.__module__}.{Extension.__name__}"]
     if nccl:
         command += ["--weight-transfer-config", '{"backend": "nccl"}']
     return [*command, *serve_args]

@@ -45,7 +45,8 @@ class FilePush:
         with contextlib.suppress(OSError):  # a network file system
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-    def push(self, client: VLLMClient, weights: Weights) -> None:
+    def push(self, client: VLLMClient, weights: Weights, *, checked: bool = False) -> list[str]:
+        """The server's parameters that `weights` left behind; known only if `checked`, which needs its extension."""
         needed, free = sum(tensor.nbytes for _, tensor in weights), shutil.disk_usage(self.folder).free
         if needed > free:
             raise UserError(
@@ -56,7 +57,10 @@ class FilePush:
         try:
             save_file(_separate(weights), partial)
             partial.replace(path)  # the server never sees half a file
+            if checked:
+                return client.load_checkpoint(self.folder)
             client.reload_weights(self.folder)
+            return []
         finally:
             partial.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
@@ -98,7 +102,8 @@ class NCCLPush:
         self._sender: Any = None
         self._weights: Weights = []  # what the sender's next round reads
 
-    def push(self, client: VLLMClient, weights: Weights) -> None:
+    def push(self, client: VLLMClient, weights: Weights, *, checked: bool = False) -> list[str]:
+        """vLLM's transfer does not say what was loaded, `checked` or not: the log-probs are compared after it."""
         self._weights = weights
         with torch.cuda.device(self.device):
             if self._sender is None:
@@ -112,6 +117,7 @@ class NCCLPush:
                 )
             self._sender.send_weights()
         self._weights = []
+        return []
 
     def close(self) -> None:
         if self._sender is not None:

@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA) through peft: only small matrices beside the frozen linear layers are trained."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -126,43 +126,32 @@ def adapter_off(policy: nn.Module) -> Iterator[None]:
 # ---------------------------------------------------------------- weights as if there were no adapter
 
 
-def merged_names(policy: nn.Module) -> list[str]:
-    """The names in `merged_parameters`, without computing anything."""
-    return [name for name, _, _ in _without_adapter(policy)]
+def without_adapter(policy: nn.Module) -> tuple[dict[str, Tensor], Callable[[str], Tensor]]:
+    """The state dict with names as if there were no adapter, live and detached; and what gives the weight of a name as
+    if the adapter had been trained in: `W + scale * B @ A`, computed when it is asked for, in the dtype of W."""
+    layers = _adapter_layers(policy)
+    matrices = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names]
+    adapter = {id(parameter) for matrix in matrices for parameter in matrix.parameters()}
+    adapted = {id(layer.get_base_layer().weight): layer for layer in layers}
+    live = dict(policy.state_dict(keep_vars=True))
+    layer_of = {plain_name(name): adapted.get(id(value)) for name, value in live.items()}
+    state = {plain_name(name): value.detach() for name, value in live.items() if id(value) not in adapter}
 
+    @torch.no_grad()
+    def merged(name: str) -> Tensor:
+        weight, layer = state[name], layer_of[name]
+        return weight if layer is None else (weight + layer.get_delta_weight("default")).to(weight.dtype)
 
-@torch.no_grad()
-def merged_parameters(policy: nn.Module, device: torch.device | str | None = None) -> Iterator[tuple[str, Tensor]]:
-    """`(name, tensor)` of every parameter of the policy, with names and weights as if the adapter had been trained in.
-
-    A targeted weight is `W + scale * B @ A`, computed when its turn comes, in the dtype of W, and put on `device` if
-    given; all others are the live parameters, detached, not copied. Tied parameters appear under every name.
-    """
-    for name, weight, layer in _without_adapter(policy):
-        if layer is None:
-            yield name, weight.detach()
-        else:
-            yield name, (weight + layer.get_delta_weight("default")).to(weight.dtype).to(device)
+    return state, merged
 
 
 def merged_state_dict(policy: nn.Module) -> dict[str, Tensor]:
     """The state dict of the policy with its adapter merged, the merged weights on the CPU."""
-    parameters = {name for name, _ in policy.named_parameters(remove_duplicate=False)}
-    buffers = {plain_name(name): value for name, value in policy.state_dict().items() if name not in parameters}
-    return dict(merged_parameters(policy, device="cpu")) | buffers
+    state, merged = without_adapter(policy)
+    weights = ((name, value, merged(name)) for name, value in state.items())
+    return {name: value if weight is value else weight.cpu() for name, value, weight in weights}
 
 
 def plain_name(name: str) -> str:
     """The name of a parameter in the policy as it was loaded."""
     return name.replace(".base_layer.", ".").replace("_orig_mod.", "")  # what peft and torch.compile add
-
-
-def _without_adapter(policy: nn.Module) -> Iterator[tuple[str, nn.Parameter, Any]]:
-    """Name without peft's additions, parameter, and the layer that adapts it (None = nothing does)."""
-    layers = _adapter_layers(policy)
-    matrices = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names]
-    adapter = {id(parameter) for matrix in matrices for parameter in matrix.parameters()}
-    adapted = {id(layer.get_base_layer().weight): layer for layer in layers}
-    for name, parameter in policy.named_parameters(remove_duplicate=False):
-        if id(parameter) not in adapter:
-            yield plain_name(name), parameter, adapted.get(id(parameter))

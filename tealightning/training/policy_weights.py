@@ -1,6 +1,6 @@
 """The policy's weights: sharded over ranks (FSDP2), gathered, and handed out for engines to load or for export."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -8,26 +8,44 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tealightning.errors import UserError
-from tealightning.training.lora import has_adapter, merged_names, merged_parameters, merged_state_dict, plain_name
+from tealightning.training.lora import has_adapter, merged_state_dict, plain_name, without_adapter
+from tealightning.training.saved_weights import saved_names, saved_weights, tied_names
 
 
 def policy_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """`(name, tensor)` of every parameter, detached, not copied, each when its turn comes: a sharded one is gathered,
-    and one with an adapter is merged, so that there is never a second copy of them all.
+    """`(name, tensor)` of every weight as `save_pretrained` would write it: the names and layout of a checkpoint,
+    experts one by one, tied weights under one name; detached, and not copied where the layout is the same.
 
-    Tied parameters appear under every name: an engine with a copy of `lm_head.weight` would otherwise keep the old one.
+    Sharded ones are gathered and ones with an adapter merged layer by layer: there is never a second copy of them all.
     """
-    if has_adapter(policy):
-        return merged_parameters(policy)
-    parameters = policy.named_parameters(remove_duplicate=False)
-    return ((plain_name(name), whole(parameter.detach())) for name, parameter in parameters)
+    policy = plain(policy)
+    live, read = _live(policy)
+    return saved_weights(policy, live, read)
 
 
 def weight_names(policy: nn.Module) -> set[str]:
     """The names in `policy_weights`, without gathering or merging anything."""
+    policy = plain(policy)
+    return set(saved_names(policy, _live(policy)[0]))
+
+
+def tied_weight_names(policy: nn.Module) -> dict[str, list[str]]:
+    """For each name in `policy_weights` of a weight that is tied, its other names."""
+    policy = plain(policy)
+    return tied_names(policy, _live(policy)[0])
+
+
+def plain(policy: nn.Module) -> nn.Module:
+    """The model inside a compiled one."""
+    return getattr(policy, "_orig_mod", policy)
+
+
+def _live(policy: nn.Module) -> tuple[dict[str, Tensor], Callable[[str], Tensor]]:
+    """The state dict without an adapter, by the names that the policy was loaded with, and what reads a full tensor."""
     if has_adapter(policy):
-        return set(merged_names(policy))
-    return {plain_name(name) for name, _ in policy.named_parameters(remove_duplicate=False)}
+        return without_adapter(policy)
+    state = {plain_name(name): value for name, value in policy.state_dict().items() if isinstance(value, Tensor)}
+    return state, lambda name: whole(state[name].detach())
 
 
 def policy_state_dict(policy: nn.Module) -> dict[str, Any]:

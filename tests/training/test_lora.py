@@ -10,8 +10,9 @@ from tealightning import LoRA, PolicyGradientLoss, PostTrainingModule
 from tealightning.diagnostics.pool import LinearProjection, score_vectors
 from tealightning.estimators import build_estimator
 from tealightning.training import policy_module as module_file
-from tealightning.training.lora import adapter_off, add_adapter, merged_names, merged_parameters
+from tealightning.training.lora import adapter_off, add_adapter
 from tealightning.training.micro_batches import score_completions
+from tealightning.training.policy_weights import policy_weights, weight_names
 
 REWARDS = [[2.0, 1.0, 0.5, -1.0], [0.0, 3.0, 0.5, 0.25]]
 ROWS = torch.arange(8)
@@ -118,7 +119,7 @@ def test_new_adapter_leaves_every_log_prob_as_it_is(policy):
 )
 def test_the_targeted_weights_move_and_no_others(target, layers):
     loaded = dict(tiny_llama().named_parameters(remove_duplicate=False))
-    merged = merged_parameters(adapted(target_modules=target))
+    merged = policy_weights(adapted(target_modules=target))
     moved = [name.split(".")[3] for name, tensor in merged if not torch.equal(tensor, loaded[name])]
     assert {kind: moved.count(kind) for kind in set(moved)} == layers
 
@@ -204,35 +205,36 @@ def test_adapter_is_on_again_after_an_error():
 def test_merged_weights_are_the_sum_under_the_names_of_the_policy(rank_stabilized):
     model = adapted(alpha=6, rank_stabilized=rank_stabilized)
     scale = 6 / (2 if rank_stabilized else 4)
-    merged = dict(merged_parameters(model))
-    assert list(merged) == merged_names(model) == [n for n, _ in tiny_llama().named_parameters(remove_duplicate=False)]
+    merged = dict(policy_weights(model))
+    assert merged.keys() == weight_names(model) == {name for name, _ in tiny_llama().named_parameters()}
     layer = model.model.layers[1].mlp.down_proj
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     expected = layer.base_layer.weight + scale * b @ a
     assert torch.allclose(merged["model.layers.1.mlp.down_proj.weight"], expected, atol=1e-6)
-    assert merged["lm_head.weight"].data_ptr() == merged["model.embed_tokens.weight"].data_ptr()
     assert not any(tensor.requires_grad for tensor in merged.values())
-    assert list(dict(merged_parameters(torch.compile(model)))) == list(merged)
+    assert list(dict(policy_weights(torch.compile(model)))) == list(merged)
 
 
-def test_merged_weights_are_computed_one_at_a_time(monkeypatch):
+def test_merged_weights_are_computed_layer_by_layer(monkeypatch):
     from peft.tuners.lora.layer import Linear
 
     model, calls = adapted(), []
     compute = Linear.get_delta_weight
     monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: calls.append(name) or compute(self, name))
-    merged_names(model)
+    weight_names(model)
     assert calls == []
-    for position, (name, _) in enumerate(merged_parameters(model)):
-        seen = merged_names(model)[: position + 1]
-        assert len(calls) == sum(n.split(".")[-2] in LINEAR for n in seen), name
+    for name, _ in policy_weights(model):
+        layer = name.split(".")[2]
+        done = int(layer) + 1 if layer.isdigit() else len(calls) // len(LINEAR)
+        assert len(calls) == len(LINEAR) * done, name
+    assert len(calls) == 2 * len(LINEAR)
 
 
 def test_adapter_of_a_bfloat16_policy_is_float32_and_merges_into_bfloat16():
     model = adapted(model=tiny_llama().to(torch.bfloat16))
     assert model.dtype == torch.bfloat16
     assert {parameter.dtype for parameter in trained(model)} == {torch.float32}
-    assert {tensor.dtype for _, tensor in merged_parameters(model)} == {torch.bfloat16}
+    assert {tensor.dtype for _, tensor in policy_weights(model)} == {torch.bfloat16}
     assert model(torch.tensor([[1, 2, 3]])).logits.dtype == torch.bfloat16
 
 
