@@ -20,7 +20,7 @@ from tealightning.checks import check_integer, check_positive, check_share
 from tealightning.errors import UserError
 
 Split = Literal["train", "val", "test"]
-Message = dict[str, str]  # of a chat: {"role": ..., "content": ...}
+Message = dict[str, Any]  # of a chat: {"role": ..., "content": ...} and whatever else a chat template reads
 Prompt = str | list[Message]  # as the user wrote it: plain text or a chat
 
 

@@ -45,7 +45,10 @@ class PromptDataModule(pl.LightningDataModule):
         system_prompt: Put before every prompt that has no system message. Engines see it; rewards see the prompt as it
             is in the data.
         chat_template: `auto` (the tokenizer's, if it has one), true (it must have one), false (prompts are plain text
-            to be continued) or the path of a Jinja file.
+            to be continued, control tokens included) or the path of a Jinja file.
+        chat_template_kwargs: Arguments of the chat template, such as `enable_thinking: false`. A column of this name
+            adds to them for its prompt.
+        tools_column: Column with the tools of a prompt, a list of JSON schemas for the chat template; None = no tools.
         tokenizer: Folder or hub id; None = the policy's. A tokenizer object may be assigned to the attribute.
         batch_size: Training prompts per rank and step.
         val_batch_size: Validation and test prompts per rank and batch; None = `batch_size`.
@@ -63,6 +66,8 @@ class PromptDataModule(pl.LightningDataModule):
         id_column: str | None = None,
         system_prompt: str | None = None,
         chat_template: ChatTemplate = "auto",
+        chat_template_kwargs: dict[str, Any] | None = None,
+        tools_column: str | None = "tools",
         tokenizer: str | None = None,
         batch_size: int = 8,
         val_batch_size: int | None = None,
@@ -84,6 +89,8 @@ class PromptDataModule(pl.LightningDataModule):
         self.id_column = id_column
         self.system_prompt = system_prompt
         self.chat_template = chat_template
+        self.chat_template_kwargs = chat_template_kwargs
+        self.tools_column = tools_column
         self.tokenizer: Any = tokenizer
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size or batch_size
@@ -182,12 +189,18 @@ class PromptDataModule(pl.LightningDataModule):
             except (OSError, ValueError) as error:
                 raise UserError(f"data.tokenizer {tokenizer!r} is no folder or hub id of one: {error}") from error
         with _named("data"):
-            formatter = ChatFormatter(tokenizer, self.chat_template)
+            formatter = ChatFormatter(
+                tokenizer,
+                self.chat_template,
+                chat_template_kwargs=self.chat_template_kwargs,
+                tools_column=self.tools_column,
+            )
         if self.system_prompt is not None and not formatter.uses_template:
             raise UserError(
                 "data.system_prompt needs a chat template, and prompts are used as plain text here: put it into the "
                 "prompts, or set data.chat_template."
             )
+        formatter.warn_of_template(self.system_prompt)
         return formatter
 
     def _ranks(self) -> dict[str, int]:

@@ -5,7 +5,7 @@ import json
 import math
 import warnings
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from pyarrow import compute
 from tqdm import tqdm
 
+from tealightning.data.messages import as_prompt, without_nulls
 from tealightning.data.sources import Rows, columns_of, numbered, place_of
 from tealightning.errors import UserError
 from tealightning.registry import did_you_mean
 from tealightning.text.chat import ChatFormatter
-from tealightning.types import Message, Prompt, PromptBatch
+from tealightning.types import Prompt, PromptBatch
 
 _ENCODE_CHUNK = 1024
 _SHOWN = 5  # bad prompts in a message
@@ -37,6 +38,7 @@ class PromptSet:
     tokens: NDArray[np.int32]  # all prompts' tokens, one after another
     offsets: NDArray[np.int64]  # [n + 1] where each prompt's tokens begin, and where the last one's end
     prompt_column: str
+    template_columns: Sequence[str] = ()  # that the chat template reads
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -44,7 +46,8 @@ class PromptSet:
     def batch(self, indices: Iterable[int]) -> PromptBatch:
         """The prompts at `indices` (0 to n - 1)."""
         chosen = [int(i) for i in indices]
-        rows = [self.rows[int(self.row_numbers[i])] for i in chosen]
+        columns = (self.prompt_column, *self.template_columns)
+        rows = [_cleared(self.rows, self.rows[int(self.row_numbers[i])], columns) for i in chosen]
         return PromptBatch(
             ids=[self.ids[i].as_py() for i in chosen],
             prompts=[as_prompt(row[self.prompt_column]) for row in rows],
@@ -83,12 +86,13 @@ def build_prompt_set(
             raise UserError(f"{source}: there is no column {column!r}.{did_you_mean(column, columns)}")
     id_column = id_column or ("id" if "id" in columns else None)
     encode = partial(formatter.encode_prompts, system_prompt=system_prompt)
-    checked = _checked(rows, source, prompt_column, id_column)
+    template_columns = [column for column in formatter.columns if column in columns]
+    checked = _checked(rows, source, prompt_column, id_column, template_columns)
     chunks, number, shortest = [], 0, math.inf
     kept, tokens, offsets = array("q"), array("i"), array("q", [0])
     while chunk := list(itertools.islice(checked, _ENCODE_CHUNK)):
-        chunks.append(pyarrow.array([identifier for identifier, _ in chunk]))
-        for token_ids in _encode([prompt for _, prompt in chunk], encode, rows, source, first_row=number):
+        chunks.append(pyarrow.array([identifier for identifier, *_ in chunk]))
+        for token_ids in _encode([row for _, *row in chunk], encode, rows, source, first_row=number):
             shortest = min(shortest, len(token_ids))
             if max_prompt_tokens is None or len(token_ids) <= max_prompt_tokens:
                 kept.append(number)
@@ -114,50 +118,33 @@ def build_prompt_set(
         tokens=np.frombuffer(tokens, dtype=np.int32),
         offsets=np.frombuffer(offsets, dtype=np.int64),
         prompt_column=prompt_column,
+        template_columns=template_columns,
     )
 
 
-def as_prompt(value: Any) -> Prompt:
-    """`value` as a prompt: a text, or a chat whose messages have exactly `role` and `content`."""
-    if isinstance(value, str):
-        if not value:
-            raise UserError("it is empty")
-        return _text(value)
-    if not isinstance(value, list):
-        raise UserError(f"it is {'missing' if value is None else type(value).__name__}")
-    if not value:
-        raise UserError("it is empty")
-    chat: list[Message] = []
-    for message in value:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise UserError('its messages are not all {"role": "...", "content": "..."}')
-        chat.append({"role": message["role"], "content": _text(message["content"])})
-    if chat[-1]["role"] == "assistant":
-        raise UserError("its last message is the assistant's, which is what the policy is to write")
-    return chat
+def _cleared(rows: Rows, row: dict[str, Any], columns: Iterable[str]) -> dict[str, Any]:
+    """`row` without the nulls that an Arrow table puts into structs, in `columns`; of a JSON file, as it is."""
+    return row | {c: without_nulls(row[c]) for c in columns if c in row} if hasattr(rows, "features") else row
 
 
-def _text(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can write half of a character: "\\ud83d"
-        raise UserError(f"it holds half a character (a lone surrogate) at {error.start}") from None
-    return text
-
-
-def _checked(rows: Rows, source: str, prompt_column: str, id_column: str | None) -> Iterator[tuple[str, Prompt]]:
-    """Identifier and prompt of each row, as far as all prompts are good; the bad ones are told of at the end."""
+def _checked(
+    rows: Rows, source: str, prompt_column: str, id_column: str | None, template_columns: Sequence[str]
+) -> Iterator[tuple[str, Prompt, dict[str, Any]]]:
+    """Identifier, prompt and the columns of the chat template of each row, as far as all prompts are good; the bad ones
+    are told of at the end."""
     bad: list[str] = []
     is_quiet = bool(getattr(rank_zero_only, "rank", 0))
     look = {"desc": source, "unit": " prompts", "delay": 5, "leave": False, "disable": is_quiet}
     for number, row in tqdm(numbered(rows, source), total=len(rows), **look):
         try:
+            row = _cleared(rows, row, (prompt_column, *template_columns))
             prompt = as_prompt(row.get(prompt_column))
         except ValueError as error:
             bad.append(f"{place_of(rows, number)}: {error}" if len(bad) < _SHOWN else "")
         if not bad:
-            _check_texts(row, rows, number, source)
-            yield str(number) if id_column is None else _identifier(row, id_column, rows, number, source), prompt
+            _check_texts(row | {prompt_column: prompt}, rows, number, source)
+            identifier = str(number) if id_column is None else _identifier(row, id_column, rows, number, source)
+            yield identifier, prompt, {column: row.get(column) for column in template_columns}
     if bad:
         more = f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         raise UserError(
@@ -194,15 +181,15 @@ def _is_encoded(row: dict[str, Any]) -> bool:
 
 
 def _encode(
-    prompts: list[Prompt], encode: Callable[..., list[list[int]]], rows: Rows, source: str, *, first_row: int
+    prompts: list[list[Any]], encode: Callable[..., list[list[int]]], rows: Rows, source: str, *, first_row: int
 ) -> list[list[int]]:
-    """Token ids of each prompt of a chunk; an error names the row."""
+    """Token ids of each prompt of a chunk, given with its columns for the template; an error names the row."""
     try:
-        encoded = encode(prompts)
+        encoded = encode([prompt for prompt, _ in prompts], metadata=[columns for _, columns in prompts])
     except ValueError:
-        for row, prompt in enumerate(prompts, start=first_row):  # which one?
+        for row, (prompt, columns) in enumerate(prompts, start=first_row):  # which one?
             try:
-                encode([prompt])
+                encode([prompt], metadata=[columns])
             except ValueError as error:
                 raise UserError(f"{source}: {place_of(rows, row)}: {error}") from error
         raise

@@ -38,6 +38,7 @@ class SequenceClassifierReward(Reward):
             are unscorable (NaN), never truncated.
         chat_template: `auto` (the tokenizer's, if it has one: prompt and completion become user and assistant
             messages), true, false (completion appended to the prompt's text) or the path of a Jinja file.
+        chat_template_kwargs: Arguments of the chat template, such as `enable_thinking: false`.
         trust_remote_code: Run model code that ships with the weights.
     """
 
@@ -51,6 +52,7 @@ class SequenceClassifierReward(Reward):
         batch_tokens: int | None = None,
         max_length: int | None = None,
         chat_template: ChatTemplate = "auto",
+        chat_template_kwargs: dict[str, Any] | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         check_template(chat_template)
@@ -64,6 +66,7 @@ class SequenceClassifierReward(Reward):
         self.batch_tokens = batch_tokens
         self.max_length = max_length
         self.chat_template = chat_template
+        self.chat_template_kwargs = chat_template_kwargs
         self.trust_remote_code = trust_remote_code
         self.too_long = 0
         """Completions met so far that were longer than `max_length`."""
@@ -102,7 +105,7 @@ class SequenceClassifierReward(Reward):
         """[B] float64 logits; NaN where prompt and completion together are longer than `max_length`."""
         if self._model is None or self._formatter is None:
             raise RuntimeError("SequenceClassifierReward.setup(device) must be called before the first score.")
-        sequences = self._formatter.encode_answers(prompts, completions)
+        sequences = self._formatter.encode_answers(prompts, completions, metadata=metadata)
         scores = torch.full((len(sequences),), float("nan"), dtype=torch.float64)
         lengths = torch.tensor([len(ids) for ids in sequences], dtype=torch.int64)
         scorable = ((lengths > 0) & (lengths <= (self.max_length or math.inf))).nonzero()[:, 0]
@@ -166,7 +169,7 @@ class SequenceClassifierReward(Reward):
     def _load_formatter(self) -> ChatFormatter:
         path, trusted = self.tokenizer_path, self.trust_remote_code
         tokenizer = load_tokenizer(path, trust_remote_code=trusted, argument="reward model")
-        return ChatFormatter(tokenizer, self.chat_template)
+        return ChatFormatter(tokenizer, self.chat_template, chat_template_kwargs=self.chat_template_kwargs)
 
     def _unusable(self, reason: str) -> UserError:
         return UserError(f"model {self.model_path!r} cannot be used as a reward model: {reason}")
