@@ -168,7 +168,7 @@ def _check_texts(row: dict[str, Any], rows: Rows, number: int, source: str) -> N
         return
     column = next((name for name, value in row.items() if not _is_encoded({name: value})), None)
     place = f"{place_of(rows, number)}, column {column!r}"
-    raise UserError(f"{source}: {place} holds half a character (a lone surrogate), or is nested too deeply.")
+    raise UserError(f"{source}: {place}: it holds half a character (a lone surrogate), or is nested too deeply.")
 
 
 def _is_encoded(row: dict[str, Any]) -> bool:
