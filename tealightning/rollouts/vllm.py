@@ -169,7 +169,10 @@ class VLLMEngine(RolloutEngine):
         missing, tied = weight_names(context.policy), tied_weight_names(context.policy)
         with isolated(context.device), self._phase("syncing weights"):
             self._wake_up()
-            (incomplete,) = self._llm.collective_rpc(vllm_worker.load, args=(checked_off(weights, missing), tied))
+            for each in (checked_off(weights, missing), policy_weights(context.policy)):
+                (incomplete,) = self._llm.collective_rpc(vllm_worker.load, args=(each, tied))
+                if missing or not incomplete:
+                    break
             self._llm.reset_prefix_cache()  # it was computed with the old weights
         refuse_partial_push(missing)
         vllm_worker.refuse_incomplete(incomplete, context)

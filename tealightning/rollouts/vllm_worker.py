@@ -25,16 +25,21 @@ def load(worker: Any, weights: Weights, tied: dict[str, list[str]]) -> list[str]
         tied: Further names of tied weights, which are loaded, too, where the model has a parameter of its own for them.
 
     Returns:
-        The model's parameters that did not get all of their elements: they are as they were, or worse.
+        The model's parameters that did not get all of their elements: they are as they were, or worse. Of some models
+        (gpt-oss) all do from the second push on.
     """
     model = worker.get_model()
     own = parameter_names(model)
+    # Layers whose parameters the model's loader writes itself, past vLLM's reload; found out by the first push.
+    direct: set[str] = model.__dict__.setdefault("directly_written_layers", set())
+    incomplete: set[str] = set()
     _forget_packed_experts(model)
-    incomplete: list[str] = []
 
     def load_weights(weights: Weights) -> set[str] | None:
+        _make_writable(model, direct)
         loaded = type(model).load_weights(model, with_copies(weights, tied, own))
-        incomplete.extend(_incomplete(model, loaded or set()))
+        incomplete.update(_incomplete(model, loaded or set(), direct))
+        direct.update(name.rpartition(".")[0] for name in incomplete & (loaded or set()))
         return loaded  # type: ignore[no-any-return]
 
     model.load_weights = load_weights  # vLLM tells what it has loaded in here only
@@ -72,6 +77,17 @@ def _forget_packed_experts(model: nn.Module) -> None:
                 method.moe_kernel = None
 
 
+def _make_writable(model: nn.Module, direct: set[str]) -> None:
+    """Give layers that are loaded directly memory at once, where vLLM gives it when the last element has come."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+    from vllm.model_executor.model_loader.reload.meta import materialize_layer
+
+    for layer in map(model.get_submodule, direct):
+        info = get_layerwise_info(layer)
+        materialize_layer(layer, info)
+        info.load_numel = max(info.load_numel, 1)  # so that it is processed in the end
+
+
 def _process_tied(model: nn.Module) -> None:
     """Have the layers that share a parameter read it again: vLLM does so for the one that it loads, and a head keeps a
     packed copy on CPUs."""
@@ -83,7 +99,7 @@ def _process_tied(model: nn.Module) -> None:
             method.process_weights_after_loading(module)
 
 
-def _incomplete(model: nn.Module, loaded: set[str]) -> set[str]:
+def _incomplete(model: nn.Module, loaded: set[str], direct: set[str]) -> set[str]:
     """The parameters that lack elements, after a model's `load_weights` and before vLLM fills in what is left.
 
     Counted in the layers that vLLM has not finished, which are those that wait for more.
@@ -97,16 +113,18 @@ def _incomplete(model: nn.Module, loaded: set[str]) -> set[str]:
     names: dict[int, str] = {}
     for prefix, module in model.named_modules():
         info = get_layerwise_info(module)
-        parameters = dict(module._parameters if info.kernel_tensors is None else info.kernel_tensors[0])
+        parameters = module._parameters if info.kernel_tensors is None else info.kernel_tensors[0]
         got = {name for name, _ in info.loaded_weights}
         whole = sum(get_tensor_load_numel(module._parameters[name]) for name in got & module._parameters.keys())
         # Embeddings are padded to a round number of rows, which nothing is loaded into.
         short = info.load_numel < whole and not isinstance(module, VocabParallelEmbedding)
         for name, parameter in parameters.items():
             path = f"{prefix}.{name}".removeprefix(".")
+            if parameter is None or name not in info.restore_metadata[0].keys() | SKIP_TENSORS:
+                continue  # made of others after loading, as those of latent attention are
             names.setdefault(id(parameter), path)
             # vLLM keeps a few where they are and loads them at once: of those it is to be believed what it says.
-            at_once = name in SKIP_TENSORS and path in loaded
+            at_once = (name in SKIP_TENSORS or prefix in direct) and path in loaded
             if not info.can_load() or (name in got and not short) or at_once:
                 arrived.add(id(parameter))
     return {name for key, name in names.items() if key not in arrived}
@@ -133,4 +151,9 @@ class Extension:
         from safetensors import safe_open
 
         with safe_open(f"{folder}/model.safetensors", framework="pt") as file:
-            return load(self, ((name, file.get_tensor(name)) for name in file.keys()), {})  # noqa: SIM118
+            names = file.keys()
+            for _ in range(2):
+                incomplete = load(self, ((name, file.get_tensor(name)) for name in names), {})
+                if not incomplete:
+                    break
+        return incomplete
