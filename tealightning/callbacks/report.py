@@ -1,8 +1,10 @@
 """What a run leaves to look at: best-of-n before and after, samples of what the policy says, the policy itself."""
 
 import csv
+import importlib.util
 import io
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from safetensors import SafetensorError
 
+from tealightning.callbacks.evaluation_record import FOLDER as EVALUATIONS
 from tealightning.callbacks.screen import stop_bar
 from tealightning.errors import UserError
 from tealightning.functional.best_of_n import best_of_n
@@ -25,13 +28,18 @@ class BestOfNReport(Callback):
     and the rewards behind them, `rewards_before.jsonl` and `rewards_after.jsonl`; prints the table when training ends.
 
     The first validation is Lightning's sanity check if `trainer.num_sanity_val_steps` is -1 (the whole split, before
-    the first step). Both use the same prompts and sampling seeds; standard errors are over prompts.
+    the first step). Both use the same prompts and sampling seeds; standard errors are over prompts. A run with a single
+    validation has a table of that one, and no difference.
     """
 
     def __init__(self) -> None:
-        self.before: Evaluation | None = None
+        self.before: Evaluation | None = None  # the first, or the only one
         self.after: Evaluation | None = None
         self._is_written = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise UserError("BestOfNReport draws a curve and needs matplotlib: pip install matplotlib.")
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf"):
@@ -39,7 +47,7 @@ class BestOfNReport(Callback):
         keys, rewards = pl_module.best_of_n["val"].pooled()
         evaluation = Evaluation(step=trainer.global_step, keys=keys.cpu(), rewards=rewards.cpu())
         folder = files.run_folder(trainer)
-        if self.before is None:
+        if self.before is None or (self.after is None and self.before.step == evaluation.step):
             self.before = evaluation
             return
         self.after = evaluation
@@ -51,35 +59,46 @@ class BestOfNReport(Callback):
             self.show(trainer, pl_module)
 
     def is_behind(self, global_step: int) -> bool:
-        """True if an optimizer step was made since the last evaluation, or there is nothing to compare."""
-        return self.after is None or self.after.step != global_step
+        """True if an optimizer step was made since the last evaluation."""
+        last = self.after or self.before
+        return last is None or last.step != global_step
+
+    @property
+    def evaluations(self) -> dict[str, Evaluation]:
+        """The evaluations by their column: a single one is `before` if no step was made until then, else `after`."""
+        if self.before is None:
+            return {}
+        if self.after is None:
+            return {"after" if self.before.step else "before": self.before}
+        return {"before": self.before, "after": self.after}
 
     def show(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Print the table and where table and curve lie."""
         stop_bar(trainer, pl_module)
         folder = files.run_folder(trainer)
-        if self.before is None or self.after is None:
+        if len(self.evaluations) < 2:
             rank_zero_warn("No best-of-n comparison: set trainer.num_sanity_val_steps=-1 to evaluate before training.")
+        if not self.evaluations:
             return
         if trainer.is_global_zero and not self._is_written:
             self.write(folder, pl_module.ns)
         written = f"Table: {folder / 'best_of_n.md'}\nCurve: {folder / 'best_of_n.png'}"
+        when = {"before": "before training", "after": "after"} if self.after else {"after": "after training"}
+        told = " and ".join(f"{when.get(name, name)} (step {e.step})" for name, e in self.evaluations.items())
         rank_zero_info(
-            f"\nBest-of-n reward on {len(self.after.keys)} validation prompts, {max(pl_module.ns)} samples each, "
-            f"before training (step {self.before.step}) and after (step {self.after.step}); ± standard error over "
-            f"prompts\n\n{self.table(pl_module.ns)}\n\n"
+            f"\nBest-of-n reward on {len(next(iter(self.evaluations.values())).keys)} validation prompts, "
+            f"{max(pl_module.ns)} samples each, {told}; ± standard error over prompts\n\n{self.table(pl_module.ns)}\n\n"
             f"{written if self._is_written else f'Not written to {folder}.'}"
         )
 
     def rows(self, ns: list[int]) -> list[dict[str, float]]:
-        """One row for each n: before, after and difference, each with its standard error."""
-        assert self.before is not None and self.after is not None
-        before, after = (best_of_n(e.rewards, ns, ~e.rewards.isnan()) for e in (self.before, self.after))
-        columns = {
-            "before": mean_over_prompts(before),
-            "after": mean_over_prompts(after),
-            "difference": paired_difference((self.before.keys, before), (self.after.keys, after)),
-        }
+        """One row for each n: before, after and difference, each with its standard error; of a single evaluation its
+        own column alone."""
+        values = {name: best_of_n(e.rewards, ns, ~e.rewards.isnan()) for name, e in self.evaluations.items()}
+        columns = {name: mean_over_prompts(value) for name, value in values.items()}
+        if len(values) == 2:
+            pair = ((e.keys, values[name]) for name, e in self.evaluations.items())
+            columns["difference"] = paired_difference(*pair)
         rows: list[dict[str, float]] = [{"n": n} for n in ns]
         for index, row in enumerate(rows):
             for name, estimate in columns.items():
@@ -88,29 +107,27 @@ class BestOfNReport(Callback):
 
     def table(self, ns: list[int]) -> str:
         """The rows as a markdown table."""
-        lines = ["|    n | before          | after           | difference      |", "|-----:|" + ("-" * 17 + "|") * 3]
-        for row in self.rows(ns):
-            cells = [f"{row[k]:.3f} ± {row[f'{k}_se']:.3f}" for k in ("before", "after", "difference")]
+        rows = self.rows(ns)
+        columns = [name for name in ("before", "after", "difference") if name in rows[0]]
+        header = " | ".join(f"{name:<15}" for name in columns)
+        lines = [f"|    n | {header} |", "|-----:|" + ("-" * 17 + "|") * len(columns)]
+        for row in rows:
+            cells = [f"{row[k]:.3f} ± {row[f'{k}_se']:.3f}" for k in columns]
             lines.append(f"| {row['n']:>4} | " + " | ".join(f"{c:<15}" for c in cells) + " |")
         return "\n".join(lines)
 
     def write(self, folder: Path, ns: list[int]) -> None:
         """Write table, curve and rewards; what the disk refuses is still the older one."""
-        assert self.before is not None and self.after is not None
         self._is_written = False
         rows = self.rows(ns)
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-        labels = {f"before (step {self.before.step})": "before", f"after (step {self.after.step})": "after"}
-        contents = {
-            "best_of_n.md": (self.table(ns) + "\n").encode(),
-            "best_of_n.csv": table.getvalue().encode(),
-            "rewards_before.jsonl": reward_lines(self.before).encode(),
-            "rewards_after.jsonl": reward_lines(self.after).encode(),
-            "best_of_n.png": best_of_n_plot(rows, labels),
-        }
+        labels = {f"{name} (step {e.step})": name for name, e in self.evaluations.items()}
+        contents = {"best_of_n.md": (self.table(ns) + "\n").encode(), "best_of_n.csv": table.getvalue().encode()}
+        contents |= {f"rewards_{name}.jsonl": reward_lines(e).encode() for name, e in self.evaluations.items()}
+        contents["best_of_n.png"] = best_of_n_plot(rows, labels)
         retried = "to be tried again at the next validation and the end"
         with files.going_on_without(f"the best-of-n report to {folder}; {retried}"):
             for name, data in contents.items():
@@ -236,7 +253,27 @@ class ExportPolicy(Callback):
     older one keeps its place."""
 
     def __init__(self, folder: str = "policy") -> None:
+        parts = Path(folder).parts
+        if not parts or ".." in parts or parts[0] in ("checkpoints", EVALUATIONS, "unhealthy"):
+            raise UserError(f"folder must be one that holds nothing but the export, such as 'policy', got {folder!r}.")
         self.folder = folder
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse what could not be exported or not written, before anything is loaded."""
+        if stage != "fit":
+            return
+        target = files.run_folder(trainer) / self.folder
+        pl_module.try_export()
+        if not trainer.is_global_zero:
+            return
+        if target.exists() and not (target / "config.json").is_file() and (target.is_file() or any(target.iterdir())):
+            raise UserError(f"ExportPolicy.folder: {target} is there already and is no exported policy.")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=target.parent):
+                pass
+        except OSError as error:
+            raise UserError(f"ExportPolicy.folder: {target} cannot be written ({error}).") from error
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         stop_bar(trainer, pl_module)

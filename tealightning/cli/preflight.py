@@ -4,22 +4,23 @@ What one class can tell about its own arguments its constructor has refused alre
 """
 
 import inspect
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from tealightning.callbacks import EvaluationRecord, RolloutCallback
+from tealightning.callbacks import EvaluationRecord, ExportPolicy, RolloutCallback
+from tealightning.cli.monitors import check_monitors
 from tealightning.cli.user_settings import imported_class, inner_key
 from tealightning.data import PromptDataModule
 from tealightning.data.sources import check_source
 from tealightning.errors import UserError
 from tealightning.pretrained import check_weights, policy_config, positions_of
 from tealightning.training.module import PostTrainingModule
+from tealightning.training.policy_module import check_precision
 from tealightning.types import Split
 
 if TYPE_CHECKING:
@@ -51,15 +52,27 @@ def check_together(cli: "TrainingCLI") -> None:
             rollout.check(cli.command, cli.model)
     for message in _contradictions(cli, rollout):
         raise UserError(message)
+    if cli.command == "fit":
+        # As asked for, whatever Lightning makes of it: bf16-mixed of 16-mixed, where there is no GPU.
+        is_half = str(cli.resolved.trainer.precision) in ("16", "16-mixed")
+        check_precision("16-mixed" if is_half else cli.trainer.precision)
     if cli.command == "fit" and isinstance(cli.model, PostTrainingModule):
+        cli.model.trainer = cli.trainer
         with cli.naming("model.optimizer"):
-            optimizer: Any = cli.model.optimizer([torch.nn.Parameter(torch.zeros(2, 2))])
-            for name, value in optimizer.defaults.items():
-                if isinstance(value, float) and not math.isfinite(value):
-                    raise UserError(f"{name} must be a finite number, got {value}.")
-        if cli.model.lr_scheduler is not None:
-            with cli.naming("model.lr_scheduler"):
-                cli.model.lr_scheduler(optimizer)
+            optimizer = cli.model.try_optimizer()
+        with cli.naming("model.lr_scheduler"):
+            scheduler = cli.model.try_schedule(optimizer)
+        check_monitors(cli, scheduler)
+        _warn_of_settings_without_effect(cli.resolved.trainer)
+
+
+def _warn_of_settings_without_effect(settings: Any) -> None:
+    if not settings.use_distributed_sampler:
+        rank_zero_warn("trainer.use_distributed_sampler=false has no effect: each rank takes its share of the prompts.")
+    if settings.reload_dataloaders_every_n_epochs:
+        rank_zero_warn("trainer.reload_dataloaders_every_n_epochs has no effect: prompts are read once, at the start.")
+    if settings.max_steps == 0 or settings.max_epochs == 0:
+        rank_zero_warn("trainer.max_steps=0 or max_epochs=0: nothing is trained, and what ends a run is done at once.")
 
 
 def _contradictions(cli: "TrainingCLI", rollout: RolloutCallback) -> Iterator[str]:
@@ -69,13 +82,14 @@ def _contradictions(cli: "TrainingCLI", rollout: RolloutCallback) -> Iterator[st
             yield "trainer.gradient_clip_val is not supported: set model.gradient_clip_norm instead."
         if settings.accumulate_grad_batches != 1:
             yield "trainer.accumulate_grad_batches is not supported: see data.batch_size and model.micro_batch_tokens."
-        # As asked for, whatever Lightning makes of it here: clipping would take scaled gradients for real ones.
-        if str(settings.precision) in ("16", "16-mixed"):
-            yield "trainer.precision=16-mixed is not supported: use bf16-mixed, bf16-true or 32-true."
+        if settings.gradient_clip_algorithm is not None:
+            yield "trainer.gradient_clip_algorithm is not supported: model.gradient_clip_norm clips the norm."
+        if settings.limit_train_batches == 0:
+            yield "trainer.limit_train_batches=0 trains nothing: use `tealightning validate` to evaluate the policy."
     # What Lightning takes without a word, and fails on in the middle of a run.
     if settings.val_check_interval == 0:
         yield "trainer.val_check_interval must be above 0, got 0; without validation: trainer.limit_val_batches=0."
-    for name, least in (("log_every_n_steps", 0), ("num_sanity_val_steps", -1)):
+    for name, least in (("log_every_n_steps", 0), ("num_sanity_val_steps", -1), ("check_val_every_n_epoch", 1)):
         if (value := getattr(settings, name)) is not None and value < least:
             yield f"trainer.{name} must be at least {least}, got {value}."
     new, longest = rollout.sampling.max_new_tokens, rollout.max_model_len
@@ -107,6 +121,8 @@ def check_inputs(cli: "TrainingCLI") -> None:
             check_weights(model.policy_path)
             positions = positions_of(model.policy_config)
             _ = model.tokenizer
+            if cli.command == "fit" and _callbacks(cli, ExportPolicy):
+                model.try_export()
         if cli.command == "fit" and model.loss.kl_coef > 0 and model.reference_path != model.policy_path:
             with cli.naming("model.reference"):
                 trusted = model.load_kwargs["trust_remote_code"]

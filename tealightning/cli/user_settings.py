@@ -23,6 +23,7 @@ from tealightning.rewards.base import REWARDS
 from tealightning.rollouts.base import ENGINES
 from tealightning.training.micro_batches import PolicyGradientLoss
 from tealightning.training.module import PostTrainingModule
+from tealightning.training.schedules import SCHEDULES, WarmupSchedule
 from tealightning.types import SamplingConfig
 
 SECTIONS: dict[str, type] = {
@@ -39,8 +40,8 @@ SECTIONS: dict[str, type] = {
 TOP_LEVEL = (*(key for key in SECTIONS if "." not in key), "seed_everything", "ckpt_path")
 
 _MODULES = {
-    "optimizer": ["torch.optim"],
-    "lr_scheduler": ["torch.optim.lr_scheduler"],
+    "optimizer": ["torch.optim", "tealightning.training.optimizers"],
+    "lr_scheduler": ["tealightning.training.schedules", "torch.optim.lr_scheduler"],
     "logger": ["lightning.pytorch.loggers"],
     "callbacks": ["tealightning.callbacks", "lightning.pytorch.callbacks"],
 }
@@ -52,6 +53,8 @@ _REGISTRIES = (
     (r"rollout\.reward(\.rewards\.[^.]+)*", REWARDS),
 )
 """Pattern of a setting -> the registry whose names it takes."""
+
+_WARMUP = f"{WarmupSchedule.__module__}.{WarmupSchedule.__qualname__}"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -136,8 +139,31 @@ def class_names(key: str) -> list[str]:
     if key in SECTIONS:
         return [SECTIONS[key].__name__]
     modules = [importlib.import_module(module) for module in _modules_of(key)]
-    classes = {name for module in modules for name, _ in inspect.getmembers(module, inspect.isclass)}
+    classes = {name for module in modules for name in _public(module) if inspect.isclass(getattr(module, name, None))}
     return sorted(classes - {"Callback", "LRScheduler", "Logger", "Optimizer"})
+
+
+def _public(module: Any) -> Sequence[str]:
+    return getattr(module, "__all__", dir(module))
+
+
+def _optimizer_class_path(key: str, name: str) -> str:
+    """`SGD` as `torch.optim.SGD`: by the name alone the parser finds several classes, once another package has one of
+    that name. ReduceLROnPlateau is Lightning's, which takes the `monitor` that torch's lacks."""
+    if name == "torch.optim.lr_scheduler.ReduceLROnPlateau":
+        name = name.rpartition(".")[2]
+    modules = _modules_of(key) if key in ("model.optimizer", "model.lr_scheduler") else []
+    found = [module for module in modules if name in _public(importlib.import_module(module))]
+    return f"{found[0]}.{name}" if found else name
+
+
+def _with_schedule_name(settings: Any) -> Any:
+    """A schedule of transformers by its name, `cosine`, as the class that has them all, with that name."""
+    name = settings.get("class_path") if isinstance(settings, dict) else settings
+    if name not in SCHEDULES:
+        return settings
+    given = settings.get("init_args") or {} if isinstance(settings, dict) else {}
+    return {"class_path": _WARMUP, "init_args": {"name": name, **given}}
 
 
 def class_of(key: str, settings: Sequence[Setting]) -> type | None:
@@ -183,24 +209,34 @@ def _class_path(registry: Registry, name: str, key: str) -> str:
 
 
 def canonical_args(args: Sequence[str]) -> list[str]:
-    """`args` with registered names as class paths: of `--model.estimator=tea`, `--model.estimator tea` and
-    `--model.estimator.help tea`. Everything else passes through."""
-    words = list(args)
-    for i, word in enumerate(words):
-        option, equals, value = word.partition("=")
-        key = _dotted_key(option)
-        if not word.startswith("--") or (registry := registry_of(key)) is None:
+    """`args` with registered names, and names of optimizers and schedules, as class paths: of `--model.estimator=tea`,
+    `--model.estimator tea` and `--model.estimator.help tea`. Everything else passes through."""
+    words: list[str] = []
+    remaining = list(reversed(args))
+    while remaining:
+        option, equals, value = (word := remaining.pop()).partition("=")
+        key, registry = _dotted_key(option), registry_of(_dotted_key(option))
+        is_class = word.startswith("--") and (registry is not None or key in ("model.optimizer", "model.lr_scheduler"))
+        if is_class and not equals and remaining and not remaining[-1].startswith("-"):
+            words.append(word)
+            option, value = "", remaining.pop()
+        elif not is_class or not equals:
+            words.append(word)
             continue
-        if equals:
-            words[i] = f"{option}={_class_path(registry, value, key)}"
-        elif i + 1 < len(words) and not words[i + 1].startswith("-"):
-            words[i + 1] = _class_path(registry, words[i + 1], key)
+        path = _class_path(registry, value, key) if registry is not None else _optimizer_class_path(key, value)
+        path = _WARMUP if (is_schedule := key == "model.lr_scheduler" and value in SCHEDULES) else path
+        words.append(f"{option}={path}" if option else path)
+        words += [f"--{key}.name={value}"] if is_schedule else []
     return words
 
 
 def canonical_settings(settings: Any, key: str = "") -> Any:
     """A parsed YAML document with registered names as class paths; null in place of one is refused."""
     registry = registry_of(key)
+    if key == "model.lr_scheduler":
+        settings = _with_schedule_name(settings)
+    if isinstance(settings, str):
+        settings = _optimizer_class_path(key, settings)
     if registry is not None and settings is None:
         raise UserError(f"{key} must be set, got null. Valid: {', '.join(registry.names())}.")
     if registry is not None and isinstance(settings, str):

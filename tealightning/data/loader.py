@@ -4,6 +4,7 @@ Neither is a `torch.utils.data.DataLoader`: there is nothing to prefetch, and a 
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -25,11 +26,19 @@ class PromptLoader:
 
     Iterating yields one epoch's number of batches from where the stream stands. A pass that was cut short (by
     `limit_train_batches`, or a checkpoint) is continued by the next one: no prompt comes twice before all came once.
-    `batch_size` is per rank and step; fewer prompts than one step takes are a ValueError.
+    `batch_size` is per rank and step; fewer prompts than one step takes are a ValueError. With `overfit` (Lightning's
+    `overfit_batches`: a number, or a share of the epoch) the stream is the first steps of the first epoch, repeated.
     """
 
     def __init__(
-        self, prompts: PromptSet, *, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        prompts: PromptSet,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        overfit: float = 0,
     ) -> None:
         self.prompts = prompts
         self.seed = seed
@@ -37,6 +46,7 @@ class PromptLoader:
         self.world_size = world_size
         self.prompts_per_step = batch_size * world_size
         """Prompts of one step on all ranks."""
+        self.overfit = overfit if isinstance(overfit, int) else math.ceil(overfit * len(self))
         self.steps_served = 0
         """Steps taken from the stream since its start."""
         self._epoch_and_order: tuple[int, NDArray[np.int64]] = -1, np.empty(0, np.int64)
@@ -59,6 +69,8 @@ class PromptLoader:
     def peek(self) -> PromptBatch:
         """The batch after the one that was yielded last, which stays the next one."""
         epoch, step = divmod(self.steps_served, len(self))
+        if self.overfit:
+            epoch, step = 0, self.steps_served % min(self.overfit, len(self))
         if self._epoch_and_order[0] != epoch:
             self._epoch_and_order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts))
         rows = self._epoch_and_order[1][step * self.prompts_per_step :][: self.prompts_per_step]

@@ -135,9 +135,9 @@ class PromptDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> PromptLoader:
         """The training stream. The same one until the next `setup`, so that asking again does not start it anew."""
         if self._train_loader is None:
-            self._train_loader = PromptLoader(
-                self.prompt_sets["train"], batch_size=self.batch_size, seed=self.seed, **self._ranks()
-            )
+            overfit = getattr(self.trainer, "overfit_batches", 0)
+            settings: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.seed, "overfit": overfit}
+            self._train_loader = PromptLoader(self.prompt_sets["train"], **settings, **self._ranks())
         return self._train_loader
 
     def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:

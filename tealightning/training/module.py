@@ -20,6 +20,7 @@ The module knows no engine and no reward: `batch.rollouts` is there when `traini
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import nan
 from typing import Any, Literal
 
 import torch
@@ -34,12 +35,12 @@ from tealightning.training import micro_batches
 from tealightning.training.lora import LoRA
 from tealightning.training.micro_batches import PolicyGradientLoss, micro_batch_loss, score_completions, split_rows
 from tealightning.training.nonfinite import SkippedSteps
-from tealightning.training.policy_module import PolicyModule
+from tealightning.training.optimized_policy import OptimizedPolicy
 from tealightning.training.policy_weights import gradient_sync, is_sharded, whole
 from tealightning.types import PromptBatch, RolloutBatch, StepBatch
 
 
-class PostTrainingModule(PolicyModule):
+class PostTrainingModule(OptimizedPolicy):
     """Post-trains a causal LM with advantages from a pluggable estimator.
 
     Args:
@@ -60,9 +61,10 @@ class PostTrainingModule(PolicyModule):
             gradient. None = 16,384 on a GPU and 2,048 on a CPU.
         micro_batch_size: Most rollouts of one pass; None = as many as fit.
         gradient_clip_norm: Largest gradient norm; None = no clipping.
-        optimizer: Built with the policy's trainable parameters.
+        optimizer: Built with the policy's trainable parameters: any that steps by gradients alone (docs/optimizers.md).
         lr_scheduler: Built with the optimizer and stepped once a rollout step that was not skipped (gradient not
-            finite): a schedule of `max_steps` ends with the run.
+            finite): a schedule of `max_steps` ends with the run. `WarmupSchedule` has transformers' schedules by name;
+            `ReduceLROnPlateau` is stepped after each validation, by its `monitor`.
         dtype: Of the policy's weights: `float32`, `bfloat16` or `auto` (as saved).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more compute.
         trust_remote_code: Run model code that ships with the weights.
@@ -145,10 +147,6 @@ class PostTrainingModule(PolicyModule):
         """Padded tokens of one forward and backward pass, on the device where the policy is."""
         return self._micro_batch_tokens or micro_batches.tokens_of_a_pass(self.device)
 
-    def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
-        return optimizer if self.lr_scheduler is None else ([optimizer], [self.lr_scheduler(optimizer)])
-
     # ---------------------------------------------------------------- the step, from top to bottom
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
@@ -169,7 +167,7 @@ class PostTrainingModule(PolicyModule):
             if self.skipped.last is not None:  # the weights are where they were: later epochs would fail the same way
                 break
         if self.lr_scheduler is not None and (self.skipped.last is None or epoch > 0):
-            self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+            self.step_schedule()
         self._log_step(step, sums, trained_tokens)
 
     def _step_batch(self, rollouts: RolloutBatch, advantages: Tensor) -> StepBatch:
@@ -257,7 +255,7 @@ class PostTrainingModule(PolicyModule):
             "train/entropy": total["entropy"] / tokens,
             "train/grad_norm": sums["grad_norm"],
             "train/nonfinite_steps": self.skipped.total,
-            "train/lr": self.optimizers().param_groups[0]["lr"],  # type: ignore[union-attr]
+            "train/lr": nan if (rate := self.optimizers().param_groups[0]["lr"]) is None else rate,  # type: ignore[union-attr]
             "train/trained_tokens": total["train/trained_tokens"],
             "rollout/log_prob_abs_diff_mean": total["mismatch"] / tokens,
             "rollout/log_prob_abs_diff_max": sums["mismatch_max"],

@@ -11,9 +11,23 @@ from torch import nn
 from tealightning.errors import UserError
 from tealightning.metrics import BestOfN, TailFit
 from tealightning.pretrained import load_policy, load_tokenizer, policy_config
+from tealightning.training.export import save_policy, try_export
 from tealightning.training.lora import LoRA, WithoutAdapter, add_adapter
 from tealightning.training.policy_weights import policy_state_dict, shard
 from tealightning.types import PromptBatch
+
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "64-true")
+_REASONS = {
+    "16-mixed": ": clipping would take its scaled gradients for the real ones",
+    "16-true": ": updates of float16 weights round to nothing or overflow, and become NaN within a few steps",
+}
+
+
+def check_precision(precision: Any) -> None:
+    """Refuse what a policy cannot be trained in."""
+    if precision not in PRECISIONS:
+        reason = _REASONS.get(precision, "")
+        raise UserError(f"trainer.precision={precision} is not supported{reason}. Use one of {', '.join(PRECISIONS)}.")
 
 
 class PolicyModule(pl.LightningModule):
@@ -96,8 +110,7 @@ class PolicyModule(pl.LightningModule):
                 shard(model, self.device_mesh, lora=self.lora is not None)
 
     def on_fit_start(self) -> None:
-        if self.trainer.precision == "16-mixed":  # clipping would take its scaled gradients for the real ones
-            raise UserError("trainer.precision=16-mixed is not supported: use bf16-mixed, bf16-true or 32-true.")
+        check_precision(self.trainer.precision)
         for reference in self._reference:
             reference.to(self.device)
 
@@ -161,5 +174,8 @@ class PolicyModule(pl.LightningModule):
         is merged into the weights. Rank 0 writes, and all ranks must call it: a sharded policy is gathered."""
         state = policy_state_dict(self.policy)
         if self.global_rank == 0:
-            self.policy.save_pretrained(folder, state_dict=state)
-            self.tokenizer.save_pretrained(folder)
+            save_policy(self.policy, self.tokenizer, folder, state)
+
+    def try_export(self) -> None:
+        """Refuse a policy that could not be exported: needs no weights, for a run to know at its start."""
+        try_export(self.policy_path, self.policy_config, self.tokenizer)

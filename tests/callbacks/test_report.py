@@ -1,6 +1,7 @@
 import csv
 import json
 import logging
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from run_records import metrics_of, quickstart_args
 
 from tealightning import BestOfNReport
 from tealightning.callbacks.report import reward_lines
+from tealightning.errors import UserError
 from tealightning.functional.best_of_n import best_of_n
 from tealightning.types import Evaluation
 
@@ -102,7 +104,7 @@ def test_a_resumed_run_keeps_the_evaluation_before_training(playground, tmp_path
     assert torch.equal(second.before.rewards, first.before.rewards)
 
 
-def test_without_an_evaluation_before_training_there_is_a_hint_and_no_table(playground, tmp_path):
+def test_without_an_evaluation_before_training_there_is_a_hint_and_no_difference(playground, tmp_path):
     """A sanity check of a few batches is no evaluation; after one validation there is nothing to compare with."""
     report = BestOfNReport()
     settings = VALIDATION | {"num_sanity_val_steps": 1, "val_check_interval": 1, "default_root_dir": tmp_path}
@@ -110,7 +112,7 @@ def test_without_an_evaluation_before_training_there_is_a_hint_and_no_table(play
     assert (report.before.step, report.after) == (1, None)
     with pytest.warns(UserWarning, match=r"set trainer\.num_sanity_val_steps=-1 to evaluate before training"):
         report.show(trainer, trainer.lightning_module)
-    assert not (tmp_path / "best_of_n.md").exists()
+    assert "difference" not in (tmp_path / "best_of_n.md").read_text()
 
 
 def test_validation_alone_writes_nothing(playground, tmp_path):
@@ -137,3 +139,44 @@ def test_command_line_completes_a_report_that_is_behind(playground, tmp_path, ca
     table = (tmp_path / "best_of_n.md").read_text()
     assert table.strip() in told
     assert f"Curve: {tmp_path}/best_of_n.png" in told
+
+
+def test_a_single_validation_at_the_end_is_after_and_has_no_difference(playground, tmp_path, caplog):
+    args = quickstart_args("fit", playground, tmp_path, max_steps=2, **VALIDATION | {"num_sanity_val_steps": 0})
+    callbacks = {"trainer": {"callbacks": [{"class_path": "tealightning.BestOfNReport"}]}}
+    with caplog.at_level(logging.INFO):
+        result = run(
+            *args,
+            *("-c", overlay(tmp_path, callbacks, "callbacks.yaml"), "--trainer.val_check_interval=2"),
+            *("--rollout.engine=transformers_engine", "--trainer.check_val_every_n_epoch=null"),
+        )
+    assert result.status == 0, result.err
+    (told,) = [r.getMessage() for r in caplog.records if "Best-of-n reward" in r.getMessage()]
+    assert "on 8 validation prompts, 4 samples each, after training (step 2); ±" in told
+    assert (tmp_path / "best_of_n.csv").read_text().splitlines()[0] == "n,after,after_se"
+    assert "before" not in told and "difference" not in told
+    assert {f.name for f in tmp_path.glob("rewards_*")} == {"rewards_after.jsonl"}
+
+
+def test_a_single_evaluation_before_any_step_is_before():
+    report = BestOfNReport()
+    report.before = evaluation(0, [[1.0, 2.0], [3.0, 4.0]])
+    assert [set(row) for row in report.rows([1])] == [{"n", "before", "before_se"}]
+    assert report.table([1]).splitlines()[-1] == "|    1 | 2.000 ± 1.000   |"
+    assert report.is_behind(1) and not report.is_behind(0)
+
+
+def test_a_second_evaluation_of_the_same_step_is_no_comparison(playground, tmp_path):
+    report = BestOfNReport()
+    trainer, _ = fit(
+        playground, steps=1, callbacks=[report], val_check_interval=1, default_root_dir=tmp_path, **VALIDATION
+    )
+    report.before, report.after = report.after, None
+    trainer.validate(trainer.lightning_module, datamodule=data_of(playground), verbose=False)
+    assert report.before.step == 1 and report.after is None and set(report.evaluations) == {"after"}
+
+
+def test_without_matplotlib_it_is_refused_at_the_start(playground, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="needs matplotlib"):
+        fit(playground, steps=1, callbacks=[BestOfNReport()], default_root_dir=tmp_path)

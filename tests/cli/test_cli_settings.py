@@ -1,12 +1,16 @@
 """Overrides, overlays and plug-ins: what the command line resolves to."""
 
+import importlib
+import inspect
 import sys
 
 import pytest
+import torch
 import yaml
 from command_line import CONFIGS, PROSE, overlay, resolved, run
 from run_records import quickstart_args
 
+from tealightning.cli.user_settings import canonical_args
 from tealightning.estimators import ESTIMATORS, estimator_names
 
 
@@ -200,3 +204,69 @@ def test_an_overlay_of_another_estimator_resets_too(tmp_path, name):
     over = ["-c", str(CONFIGS / "estimators" / f"{name}.yaml")]
     alone = estimator_of(resolved("-c", PROSE, "--model.estimator.target_n=64", *over))
     assert estimator_of(resolved("-c", PROSE, "-c", overlay(tmp_path, base), *over)) == alone
+
+
+def optimizer_of(*args):
+    init = resolved("-c", PROSE, *args)["model"]["init_args"]
+    return init["optimizer"], init["lr_scheduler"]
+
+
+def test_another_optimizer_keeps_the_arguments_that_it_has_too():
+    adamw = ("--model.optimizer=AdamW", "--model.optimizer.lr=0.25", "--model.optimizer.betas=[0.5,0.6]")
+    sgd, _ = optimizer_of(*adamw, "--model.optimizer=SGD")
+    assert sgd["class_path"] == "torch.optim.SGD"
+    assert sgd["init_args"]["lr"] == 0.25 and "betas" not in sgd["init_args"]
+    again, _ = optimizer_of(*adamw, "--model.optimizer=SGD", "--model.optimizer.lr=0.5", "--model.optimizer=Adam")
+    assert again["init_args"]["lr"] == 0.5 and again["init_args"]["betas"] == [0.9, 0.999]
+
+
+def test_every_optimizer_and_schedule_of_torch_by_its_name():
+    """Also after transformers, which has an Adafactor of its own, was imported."""
+    importlib.import_module("transformers.optimization")
+    assert optimizer_of("--model.optimizer=Adafactor")[0]["class_path"] == "torch.optim.Adafactor"
+    for key, module in (("optimizer", torch.optim), ("lr_scheduler", torch.optim.lr_scheduler)):
+        for name in {n for n in module.__all__ if inspect.isclass(getattr(module, n))} - {"ReduceLROnPlateau"}:
+            assert canonical_args([f"--model.{key}={name}"]) == [f"--model.{key}={module.__name__}.{name}"]
+
+
+def test_muon_with_adamw_by_name():
+    muon, _ = optimizer_of("--model.optimizer=MuonWithAdamW", "--model.optimizer.adamw_lr=0.1")
+    assert muon["class_path"] == "tealightning.training.optimizers.MuonWithAdamW"
+    assert muon["init_args"]["adamw_lr"] == 0.1
+
+
+def test_a_schedule_of_transformers_by_its_name(tmp_path):
+    options = ("--model.lr_scheduler=cosine", "--model.lr_scheduler.warmup_steps=3")
+    bare = overlay(tmp_path, "model: {init_args: {lr_scheduler: cosine}}", "bare.yaml")
+    path = overlay(
+        tmp_path,
+        "model: {init_args: {lr_scheduler: {class_path: cosine, init_args: {warmup_steps: 3}}}}",
+        "path.yaml",
+    )
+    in_two_words = ("--model.lr_scheduler", "cosine", "--model.lr_scheduler.warmup_steps", "3")
+    for args in (options, in_two_words, ("-c", path), ("-c", bare, options[1])):
+        _, schedule = optimizer_of(*args)
+        assert schedule["class_path"] == "tealightning.training.schedules.WarmupSchedule"
+        assert (schedule["init_args"]["name"], schedule["init_args"]["warmup_steps"]) == ("cosine", 3)
+
+
+@pytest.mark.parametrize("path", ["", "torch.optim.lr_scheduler.", "lightning.pytorch.cli."])
+def test_reduce_on_plateau_takes_a_monitor(tmp_path, path):
+    for args in (
+        (
+            f"--model.lr_scheduler={path}ReduceLROnPlateau",
+            "--model.lr_scheduler.monitor=x",
+            "--model.lr_scheduler.mode=max",
+        ),
+        (
+            "-c",
+            overlay(
+                tmp_path,
+                f"model: {{init_args: {{lr_scheduler: {{class_path: {path}ReduceLROnPlateau, "
+                "init_args: {monitor: x, mode: max}}}}",
+            ),
+        ),
+    ):
+        _, plateau = optimizer_of(*args)
+        assert plateau["class_path"] == "lightning.pytorch.cli.ReduceLROnPlateau"
+        assert (plateau["init_args"]["monitor"], plateau["init_args"]["mode"]) == ("x", "max")

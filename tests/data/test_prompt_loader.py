@@ -134,3 +134,15 @@ def test_evaluation_with_single_prompts_may_differ_by_one_batch(prompt_set):
 def test_evaluation_with_fewer_prompts_than_ranks_is_an_error(prompt_set):
     with pytest.raises(ValueError, match="a prompt for each of 3 ranks, and there are 2"):
         EvaluationLoader(prompt_set(2), batch_size=1, world_size=3)
+
+
+@pytest.mark.parametrize(("overfit", "steps"), [(1, 1), (2, 2), (9, 3), (0.5, 2), (0.01, 1), (1.0, 3)])
+def test_overfitting_repeats_the_first_steps_of_the_first_epoch(prompt_set, overfit, steps):
+    prompts = prompt_set(10)
+    first = ids_of(PromptLoader(prompts, batch_size=3, seed=1))[:steps]
+    loader = PromptLoader(prompts, batch_size=3, seed=1, overfit=overfit)
+    served = [*ids_of(loader), *ids_of(loader), *ids_of(loader)]
+    assert served == [first[k % steps] for k in range(9)]
+    resumed = PromptLoader(prompts, batch_size=3, seed=1, overfit=overfit)
+    resumed.load_state_dict(loader.state_dict())
+    assert next(iter(resumed)).ids == first[9 % steps]
