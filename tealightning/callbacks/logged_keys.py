@@ -41,6 +41,8 @@ def training_keys(module: Any, rollout: RolloutCallback, callbacks: Iterable[Cal
     keys |= {f"rollout/{name}" for name in (*ROLLOUT, *COMPLETIONS, *_components(rollout.reward))}
     if module.with_reference:
         keys.add("train/kl")
+    if module.loss.importance_cap is not None:
+        keys.add("train/importance_clip_fraction")
     if rollout.steps_ahead:
         keys |= {"rollout/wait_seconds", "rollout/staleness"}
     for callback in callbacks:

@@ -4,7 +4,6 @@ import csv
 import importlib.util
 import io
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -269,9 +268,7 @@ class ExportPolicy(Callback):
         if target.exists() and not (target / "config.json").is_file() and (target.is_file() or any(target.iterdir())):
             raise UserError(f"ExportPolicy.folder: {target} is there already and is no exported policy.")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=target.parent):
-                pass
+            files.check_writable(target.parent)
         except OSError as error:
             raise UserError(f"ExportPolicy.folder: {target} cannot be written ({error}).") from error
 

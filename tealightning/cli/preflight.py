@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from tealightning.callbacks import EvaluationRecord, ExportPolicy, RolloutCallback
@@ -19,6 +20,7 @@ from tealightning.data import PromptDataModule
 from tealightning.data.sources import check_source
 from tealightning.errors import UserError
 from tealightning.pretrained import check_weights, policy_config, positions_of
+from tealightning.reliability.files import check_writable
 from tealightning.training.module import PostTrainingModule
 from tealightning.training.policy_module import check_precision
 from tealightning.types import Split
@@ -28,6 +30,17 @@ if TYPE_CHECKING:
 
 PHASES: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 """What a command reads of the data; the first of them it must have."""
+
+_NOT_SUPPORTED = {
+    "BackboneFinetuning": "set model.lora to train a part of the policy",
+    "BatchSizeFinder": "set data.batch_size and model.micro_batch_tokens",
+    "GradientAccumulationScheduler": "set data.batch_size and model.micro_batch_tokens",
+    "LearningRateFinder": "set model.optimizer.lr",
+    "ModelPruning": "the policy is loaded after it looks for weights",
+    "SpikeDetection": "health has such checks, for example health.stop_on",
+    "StochasticWeightAveraging": "use EMAWeightAveraging or WeightAveraging",
+}
+"""Callbacks of Lightning that need its automatic optimization -> what to do instead."""
 
 
 def check_classes(settings: Any, key: str = "") -> None:
@@ -86,6 +99,9 @@ def _contradictions(cli: "TrainingCLI", rollout: RolloutCallback) -> Iterator[st
             yield "trainer.gradient_clip_algorithm is not supported: model.gradient_clip_norm clips the norm."
         if settings.limit_train_batches == 0:
             yield "trainer.limit_train_batches=0 trains nothing: use `tealightning validate` to evaluate the policy."
+        for callback in _callbacks(cli, Callback):
+            if (instead := _NOT_SUPPORTED.get(type(callback).__name__)) is not None:
+                yield f"trainer.callbacks: {type(callback).__name__} is not supported here: {instead}."
     # What Lightning takes without a word, and fails on in the middle of a run.
     if settings.val_check_interval == 0:
         yield "trainer.val_check_interval must be above 0, got 0; without validation: trainer.limit_val_batches=0."
@@ -123,7 +139,9 @@ def check_inputs(cli: "TrainingCLI") -> None:
             _ = model.tokenizer
             if cli.command == "fit" and _callbacks(cli, ExportPolicy):
                 model.try_export()
-        if cli.command == "fit" and model.loss.kl_coef > 0 and model.reference_path != model.policy_path:
+        measures_kl = any(record.kl_samples for record in _callbacks(cli, EvaluationRecord))
+        needs_reference = measures_kl or (cli.command == "fit" and model.loss.kl_coef > 0)
+        if needs_reference and model.reference_path != model.policy_path:
             with cli.naming("model.reference"):
                 trusted = model.load_kwargs["trust_remote_code"]
                 policy_config(model.reference_path, argument="reference", trust_remote_code=trusted)
@@ -132,6 +150,10 @@ def check_inputs(cli: "TrainingCLI") -> None:
         if positions is not None and (longest or new + 1) > positions:
             setting = f"rollout.max_model_len={longest}" if longest else f"rollout.sampling.max_new_tokens={new}"
             raise UserError(f"{setting}: prompt and completion must fit into the policy's {positions} positions.")
+    for callback in _callbacks(cli, Checkpoint):
+        if "://" not in (folder := str(getattr(callback, "dirpath", None) or "")) and folder:
+            with cli.naming("trainer.callbacks.dirpath"):
+                check_writable(Path(folder))
     with cli.naming("rollout.engine"):
         rollout.engine.check()
     rewards = [("rollout.reward", rollout.reward)]

@@ -165,7 +165,14 @@ class PromptDataModule(pl.LightningDataModule):
         """Whether there are prompts for a step, and validations within an epoch, before a model is loaded."""
         with _named("data.batch_size"):
             steps = len(self.train_dataloader())
-        if self.trainer is None or self.trainer.check_val_every_n_epoch is None or "val" not in self.prompt_sets:
+        if self.trainer is None or "val" not in self.prompt_sets:
+            return
+        share, batches = self.trainer.limit_val_batches, len(self._evaluation_loader("val"))
+        if isinstance(share, float) and 0 < share * batches < 1:
+            raise UserError(
+                f"trainer.limit_val_batches={share} of {batches} batches is none: at least {1 / batches:.2g}."
+            )
+        if self.trainer.check_val_every_n_epoch is None:
             return
         limit, interval = self.trainer.limit_train_batches, self.trainer.val_check_interval
         steps = min(steps, limit) if isinstance(limit, int) else int(steps * limit)

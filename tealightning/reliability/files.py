@@ -46,6 +46,13 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     sync(path.parent)
 
 
+def check_writable(folder: Path) -> None:
+    """Make a folder if it is missing, and write into it on trial; an OSError says what is in the way."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 def sync(path: Path) -> None:
     """Bring a file's content to the disk, or the names in a folder."""
     handle = os.open(path, os.O_RDONLY)

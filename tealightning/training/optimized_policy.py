@@ -44,7 +44,9 @@ class OptimizedPolicy(PolicyModule):
         # A launcher that forks forbids CUDA before it has.
         forks = getattr(strategy.launcher, "is_interactive_compatible", False)
         with torch.random.fork_rng(devices=[]):
-            return try_optimizer(self.optimizer, torch.device("cpu") if forks else strategy.root_device)
+            return try_optimizer(
+                self.optimizer, torch.device("cpu") if forks else strategy.root_device, self.device_mesh
+            )
 
     def try_schedule(self, optimizer: Optimizer, *, has_data: bool = False) -> Any:
         """Refuse a schedule that does not reach the end of the run; otherwise one that has made a few steps. Where

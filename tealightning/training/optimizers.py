@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from tealightning.errors import UserError
+from tealightning.training.policy_weights import shard
 
 __all__ = ["MuonWithAdamW"]
 
@@ -121,10 +122,12 @@ def has_two_weights(optimizer: Any) -> bool:
     return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 
-def try_optimizer(make: Callable[[Any], Optimizer], device: torch.device) -> Optimizer:
+def try_optimizer(make: Callable[[Any], Optimizer], device: torch.device, mesh: Any = None) -> Optimizer:
     """The optimizer of a model of one small layer, after a step, a change to evaluation and back, and a checkpoint;
-    a UserError says what an optimizer cannot do that training needs."""
+    a UserError says what an optimizer cannot do that training needs. With a mesh the layer is sharded over it."""
     layer = nn.utils.skip_init(nn.Linear, 4, 4, device=device)
+    if mesh is not None:
+        shard(layer, mesh)
     for p in layer.parameters():
         nn.init.constant_(p, 0.5)
         p.grad = torch.full_like(p, 0.25)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "docs" / "cli.md",
     ROOT / "docs" / "quickstart.md",
-    *(ROOT / "docs" / "how-to" / name for name in ("lora.md", "resume.md", "deadlines.md")),
+    *(ROOT / "docs" / "how-to" / name for name in ("lora.md", "resume.md", "deadlines.md", "optimizers.md")),
 ]
 
 

@@ -54,13 +54,13 @@ def callback(name, module="lightning.pytorch.callbacks", **arguments):
             "best_of_4",
             "ModelCheckpoint.monitor=best_of_4: nothing logs that key. Did you mean 'val/b",
         ),
-        ("EarlyStopping", "train/kl", "Training logs reward, rollout/completion_length_max"),
+        ("EarlyStopping", "train/kl_loss", "Training logs reward, rollout/completion_length_max"),
         ("EarlyStopping", "test/best_of_4", "nothing logs that key"),
     ],
 )
 def test_a_monitor_that_is_never_logged_is_refused_with_what_is(fit_args, tmp_path, name, key, told):
     file = overlay(tmp_path, {"trainer": {"callbacks": [callback(name, monitor=key)]}}, "callbacks.yaml")
-    result = run(*fit_args, "-c", file)
+    result = run(*fit_args, "-c", file, "--trainer.enable_checkpointing=true")
     assert result.status == 2 and told in result.err
 
 

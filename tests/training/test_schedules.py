@@ -9,6 +9,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from module_fixtures import make_batch, make_rollouts, run_steps, save_tiny_policy
+from playground_fits import fit
+from playground_fits import module_of as tiny_module
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
@@ -207,3 +209,20 @@ def test_a_plateau_is_resumed_exactly(policy, tmp_path, before):
 def test_a_metric_that_is_not_logged_is_named_with_those_that_are(policy):
     with pytest.raises(UserError, match=r"'val/best_of_5' is not logged. Logged: .*val/best_of_4"):
         fit_on_plateau(policy, "val/best_of_5")
+
+
+def test_a_warm_up_is_resumed_exactly_with_the_real_loader(playground, tmp_path):
+    class SaveAtTwo(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(tmp_path / "two.ckpt")
+
+    def trained(**settings):
+        schedule = partial(WarmupSchedule, name="cosine", warmup_steps=2)
+        return fit(playground, steps=5, module=tiny_module(playground, lr_scheduler=schedule), max_epochs=9, **settings)
+
+    (_, whole), path = trained(callbacks=[SaveAtTwo()]), str(tmp_path / "two.ckpt")
+    _, rest = trained(ckpt_path=path)
+    assert rest.series("train/lr") == whole.series("train/lr")[2:] and torch.equal(rest.weights, whole.weights)
+    assert [step["ids"] for step in rest.steps] == [step["ids"] for step in whole.steps[2:]]
+    assert whole.series("train/lr") == pytest.approx([5e-4, 1e-3, 7.5e-4, 2.5e-4, 0.0])
