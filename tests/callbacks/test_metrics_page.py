@@ -10,9 +10,9 @@ from playground_fits import data_of, module_of, rollout_of, trainer_of
 from tealightning import Budget, HealthChecks, PolicyGradientLoss
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
-# Logged only when some samples are unscorable or missing, with steps_ahead=1, and by rewards that count their failures;
-# they have tests of their own.
-SOMETIMES = {"best_of_{n}_prompts", "rollout/wait_seconds", "rollout/staleness"} | {
+# Logged only when some samples are unscorable or missing, with steps_ahead=1, with loss.importance_cap, and by rewards
+# that count their failures; they have tests of their own.
+SOMETIMES = {"best_of_{n}_prompts", "rollout/wait_seconds", "rollout/staleness", "train/importance_clip_fraction"} | {
     f"reward_{{name}}_{count}" for count in ("unscored", "errors", "timeouts", "crashes", "retries")
 }
 

@@ -20,7 +20,7 @@ def test_the_keys_are_those_that_a_run_logs(playground, tmp_path, most):
     settings = {"limit_val_batches": 1, "val_check_interval": 1, "check_val_every_n_epoch": None}
     logger = CSVLogger(tmp_path, name="", version="")
     trainer = trainer_of(rollout, *callbacks, max_steps=1, logger=logger, log_every_n_steps=1, **settings)
-    kl = {"loss": PolicyGradientLoss(kl_coef=0.1)} if most == 8 else {}
+    kl = {"loss": PolicyGradientLoss(kl_coef=0.1, importance_cap=2.0)} if most == 8 else {}
     module = module_of(playground, ns=[1, most] if most > 1 else [1], extrapolate_ns=[64] if most == 32 else [], **kl)
     trainer.fit(module, datamodule=data_of(playground))
     found = set(trainer.callback_metrics)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from module_fixtures import KeepGradients, make_batch, make_rollouts, run_steps, save_tiny_policy, tiny_llama
+from ranks import HELPERS, run_ranks
 from schedule_free import SGDScheduleFree
 from torch.utils.data import DataLoader
 from transformers import Adafactor, AutoModelForCausalLM
@@ -149,7 +150,7 @@ def schedule_free_classes():
     found = [partial(SGDScheduleFree, lr=0.5)]
     if (package := importlib.util.find_spec("schedulefree")) is not None:
         package = importlib.import_module("schedulefree")
-        found += [partial(package.SGDScheduleFree, lr=0.5), package.AdamWScheduleFree, package.RAdamScheduleFree]
+        found += [partial(package.SGDScheduleFree, lr=0.5), package.AdamWScheduleFree]
     return found
 
 
@@ -229,3 +230,8 @@ def test_schedule_free_goes_on_exactly_and_its_checkpoint_evaluates_the_average(
         assert not torch.equal(seen.seen["val"][0], watch.seen["train"][3])
         state = saved["evaluation_weights"]
         assert torch.equal(alone.policy.lm_head.weight, state["policy.lm_head.weight"])
+
+
+@pytest.mark.slow
+def test_sharded_weights_make_the_same_steps_or_the_optimizer_is_refused():
+    run_ranks(HELPERS / "sharded_optimizers.py")
