@@ -140,6 +140,7 @@ def class_names(key: str) -> list[str]:
         return [SECTIONS[key].__name__]
     modules = [importlib.import_module(module) for module in _modules_of(key)]
     classes = {name for module in modules for name in _public(module) if inspect.isclass(getattr(module, name, None))}
+    classes |= set(SCHEDULES) if key == "model.lr_scheduler" else set()
     return sorted(classes - {"Callback", "LRScheduler", "Logger", "Optimizer"})
 
 

@@ -120,8 +120,7 @@ class OptimizedPolicy(PolicyModule):
         super().on_validation_model_eval()
         self._switch_weights("eval")
 
-    def on_validation_model_train(self) -> None:
-        super().on_validation_model_train()
+    def on_validation_end(self) -> None:  # not on_validation_model_train: Lightning would not restore the modes itself
         self._switch_weights("train")
 
     def on_train_end(self) -> None:

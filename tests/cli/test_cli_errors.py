@@ -27,6 +27,7 @@ def refused(*args):
         ("model.estimator=TAE", "Unknown estimator 'TAE'. Did you mean 'tea'? Valid: bon_max_mean, calibrated_tea"),
         ("rollout.engine=VLMEngine", "Unknown engine 'VLMEngine'. Did you mean 'vllm_engine'"),
         ("rollout.reward=FunctonReward", "Unknown reward 'FunctonReward'. Did you mean 'function_reward'"),
+        ("model.lr_scheduler=cosin", "model.lr_scheduler: there is no class 'cosin'. Did you mean 'cosine'"),
         ("model.optimizer=SGDD", "model.optimizer: there is no class 'SGDD'. Did you mean 'SGD'"),
         ("trainer.logger=CVSLogger", "trainer.logger: there is no class 'CVSLogger'. Did you mean 'CSVLogger'"),
         ("trainer.callbacks+=SampleTabel", "there is no class 'SampleTabel'. Did you mean 'SampleTable'?"),

@@ -143,6 +143,21 @@ def test_a_schedule_moves_both_rates_of_muon(policy):
     assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [0.025, 0.0025]
 
 
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_validation_leaves_every_module_in_the_mode_that_it_was_in(policy, gradient_checkpointing):
+    """Policies are scored in eval mode, as they were sampled, or in train mode without dropout."""
+    modes = []
+
+    class Modes(Callback):
+        def on_train_batch_start(self, trainer, module, *_):
+            modes.append({name: child.training for name, child in module.policy.named_modules()})
+
+    module = module_of(policy, torch.optim.SGD, ns=[1, 4], gradient_checkpointing=gradient_checkpointing)
+    fit_with_validation(module, Modes())
+    assert len(modes) == 6 and all(mode == modes[0] for mode in modes)
+    assert set(modes[0].values()) == {gradient_checkpointing}
+
+
 # ---------------------------------------------------------------- weights of training and of evaluation
 
 
