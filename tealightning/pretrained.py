@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tealightning.adapter_folder import find_adapter, merged, refuse_quantized
 from tealightning.errors import UserError
 
 _PICKLES = ("pytorch_model*.bin", "adapter_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -23,18 +24,26 @@ def load_policy(
     argument: str = "policy",
 ) -> Any:
     """The causal LM at `path` (a folder or hub id, which error messages call `argument`) in eval mode, so that training
-    scores tokens exactly as sampling did (no dropout). `dtype` is "float32", "bfloat16" or "auto" (as saved)."""
+    scores tokens exactly as sampling did (no dropout). `dtype` is "float32", "bfloat16" or "auto" (as saved). Of an
+    adapter the base is loaded, and it is merged."""
     from transformers import AutoModelForCausalLM
 
     with _loading(path, argument, "is no folder or hub id of a causal LM"):
         refuse_pickled_weights(path, argument)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        if adapter := find_adapter(path, argument):
+            base = load_policy(
+                adapter.base, dtype=dtype, trust_remote_code=trust_remote_code, argument=f"{adapter.name}: base"
             )
-        except (OSError, ValueError) as error:
-            refuse_pickled_weights(path, argument, error)
-            raise
+            refuse_quantized(base.config, adapter)
+            model = merged(base, adapter)
+        else:
+            try:
+                model = AutoModelForCausalLM.from_pretrained(
+                    path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+                )
+            except (OSError, ValueError) as error:
+                refuse_pickled_weights(path, argument, error)
+                raise
     model.eval()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -48,18 +57,34 @@ def load_policy(
 
 
 def policy_config(path: str, *, trust_remote_code: bool = False, argument: str = "policy") -> Any:
-    """The configuration of the causal LM at `path`, without its weights."""
+    """The configuration of the causal LM at `path`, without its weights; of an adapter that of the merged model."""
     from transformers import AutoConfig
 
     with _loading(path, argument, "is no folder or hub id of a causal LM"):
+        if adapter := find_adapter(path, argument):
+            config = policy_config(adapter.base, trust_remote_code=trust_remote_code, argument=f"{adapter.name}: base")
+            refuse_quantized(config, adapter)
+            text = config.get_text_config()
+            text.vocab_size = adapter.num_embeddings() or text.vocab_size
+            return config
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
+def base_of(path: str, *, argument: str = "policy") -> str:
+    """Folder or hub id of the model at `path`: of an adapter that of its base, whose weights are other ones."""
+    adapter = find_adapter(path, argument)
+    return path if adapter is None else base_of(adapter.base, argument=f"{adapter.name}: base")
+
+
 def load_tokenizer(path: str, *, trust_remote_code: bool = False, argument: str = "policy") -> Any:
-    """The tokenizer saved with a model; its pad token falls back to eos (masks come from lengths, so that is safe)."""
+    """The tokenizer saved with a model, or else with its base; its pad token falls back to eos (masks come from
+    lengths, so that is safe)."""
     from transformers import AutoTokenizer
+    from transformers.utils import has_file
 
     with _loading(path, argument, "has no tokenizer that transformers can load"):
+        if (adapter := find_adapter(path, argument)) and not has_file(path, "tokenizer_config.json"):
+            path = base_of(adapter.base, argument=f"{adapter.name}: base")
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -72,10 +97,12 @@ def positions_of(config: Any) -> int | None:
 
 
 def check_weights(path: str, *, argument: str = "policy") -> None:
-    """Refuse what is neither a hub id nor a folder with safetensors weights."""
+    """Refuse what is neither a hub id nor a folder with safetensors weights; also the base of an adapter."""
     _check_exists(path, argument)
     refuse_pickled_weights(path, argument)
     folder = Path(path)
+    if folder.is_dir() and (adapter := find_adapter(path, argument)):
+        check_weights(adapter.base, argument=f"{adapter.name}: base")
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise UserError(f"{argument} {path!r}: the folder has no weights (model.safetensors).")
 

@@ -27,6 +27,7 @@ LAYERS = [
         "functional",
         "reliability",
         "text",
+        "adapter_folder",
         "pretrained",
     },
     {"estimators", "metrics"},

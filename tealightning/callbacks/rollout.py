@@ -162,7 +162,7 @@ class RolloutCallback(Callback):
         config = pl_module.policy.config
         context = EngineContext(
             policy=pl_module.policy,
-            policy_path=pl_module.policy_path,
+            policy_path=pl_module.served_path(),
             tokenizer=pl_module.tokenizer,
             device=pl_module.device,
             max_model_len=self._model_len(trainer, config),

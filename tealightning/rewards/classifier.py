@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from tealightning.adapter_folder import find_adapter, merged, refuse_quantized
 from tealightning.checks import check_choice, check_integer
 from tealightning.errors import UserError
-from tealightning.pretrained import check_weights, load_tokenizer, refuse_pickled_weights
+from tealightning.pretrained import base_of, check_weights, load_tokenizer, refuse_pickled_weights
 from tealightning.registry import register
 from tealightning.rewards.base import Metadata, Reward
 from tealightning.text.chat import ChatFormatter, ChatTemplate, check_template
@@ -135,10 +136,15 @@ class SequenceClassifierReward(Reward):
     def _load_config(self) -> Any:
         from transformers import AutoConfig
 
+        adapter = find_adapter(self.model_path, "model")
         try:
-            config = AutoConfig.from_pretrained(self.model_path, trust_remote_code=self.trust_remote_code)
+            path = base_of(self.model_path, argument="model")
+            config = AutoConfig.from_pretrained(path, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError) as error:
             raise self._unusable(str(error)) from error
+        if adapter is not None:
+            refuse_quantized(config, adapter)
+            config.num_labels = adapter.num_labels or config.num_labels
         if config.num_labels != 1:
             raise self._unusable(f"it has {config.num_labels} labels, and a reward model 1 (num_labels in config.json)")
         return config
@@ -147,10 +153,10 @@ class SequenceClassifierReward(Reward):
         from transformers import AutoModelForSequenceClassification
 
         refuse_pickled_weights(self.model_path, "model")
-        config = self._load_config()
+        config, adapter = self._load_config(), find_adapter(self.model_path, "model")
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                self.model_path,
+                self.model_path if adapter is None else adapter.base,
                 config=config,
                 dtype=getattr(torch, self.dtype),
                 trust_remote_code=self.trust_remote_code,
@@ -160,9 +166,11 @@ class SequenceClassifierReward(Reward):
         except (OSError, ValueError) as error:
             refuse_pickled_weights(self.model_path, "model", error)
             raise self._unusable(str(error)) from error
-        if info["missing_keys"]:
-            missing = ", ".join(sorted(info["missing_keys"]))
+        if lacking := set(info["missing_keys"]) - set(adapter.shapes if adapter else ()):
+            missing = ", ".join(sorted(lacking))
             raise self._unusable(f"it lacks {missing}, which would be random numbers. Is it a reward model?")
+        if adapter is not None:
+            model = merged(model, adapter)
         model.config.use_cache = False  # one pass: keys and values would only take memory
         return model.requires_grad_(False).eval()
 

@@ -1,5 +1,8 @@
 """LightningModule around a causal LM: load it with reference and adapter, evaluate best-of-n, checkpoint, export."""
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -10,10 +13,10 @@ from torch import nn
 
 from tealightning.errors import UserError
 from tealightning.metrics import BestOfN, TailFit
-from tealightning.pretrained import load_policy, load_tokenizer, policy_config
+from tealightning.pretrained import base_of, load_policy, load_tokenizer, policy_config
 from tealightning.training.export import save_policy, try_export
 from tealightning.training.lora import LoRA, WithoutAdapter, add_adapter
-from tealightning.training.policy_weights import policy_state_dict, shard
+from tealightning.training.policy_weights import is_sharded, policy_state_dict, shard
 from tealightning.types import PromptBatch
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "64-true")
@@ -114,6 +117,25 @@ class PolicyModule(pl.LightningModule):
         for reference in self._reference:
             reference.to(self.device)
 
+    def served_path(self) -> str:
+        """Folder or hub id from which an engine loads a model of the policy's shape, before it gets the weights: where
+        the policy's is an adapter its base, or a merged copy if the adapter has resized or untied the embedding."""
+        base = base_of(self.policy_path)
+        if base == self.policy_path:
+            return base
+        config = policy_config(base, trust_remote_code=self.load_kwargs["trust_remote_code"])
+        if _shape(config) == _shape(self.policy.config):
+            return base
+        if is_sharded(self.policy):
+            raise UserError(
+                f"model.policy={self.policy_path!r} is an adapter that changes the shape of its base, and a sharded "
+                "policy is not copied for an engine: merge it into a folder of its own and name that."
+            )
+        folder = tempfile.mkdtemp(prefix="tealightning-merged-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        save_policy(self.policy, self.tokenizer, folder, policy_state_dict(self.policy))
+        return folder
+
     # ---------------------------------------------------------------- evaluation
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
@@ -178,4 +200,9 @@ class PolicyModule(pl.LightningModule):
 
     def try_export(self) -> None:
         """Refuse a policy that could not be exported: needs no weights, for a run to know at its start."""
-        try_export(self.policy_path, self.policy_config, self.tokenizer)
+        try_export(base_of(self.policy_path), self.policy_config, self.tokenizer)
+
+
+def _shape(config: Any) -> tuple[int, bool]:
+    """What a merged adapter can change of a configuration."""
+    return config.get_text_config().vocab_size, config.tie_word_embeddings
