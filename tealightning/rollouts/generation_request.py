@@ -95,6 +95,8 @@ def vllm_arguments(context: EngineContext, *, dtype: str, on_cpu: bool) -> dict[
         # prompts are never split. The cache is small, because its default is a share of the machine's memory.
         arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, context.max_model_len)}
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": 2**28}
+        if getattr(context.policy, "_is_stateful", False):  # to share a prompt's state vLLM would have to split prompts
+            arguments["enable_prefix_caching"] = False
     return arguments
 
 

@@ -218,9 +218,9 @@ class VLLMEngine(RolloutEngine):
             raise UserError("rollout.engine.sleep=true needs vLLM on a GPU: its CPU build has no sleep mode.")
         args = {
             "model": context.policy_path,
+            "enable_prefix_caching": self.enable_prefix_caching,
             **request.vllm_arguments(context, dtype=self.dtype, on_cpu=on_cpu),
             "max_num_seqs": self.max_num_seqs,
-            "enable_prefix_caching": self.enable_prefix_caching,
             "enable_sleep_mode": self.sleep,
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
