@@ -146,11 +146,11 @@ class OptimizedPolicy(PolicyModule):
                     p.copy_(value)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         with self._evaluation_weights() as differ:
             if differ:
-                state = {name: value.detach().clone() for name, value in self.state_dict().items()}
-                checkpoint[EVALUATION_WEIGHTS] = state
-        super().on_save_checkpoint(checkpoint)
+                own, names = self.state_dict(), checkpoint["state_dict"]
+                checkpoint[EVALUATION_WEIGHTS] = {name: own[name].detach().to("cpu", copy=True) for name in names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)

@@ -155,6 +155,8 @@ def try_optimizer(make: Callable[[Any], Optimizer], device: torch.device, mesh: 
         optimizer.step(closure=lambda: calls.append(None) or 0.0)  # type: ignore[func-returns-value]
     except Exception as error:  # whatever a class of any origin raises: it would end the run at the same place
         raise UserError(f"{name} is not supported: it cannot {doing} ({type(error).__name__}: {error}).") from error
+    if mesh is not None and has_two_weights(optimizer):
+        raise UserError(f"{name} is not supported with sharded weights, of which a checkpoint holds one set: use ddp.")
     if len(calls) != 2:
         raise UserError(
             f"{name} is not supported: its step(closure) has to call the closure, which runs Lightning's hooks."

@@ -18,6 +18,7 @@ from transformers import Adafactor, AutoModelForCausalLM
 from tealightning import PostTrainingModule
 from tealightning.errors import UserError
 from tealightning.estimators import build_estimator
+from tealightning.training.lora import LoRA
 from tealightning.training.optimizers import MuonWithAdamW, build_optimizer
 
 REWARDS = [[2.0, 1.0, 0.5, -1.0], [0.0, 3.0, 0.5, 0.25]]
@@ -250,3 +251,13 @@ def test_schedule_free_goes_on_exactly_and_its_checkpoint_evaluates_the_average(
 @pytest.mark.slow
 def test_sharded_weights_make_the_same_steps_or_the_optimizer_is_refused():
     run_ranks(HELPERS / "sharded_optimizers.py")
+
+
+def test_an_adapters_checkpoint_holds_both_sets_of_its_weights_and_no_frozen_ones(policy, tmp_path):
+    pytest.importorskip("peft")
+    module = module_of(policy, partial(SGDScheduleFree, lr=0.5), ns=[1, 4], lora=LoRA(rank=2))
+    trainer = fit_with_validation(module, Watch(tmp_path))
+    saved = torch.load(tmp_path / "train.ckpt", weights_only=False)
+    assert saved["evaluation_weights"].keys() == saved["state_dict"].keys()
+    assert all("lora" in name for name in saved["state_dict"])
+    assert [group["train_mode"] for group in trainer.optimizers[0].param_groups] == [False]
