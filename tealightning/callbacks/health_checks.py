@@ -43,6 +43,15 @@ class StepSummary:
         return self.weights_version == self.global_step
 
 
+# Functions and no lambdas: a run in processes that are spawned pickles its callbacks.
+def _was_taken(step: StepSummary) -> bool:
+    return step.skipped is None
+
+
+def _any_step(step: StepSummary) -> bool:
+    return True
+
+
 @dataclass(kw_only=True, slots=True)
 class HealthCheck:
     """A row of the table `HEALTH_CHECKS`: a logged metric with its bound and advice, or a function `problem`; and, in
@@ -53,7 +62,7 @@ class HealthCheck:
     patience: int = 1  # steps in a row that it is wrong for before it is reported
     advice: str = ""  # what to say then, with {value} and {limit}
     problem: "Callable[[HealthCheck, StepSummary], str | None] | None" = None  # what is wrong with a step
-    applies: Callable[[StepSummary], bool] = lambda step: step.skipped is None
+    applies: Callable[[StepSummary], bool] = _was_taken
     """Whether a step says anything about it; one that does not neither begins nor ends an episode."""
     limit_from: str = ""  # argument of `HealthChecks` that has the limit
     patience_from: str = ""  # ... and the patience
@@ -215,7 +224,7 @@ def _off_policy(step: StepSummary) -> bool:
 
 
 HEALTH_CHECKS: dict[str, HealthCheck] = {
-    "nonfinite": HealthCheck(problem=_not_finite, patience_from="max_nonfinite_steps", applies=lambda _: True),
+    "nonfinite": HealthCheck(problem=_not_finite, patience_from="max_nonfinite_steps", applies=_any_step),
     "weights_version": HealthCheck(problem=_old_weights, limit_from="max_version_lag"),
     "mismatch": HealthCheck(problem=_mismatch, limit_from="max_log_prob_diff", applies=_on_policy),
     "drift": HealthCheck(problem=_mismatch, limit_from="max_log_prob_diff", applies=_off_policy),

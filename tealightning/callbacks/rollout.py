@@ -9,6 +9,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from tealightning.callbacks.lightning_callbacks import check_callbacks
 from tealightning.callbacks.rollout_checks import UnscorableGuard, check_prompts, padding_id
 from tealightning.errors import UserError
 from tealightning.pretrained import positions_of
@@ -106,6 +107,8 @@ class RolloutCallback(Callback):
         if trainer.world_size == 1:  # vLLM makes a process group of size 1, which Lightning takes for several ranks
             warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
         self.check(stage, pl_module)
+        if stage == "fit":
+            check_callbacks(trainer.callbacks, trainer.strategy)  # type: ignore[attr-defined]
         if sets := getattr(getattr(trainer, "datamodule", None), "prompt_sets", None):
             config = pl_module.policy_config
             check_prompts(sets, config, pl_module.tokenizer, self.sampling, self._model_len(trainer, config))
@@ -140,6 +143,10 @@ class RolloutCallback(Callback):
             self.engine.close()
         finally:
             self.reward.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy starts its engine anew."""
+        return self.__dict__ | {"_collector": None, "_weights": None, "_ahead": OneStepAhead()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"rollout_step": self.rollout_step}

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from tealightning.callbacks import EvaluationRecord, ExportPolicy, RolloutCallback
+from tealightning.callbacks.lightning_callbacks import check_callbacks
 from tealightning.cli.monitors import check_monitors
 from tealightning.cli.user_settings import imported_class, inner_key
 from tealightning.data import PromptDataModule
@@ -30,17 +31,6 @@ if TYPE_CHECKING:
 
 PHASES: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 """What a command reads of the data; the first of them it must have."""
-
-_NOT_SUPPORTED = {
-    "BackboneFinetuning": "set model.lora to train a part of the policy",
-    "BatchSizeFinder": "set data.batch_size and model.micro_batch_tokens",
-    "GradientAccumulationScheduler": "set data.batch_size and model.micro_batch_tokens",
-    "LearningRateFinder": "set model.optimizer.lr",
-    "ModelPruning": "the policy is loaded after it looks for weights",
-    "SpikeDetection": "health has such checks, for example health.stop_on",
-    "StochasticWeightAveraging": "use EMAWeightAveraging or WeightAveraging",
-}
-"""Callbacks of Lightning that need its automatic optimization -> what to do instead."""
 
 
 def check_classes(settings: Any, key: str = "") -> None:
@@ -63,6 +53,8 @@ def check_together(cli: "TrainingCLI") -> None:
             cli.model.estimator.check_group_size(rollout.group_size)
         with cli.naming("rollout"):
             rollout.check(cli.command, cli.model)
+    if cli.command == "fit":
+        check_callbacks(cli.trainer.callbacks, cli.trainer.strategy)  # type: ignore[attr-defined]
     for message in _contradictions(cli, rollout):
         raise UserError(message)
     if cli.command == "fit":
@@ -99,9 +91,6 @@ def _contradictions(cli: "TrainingCLI", rollout: RolloutCallback) -> Iterator[st
             yield "trainer.gradient_clip_algorithm is not supported: model.gradient_clip_norm clips the norm."
         if settings.limit_train_batches == 0:
             yield "trainer.limit_train_batches=0 trains nothing: use `tealightning validate` to evaluate the policy."
-        for callback in _callbacks(cli, Callback):
-            if (instead := _NOT_SUPPORTED.get(type(callback).__name__)) is not None:
-                yield f"trainer.callbacks: {type(callback).__name__} is not supported here: {instead}."
     # What Lightning takes without a word, and fails on in the middle of a run.
     if settings.val_check_interval == 0:
         yield "trainer.val_check_interval must be above 0, got 0; without validation: trainer.limit_val_batches=0."

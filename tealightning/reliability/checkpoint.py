@@ -21,6 +21,7 @@ from tealightning.errors import UserError
 from tealightning.reliability import checkpoint_files as files
 from tealightning.reliability import step_snapshot as snapshots
 from tealightning.reliability.files import run_folder
+from tealightning.reliability.fingerprint import fingerprint
 from tealightning.reliability.locks import locked
 from tealightning.reliability.progress import Activity, during
 from tealightning.reliability.ranks import over_ranks
@@ -64,6 +65,7 @@ class ResumableCheckpoint(Checkpoint):
         self._received = 0  # signal that this process got; 0 = none
         self._stop = 0  # the signal that all ranks have agreed on
         self._is_due = False
+        self._before_validation: bytes | None = None  # fingerprint of the weights
         self._random: dict[str, Any] | None = None  # of the checkpoint that was loaded
 
     def _take_over_signals(self) -> None:
@@ -167,6 +169,7 @@ class ResumableCheckpoint(Checkpoint):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self._is_after_a_step(trainer):
+            self._before_validation = fingerprint(pl_module)
             self.validation_due = True  # before the snapshot, which holds it
             snapshots.mark_before_validation(self._snapshot_again(trainer))
             self._save_and_end(trainer)
@@ -177,7 +180,7 @@ class ResumableCheckpoint(Checkpoint):
             self._end_if_asked(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.validation_due = False
+        self.validation_due, self._before_validation = False, None
         if self._is_after_a_step(trainer):
             self._snapshot_again(trainer)
             self._stop = max(over_ranks(self._received))
@@ -282,6 +285,8 @@ class ResumableCheckpoint(Checkpoint):
             raise snapshots.CannotSaveError("the weights are sharded, and gathering them needs all ranks")
         if not snapshots.has_finite_weights(pl_module):
             raise snapshots.CannotSaveError("the weights are not finite")
+        if self._before_validation is not None:
+            snapshots.take_averages_back(trainer, self._before_validation)
         busy = f"another rank did not end its rescue in {_LOCK_SECONDS:g} s"
         with locked(self.folder, busy, wait_seconds=_LOCK_SECONDS, name=".rescue.lock"):
             with contextlib.suppress(FileNotFoundError, files.DamagedCheckpointError):

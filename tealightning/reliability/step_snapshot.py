@@ -7,7 +7,10 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from torch.distributed.tensor import DTensor
+
+from tealightning.reliability.fingerprint import fingerprint
 
 RANKS = "tealightning_ranks"
 """Key in a checkpoint: the state of each rank, a list."""
@@ -111,6 +114,16 @@ def snapshot_after_error(last: StepSnapshot | None, *, is_moving: bool, trainer:
     # The step is done, and a callback failed after it.
     ranks = last.ranks if last is not None else [{}] * trainer.world_size
     return _with_rank(take_snapshot(trainer, ranks), trainer, rank_state(trainer, wait=False))
+
+
+def take_averages_back(trainer: Any, before: bytes) -> None:
+    """Put the weights back that an evaluation has swapped for averaged ones, if it has: `before` is their fingerprint,
+    and a CannotSaveError says that they are not to be had."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, WeightAveraging) and fingerprint(trainer.lightning_module) != before:
+            callback.on_validation_epoch_end(trainer, trainer.lightning_module)
+    if fingerprint(trainer.lightning_module) != before:
+        raise CannotSaveError("a callback has changed the weights for an evaluation")
 
 
 def _with_rank(snapshot: StepSnapshot, trainer: pl.Trainer, state: dict[str, Any]) -> StepSnapshot:

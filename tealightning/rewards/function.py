@@ -79,6 +79,7 @@ class FunctionReward(Reward):
             if timeout_seconds is None:
                 raise UserError("deadline_seconds has no effect without timeout_seconds: set that too.")
         self.on_error = check_choice("on_error", on_error, ("raise", "unscored"))
+        self._given = function
         self._path = ""  # of the function, if a process of its own is to call it
         if timeout_seconds is None:
             self._function = user_function.import_function(function)
@@ -91,6 +92,20 @@ class FunctionReward(Reward):
         self._process: _WorkerProcess | None = None
         self._one_call = threading.Lock()
         self._closes = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, also in a process that is spawned, imports the function by its path and has a worker of its own."""
+        state = self.__dict__ | {"_process": None}
+        del state["_one_call"]
+        if isinstance(self._given, str):
+            state.pop("_function", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._one_call = threading.Lock()
+        if not self._path:
+            self._function = user_function.import_function(self._given)
 
     @property
     def name(self) -> str:

@@ -29,8 +29,8 @@ def log_prob_difference(
     policy: Any,
     context: EngineContext,
     *,
-    num_prompts: int = 4,
-    prompt_tokens: int = 16,
+    num_prompts: int = 2,
+    prompt_tokens: int = 12,
     new_tokens: int = 4,
     seed: int = 0,
 ) -> LogProbDifference:
@@ -76,7 +76,6 @@ def _vocabulary(policy: Any) -> int:
     return int(policy.get_input_embeddings().weight.shape[0])
 
 
-@torch.no_grad()
 def _scores(
     policy: Any, context: EngineContext, prompts: Sequence[list[int]], completions: Sequence[list[int]]
 ) -> CompletionScores:
@@ -90,5 +89,5 @@ def _scores(
         truncated=torch.zeros(len(prompts), dtype=torch.bool),
         rewards=torch.zeros(len(prompts), 1, dtype=torch.float64),
     ).to(context.device)
-    with torch.inference_mode(False), eval_mode(policy):
+    with torch.inference_mode(False), torch.no_grad(), eval_mode(policy):
         return score_through_logits(policy, rollouts, torch.arange(len(prompts), device=context.device))

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
 from torch import nn
 
 from tealightning.errors import UserError
@@ -98,6 +99,13 @@ class PolicyModule(pl.LightningModule):
             reference = load_policy(self.reference_path, argument="reference", **self.load_kwargs)
             self._reference = (reference.requires_grad_(False).eval(),)
 
+    def configure_callbacks(self) -> list[Any]:
+        """None of its own; but BaseFinetuning freezes layers in its `setup`, before Lightning loads a policy."""
+        finetuning = [c for c in self.trainer.callbacks if isinstance(c, BaseFinetuning)]  # type: ignore[attr-defined]
+        if any(not isinstance(callback, BackboneFinetuning) for callback in finetuning):  # that one is refused
+            self.configure_model()
+        return []
+
     def configure_model(self) -> None:
         """Load the policy, with its adapter. Safe to call again."""
         if self.policy is not None:
@@ -168,7 +176,8 @@ class PolicyModule(pl.LightningModule):
         """Leave out the frozen weights, which are in the policy's folder, and note the adapter's settings."""
         if self.lora is not None:
             frozen, state = self._frozen_names(), checkpoint["state_dict"]
-            checkpoint["state_dict"] = {name: value for name, value in state.items() if name not in frozen}
+            if "averaging_state" not in checkpoint:  # Lightning's WeightAveraging loads its average strictly
+                checkpoint["state_dict"] = {name: value for name, value in state.items() if name not in frozen}
             checkpoint["lora"] = asdict(self.lora)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,8 +1,17 @@
+from functools import partial
+
 import pytest
 import torch
+from copying_engine import CopyingEngine
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    WeightAveraging,
+)
 from playground_fits import data_of, fit, module_of, rollout_of, trainer_of
 
 from tealightning.registry import register
+from tealightning.reliability.fingerprint import fingerprint
 from tealightning.rewards.base import REWARDS, Reward
 from tealightning.rollouts.base import ENGINES, EngineContext, RolloutEngine
 from tealightning.types import Completion
@@ -189,3 +198,67 @@ def test_longest_prompt_and_completion_that_the_engine_prepares_for(playground):
     assert prepared() == holds.policy.config.max_position_embeddings
     assert prepared(data={"max_prompt_tokens": 20}) == 32  # and 12 new tokens
     assert prepared(rollout={"max_model_len": 50}) == 50
+
+
+class Recording(CopyingEngine):
+    """Notes at each generation whether it holds the trainer's weights, to the last bit."""
+
+    def __init__(self):
+        super().__init__()
+        self.is_fresh: list[bool] = []
+
+    def start(self, context):
+        self.live = context.policy
+        super().start(context)
+
+    def generate(self, *args, **kwargs):
+        self.is_fresh.append(fingerprint(self._context.policy) == fingerprint(self.live))
+        return super().generate(*args, **kwargs)
+
+
+class Edits(Callback):
+    """Changes the weights by hand where no optimizer step is counted."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 1:
+            pl_module.policy.lm_head.weight.data.mul_(1.01)
+        if batch_idx == 2:
+            pl_module.policy.load_state_dict({k: v * 0.99 for k, v in pl_module.policy.state_dict().items()})
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        pl_module.policy.lm_head.weight.data.mul_(0.5)
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.policy.lm_head.weight.data.mul_(2.0)
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        partial(EMAWeightAveraging, decay=0.5),
+        WeightAveraging,
+        Edits,
+    ],
+    ids=["ema", "mean", "by hand"],
+)
+def test_the_engine_has_the_trainers_weights_whoever_changed_them(callback, playground):
+    """Callbacks swap averaged weights in for a validation, and out again, between two optimizer steps."""
+    engine = Recording()
+    settings = {"limit_val_batches": 1, "val_check_interval": 1, "max_epochs": 2, "limit_train_batches": 4}
+    _, record = fit(
+        playground, steps=8, engine=engine, module=module_of(playground, lr=1e-2), callbacks=[callback()], **settings
+    )
+    assert len(record.steps) == 8 and len(record.validations) == 8
+    assert all(engine.is_fresh) and len(engine.is_fresh) > 16
+    assert max(record.series("rollout/log_prob_abs_diff_max")) < 1e-4
+
+
+def test_weights_of_a_checkpoint_are_pushed_also_within_a_stage(playground, tmp_path):
+    engine = Recording()
+    trainer, _ = fit(playground, steps=1, engine=engine, module=(module := module_of(playground, lr=1e-2)))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    for path in (None, tmp_path / "one.ckpt"):
+        trainer.limit_val_batches = 1
+        trainer.validate(module, datamodule=trainer.datamodule, verbose=False, ckpt_path=path)
+        module.policy.lm_head.weight.data.neg_()
+    assert all(engine.is_fresh)

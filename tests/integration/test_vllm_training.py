@@ -4,8 +4,9 @@ import csv
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
-from playground_fits import fit, module_of
+from playground_fits import data_of, fit, module_of, rollout_of, trainer_of
 from tiny_policies import largest_difference
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -86,3 +87,34 @@ def test_exported_policy_gives_the_trained_log_probs_in_transformers_and_vllm(ru
     assert largest_difference(loaded, prompts, grouped, SAMPLING) < 1e-4
     assert largest_difference(untrained, prompts, grouped, SAMPLING) > 0.1
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), trained.parameters(), strict=True))
+
+
+@pytest.mark.slow
+def test_vllm_has_the_trainers_weights_after_the_average_was_evaluated(playground, engine):
+    """The step after each validation samples from the weights that are trained, not from their average."""
+    _, record = fit(
+        playground,
+        steps=STEPS,
+        engine=engine,
+        module=module_of(playground, lr=LR),
+        callbacks=[EMAWeightAveraging(decay=0.9)],
+        limit_val_batches=1,
+        val_check_interval=1,
+        check_val_every_n_epoch=None,
+    )
+    assert len(record.validations) == len(record.steps) == STEPS
+    differences = record.series("rollout/log_prob_abs_diff_max")
+    assert all(0 < difference < 1e-4 for difference in differences), differences
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_vllm_that_keeps_its_weights_is_refused_in_every_stage(stage, playground, engine, monkeypatch):
+    """Before anything is measured; vLLM has loaded the right weights from the policy's folder by itself."""
+    scored = []
+    monkeypatch.setattr(VLLMEngine, "sync_weights", lambda self, weights: None)
+    callback = rollout_of(playground, engine, lambda prompts, completions, metadata: scored.extend(completions))
+    trainer = trainer_of(callback, max_steps=1, limit_val_batches=1, limit_test_batches=1)
+    with pytest.raises(ValueError, match=r"VLLMEngine and the trainer disagree about .*model_type.*vllm"):
+        getattr(trainer, stage)(module_of(playground), datamodule=data_of(playground))
+    assert scored == []

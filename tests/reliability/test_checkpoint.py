@@ -6,11 +6,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from playground_fits import fit, module_of
 
 from tealightning import ResumableCheckpoint
 from tealightning.reliability.checkpoint_files import VerifiedCheckpointIO, checkpoints, verify
+from tealightning.training.lora import LoRA
 
 STEPS = 9
 EPOCH = 4  # steps
@@ -176,3 +177,75 @@ def test_another_number_of_ranks_starts_random_streams_anew_and_says_so(playgrou
     VerifiedCheckpointIO().save_checkpoint(state, path)
     with pytest.warns(UserWarning, match="random streams of 2 processes and this run has 1"):
         train(playground, tmp_path / "resumed", steps=3, ckpt_path=str(path))
+
+
+class FailsInValidation(Callback):
+    """Raises in the middle of the `at`-th validation."""
+
+    def __init__(self, at):
+        self.left = at
+
+    def on_validation_batch_end(self, trainer, *_):
+        self.left -= 1
+        if self.left == 0:
+            raise RuntimeError("meant to fail")
+
+
+def average():
+    return EMAWeightAveraging(decay=0.5)
+
+
+AVERAGED = {"limit_val_batches": 1, "val_check_interval": 3, "check_val_every_n_epoch": None}
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2, target_modules=["q_proj"])], ids=["all weights", "lora"])
+def test_a_run_that_averages_weights_goes_on_exactly(lora, playground, tmp_path):
+    """The current weights, the average and how many went into it: steps, evaluations of the average, final weights."""
+
+    def run(folder, **kwargs):
+        return train(playground, folder, steps=5, callbacks=[average()], module=module(), **AVERAGED | kwargs)
+
+    def module():
+        return module_of(playground, lr=1e-2, lora=lora)
+
+    entries, record, _ = run(tmp_path)
+    for path in checkpoints(tmp_path / "checkpoints")[1::2]:
+        step = int(re.search(r"\d+", path.name)[0])
+        random.seed(step), np.random.seed(step), torch.manual_seed(step)
+        resumed, second, _ = run(tmp_path / str(step), ckpt_path=str(path))
+        (done,) = [i for i, entry in enumerate(entries) if entry[0] == "step" and entry[2] == step]
+        expected = entries[done + 1 :]
+        assert resumed in (expected, expected[1:]), f"from step {step}"
+        assert torch.equal(second.weights, record.weights)
+
+
+def test_a_run_that_fails_while_the_average_is_evaluated_saves_the_weights_that_it_trains(playground, tmp_path):
+    module = lambda: module_of(playground, lr=1e-2)  # noqa: E731
+    _, record, _ = train(playground, tmp_path / "whole", steps=5, callbacks=[average()], module=module(), **AVERAGED)
+    with pytest.raises(RuntimeError, match="meant to fail"):
+        train(
+            playground,
+            tmp_path,
+            steps=5,
+            every=100,
+            callbacks=[average(), FailsInValidation(1)],
+            module=module(),
+            **AVERAGED,
+        )
+    (path,) = checkpoints(tmp_path / "checkpoints")
+    _, resumed, _ = train(
+        playground, tmp_path / "on", steps=5, callbacks=[average()], module=module(), ckpt_path=str(path), **AVERAGED
+    )
+    assert len(resumed.steps) == 2 and torch.equal(resumed.weights, record.weights)
+
+
+class ChangesForValidation(Callback):
+    def on_validation_epoch_start(self, trainer, pl_module):
+        pl_module.policy.lm_head.weight.data.mul_(1.5)
+
+
+def test_weights_that_a_callback_has_changed_for_an_evaluation_are_not_saved(playground, tmp_path, capsys):
+    with pytest.raises(RuntimeError, match="meant to fail"):
+        train(playground, tmp_path, every=100, callbacks=[ChangesForValidation(), FailsInValidation(1)], **AVERAGED)
+    assert "Nothing was saved: a callback has changed the weights for an evaluation" in capsys.readouterr().err
+    assert checkpoints(tmp_path / "checkpoints") == []

@@ -59,7 +59,7 @@ def _change(tensor: Tensor, columns: int) -> Callable[[], Any]:
     if tensor.dim() < 2 or not tensor.any():
         kept = tensor.clone()
         numbers = torch.arange(tensor.numel(), device=tensor.device).reshape(tensor.shape)
-        changed = torch.where(numbers % columns == 0, -tensor.float(), tensor.float()) + 0.02 * numbers.cos()
+        changed = torch.where(numbers % columns == 0, -tensor.float(), tensor.float()) + 0.25 * numbers.cos()
         tensor.copy_(changed)
         return lambda: tensor.copy_(kept)
     bits = tensor.view(_INTEGERS[tensor.itemsize])[..., ::columns]
