@@ -88,9 +88,21 @@ class HTTPReward(Reward):
         self.metadata_keys = metadata_keys
         self.client = RewardClient(url, token_env=token_env, timeout_seconds=timeout_seconds, ca_file=ca_file)
         self.gone_since: float | None = None  # time of the first failure after the last score, over all calls
-        self.slots = threading.BoundedSemaphore(concurrency)  # of which a request takes one
-        self._series, self._numbers = uuid.uuid4().hex, itertools.count()
         self._call: ScoringCall | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self.slots = threading.BoundedSemaphore(self.concurrency)  # of which a request takes one
+        self._series, self._numbers = uuid.uuid4().hex, itertools.count()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("slots", "_numbers")} | {
+            "_call": None
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Metadata) -> Tensor:
         """[B] float64; NaN = the server could not score it, or gave no score in time."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Collection, Mapping
 from contextlib import closing
 from email.utils import parsedate_to_datetime
+from functools import partial
 
 import httpx
 
@@ -58,6 +59,7 @@ class RewardClient:
         self.where = str(self.url.copy_with(query=None, fragment=None))  # for messages: a query may hold a secret
         self.token_env = token_env
         self.timeout_seconds = timeout_seconds
+        self.ca_file = ca_file
         token = "" if token_env is None else os.environ.get(token_env, "")
         if token_env is not None and not token:
             raise UserError(f"token_env names the environment variable {token_env!r}, which is not set.")
@@ -72,6 +74,11 @@ class RewardClient:
             )
         except OSError as error:
             raise UserError(f"ca_file: no certificates (PEM) can be read from {ca_file}: {error}") from error
+
+    def __reduce__(self) -> tuple["partial[RewardClient]", tuple[()]]:
+        """A copy reads the certificates anew: what holds them cannot be pickled."""
+        timeout, token, file = self.timeout_seconds, self.token_env, self.ca_file
+        return partial(type(self), str(self.url), timeout_seconds=timeout, token_env=token, ca_file=file), ()
 
     def connection(self) -> httpx.HTTPTransport:
         """A connection for one thread, a context manager; it reconnects when needed. (httpx's `Client` would add

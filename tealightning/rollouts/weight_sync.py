@@ -109,10 +109,16 @@ class WeightSync:
         raise UserError(mismatch_message(self.engine, self.policy, when, total / prompts, tolerance))
 
     def _explained_by_rounding(self) -> float:
-        """The tolerance. An engine that does not say in what it computes is held to the precision that it has shown."""
-        own, finest = self.policy.dtype, TOLERANCE[torch.float32]
-        dtype = self.engine.dtype_of(self.policy) or (own if self._finest <= finest else torch.bfloat16)
-        return max(TOLERANCE.get(each, TOLERANCE[torch.bfloat16]) for each in (own, dtype))
+        """The tolerance. An engine that does not say in what it computes is held to the precision that it has shown;
+        so is a GPU, which may multiply float32 as TF32, with the bits of float16."""
+        own = self.policy.dtype
+        engine = self.engine.dtype_of(self.policy) or torch.bfloat16
+        if self.context.device.type == "cuda" and engine == torch.float32:
+            engine = torch.float16
+        is_sure = self.engine.dtype_of(self.policy) == engine
+        if not is_sure and self._finest <= TOLERANCE[torch.float32] / 10:
+            engine = own
+        return max(TOLERANCE.get(each, TOLERANCE[torch.bfloat16]) for each in (own, engine))
 
 
 def mismatch_message(engine: RolloutEngine, policy: Any, when: str, mean: float, tolerance: float) -> str:
