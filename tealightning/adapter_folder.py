@@ -102,7 +102,7 @@ def merged(model: Any, adapter: Adapter) -> Any:
     rows = adapter.num_embeddings(model)
     if rows is not None and rows != model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(rows, mean_resizing=False)
-    own = set(model.state_dict())
+    own, frozen = set(model.state_dict()), {name for name, p in model.named_parameters() if not p.requires_grad}
     try:
         wrapped = PeftModel.from_pretrained(model, adapter.path, use_safetensors=True)
         found = {name.removeprefix(_OWN_PREFIX) for name in get_peft_model_state_dict(wrapped)}
@@ -113,12 +113,15 @@ def merged(model: Any, adapter: Adapter) -> Any:
             if isinstance(layer, BaseTunerLayer):  # what it is tied to would be updated with it
                 embedding: Any = layer.get_base_layer()
                 embedding.weight = nn.Parameter(embedding.weight.detach().clone())
-        return wrapped.merge_and_unload(safe_merge=True)
+        whole = wrapped.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
         raise UserError(
             f"{adapter.name} is an adapter of type {adapter.kind} that cannot be merged into its base model "
             f"{adapter.base!r}: {error}"
         ) from error
+    for name, parameter in whole.named_parameters():  # peft has frozen the base
+        parameter.requires_grad_(name not in frozen)
+    return whole
 
 
 def _plain(name: str) -> str:

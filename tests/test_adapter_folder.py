@@ -69,6 +69,7 @@ def test_policy_is_the_base_with_its_adapter(kind, tied, bases, tmp_path):
         torch.testing.assert_close(policy(IDS).logits, expected, rtol=0, atol=2e-5)
         plain = AutoModelForCausalLM.from_pretrained(bases[tied])(IDS).logits
     assert (plain - expected).abs().max() > 1e-2
+    assert all(parameter.requires_grad for parameter in policy.parameters())
     assert not hasattr(policy, "peft_config") and not any("lora" in name for name, _ in policy.named_parameters())
 
 
