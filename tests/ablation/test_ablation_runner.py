@@ -3,12 +3,16 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 
 import ablation_jobs
 import pytest
 from ablation_jobs import act, job_of
+from rich import progress
 
+from tealightning.ablation import runner
 from tealightning.ablation.runner import outcome_of, run_jobs, unfinished_jobs
 from tealightning.ablation.worker import RECORD, write_json
 
@@ -77,6 +81,57 @@ def test_each_worker_has_its_own_environment(tmp_path):
     jobs = [job_of(tmp_path, name) for name in "ab"]
     run_jobs(jobs, act, environments=[{"DEVICE_OF_TEST": "0"}, {"DEVICE_OF_TEST": "1"}])
     assert "DEVICE_OF_TEST" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("busy", "cores", "expected"),
+    [(0, 2, 2), (100, 2, 1), (50, 2, 2), (80, 2, 1), (200, 2, 1), (200, 8, 6), (0, 1, 1)],
+)
+def test_runs_are_made_on_cores_that_are_free(tmp_path, monkeypatch, busy, cores, expected):
+    """Two runs on two cores starve each other when something else has one; threads, which decide sums, stay the same.
+    `busy`: of all cores together, in percent of one."""
+    times = tmp_path / "stat"
+    times.write_text("cpu  100 0 100 1000 0 0 0 0 0 0\ncpu0 1 2 3\n")
+
+    def later(seconds):
+        idle = 1000 + 100 * cores - busy
+        times.write_text(f"cpu  {100 + busy} 0 100 {idle} 0 0 0 0 0 0\ncpu0 1 2 3\n")
+
+    monkeypatch.setattr(runner, "_CPU_TIMES", times)
+    monkeypatch.setattr(runner.time, "sleep", later)
+    monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(runner.os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert runner.environments_of(None) == [{"OMP_NUM_THREADS": "1"}] * expected
+
+
+def test_runs_that_are_asked_for_share_the_cores(monkeypatch):
+    monkeypatch.setattr(runner, "_idle_share", lambda: 0.0)
+    monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(runner.os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert runner.environments_of(3) == [{"OMP_NUM_THREADS": "2"}] * 3
+
+
+def test_a_bar_says_what_its_run_is_doing():
+    told = [
+        ({}, "starting"),
+        ({"activity": "starting the engine"}, "starting the engine"),
+        ({"phase": "evaluation", "done": 0, "total": 4}, "evaluation: starting the engine"),
+        ({"activity": "generating"}, "evaluation: generating"),
+        ({"phase": "training", "done": 1, "total": 9, "reward": 0.5}, "training, reward 0.500: generating"),
+        ({"activity": "training"}, "training, reward 0.500"),
+        ({"phase": "held-out", "done": 0, "total": None}, "held-out: training"),
+        ({"activity": ""}, "held-out"),
+    ]
+    (ours, theirs), bars = Pipe(), progress.Progress(disable=True)
+    process = SimpleNamespace(sentinel=theirs.fileno(), exitcode=None)
+    one = runner._Running(None, 1, {}, process, ours, bars.add_task("a run", total=None, note="starting"))
+    for message, note in told:
+        theirs.send(message)
+        runner._watch([one], bars)
+        assert bars.tasks[0].fields["note"] == note
+    assert (bars.tasks[0].completed, bars.tasks[0].total) == (0, 9)
 
 
 @pytest.mark.slow
