@@ -96,13 +96,21 @@ class OptimizedPolicy(PolicyModule):
     def on_validation_epoch_end(self) -> None:
         """Step a schedule that waits for a metric. Not later, because a checkpoint of this moment has to hold it."""
         super().on_validation_epoch_end()
-        scheduler: Any = self.lr_schedulers() if self._trains() else None
-        if scheduler is None or (key := monitored_key(scheduler)) is None:
+        if self._trains():
+            self.step_on_plateau()
+
+    def step_on_plateau(self) -> None:
+        """Step a schedule that waits for a metric: once at an optimizer step, although a run that is resumed may
+        validate there again."""
+        scheduler: Any = self.lr_schedulers()
+        key = None if scheduler is None else monitored_key(scheduler)
+        if key is None or getattr(scheduler, "stepped_at", None) == self.trainer.global_step:
             return
         metrics = self.trainer.callback_metrics
         if key not in metrics:
             raise UserError(f"model.lr_scheduler.monitor: {key!r} is not logged. Logged: {', '.join(sorted(metrics))}.")
         scheduler.step(float(metrics[key]))
+        scheduler.stepped_at = self.trainer.global_step  # in its state_dict
 
     def _trains(self) -> bool:
         return self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking

@@ -192,6 +192,18 @@ def test_a_plateau_of_validation_lowers_the_learning_rate(policy):
     )  # the best of (2, 1, .5, -1), (0, 3, ..)
 
 
+def test_a_validation_that_is_repeated_steps_a_plateau_once(policy, tmp_path):
+    class Again(Callback):
+        def on_validation_end(self, trainer, module):
+            if not trainer.sanity_checking:
+                module.step_on_plateau()
+
+    seen = Rates()
+    trainer = fit_on_plateau(policy, "val/best_of_4", [seen, Again()])
+    assert seen.rates == [1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
+    assert trainer.lr_scheduler_configs[0].scheduler.state_dict()["stepped_at"] == 8
+
+
 def test_a_plateau_may_be_of_a_training_metric(policy):
     assert fit_on_plateau(policy, "train/lr").optimizers[0].param_groups[0]["lr"] < 1.0
 
