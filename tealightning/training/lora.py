@@ -140,7 +140,9 @@ def without_adapter(policy: nn.Module) -> tuple[dict[str, Tensor], Callable[[str
     @torch.no_grad()
     def merged(name: str) -> Tensor:
         weight, layer = state[name], layer_of[name]
-        return weight if layer is None else (weight + layer.get_delta_weight("default")).to(weight.dtype)
+        if layer is None or layer.merged:  # by peft's `merge_adapter`
+            return weight
+        return (weight + layer.get_delta_weight("default")).to(weight.dtype)
 
     return state, merged
 

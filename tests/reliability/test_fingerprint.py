@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from tealightning.pretrained import load_policy
 from tealightning.reliability.fingerprint import changed_weights, fingerprint
 from tealightning.training.lora import LoRA, add_adapter
+from tealightning.training.policy_weights import policy_weights
 
 
 def model_of(dtype=torch.float32):
@@ -100,9 +102,6 @@ def test_changed_weights_differ_everywhere_and_are_restored_to_the_last_bit(dtyp
 
 
 def test_adapters_are_changed_too_also_where_they_are_zero(playground):
-    from tealightning.pretrained import load_policy
-    from tealightning.training.policy_weights import policy_weights
-
     policy = load_policy(str(playground / "policy"), dtype="float32", trust_remote_code=False)
     add_adapter(policy, LoRA(rank=2, target_modules=["q_proj"]))
     before, digest = {name: value.clone() for name, value in policy_weights(policy)}, fingerprint(policy)
@@ -112,3 +111,16 @@ def test_adapters_are_changed_too_also_where_they_are_zero(playground):
         inside = {name: value.clone() for name, value in policy_weights(policy)}
     assert all((inside[name] != before[name]).any() for name in before)
     assert fingerprint(policy) == digest
+
+
+def test_an_adapter_that_is_merged_is_a_change_and_is_not_pushed_twice(playground):
+    policy = load_policy(str(playground / "policy"), dtype="float32", trust_remote_code=False)
+    add_adapter(policy, LoRA(rank=2, target_modules=["q_proj"]))
+    layer = policy.model.layers[0].self_attn.q_proj
+    layer.lora_B["default"].weight.data.fill_(0.1)
+    before, digest = dict(policy_weights(policy)), fingerprint(policy)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    unmerged = before[name].clone()
+    layer.merge()
+    assert fingerprint(policy) != digest
+    torch.testing.assert_close(dict(policy_weights(policy))[name], unmerged)
