@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from command_line import run
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from playground_fits import data_of, fit, module_of, record_of, rollout_of, trainer_of
+from run_records import quickstart_args
 from tool_scripts import tool
 from transformers import AutoModelForCausalLM
 
@@ -100,11 +102,33 @@ def test_one_vllm_engine_serves_fits_a_test_and_another_module(playground):
     assert math.isfinite(tested["test/best_of_4"])
 
 
-def test_an_adapter_folder_trains_with_vllm_and_is_exported_whole(playground, tmp_path):
+def save_adapter(playground, folder, config):
     base = AutoModelForCausalLM.from_pretrained(playground / "policy")
-    adapted = get_peft_model(base, LoraConfig(target_modules="all-linear")).eval()
+    adapted = get_peft_model(base, config).eval()
     move([p for p in adapted.parameters() if p.requires_grad], seed=0, size=0.05)
-    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.save_pretrained(folder)
+
+
+def test_command_line_takes_an_adapter_folder(playground, tmp_path):
+    save_adapter(playground, tmp_path / "adapter", LoraConfig(target_modules="all-linear"))
+
+    def result_in(folder):
+        folder.mkdir()
+        args = [*quickstart_args("fit", playground, folder), "--rollout.engine=transformers_engine"]
+        args += ["--trainer.limit_val_batches=0", "--trainer.max_steps=1", f"--model.policy={tmp_path / 'adapter'}"]
+        return run(*args)
+
+    done = result_in(tmp_path / "run")
+    assert done.status == 0, done.err
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    save_adapter(playground, tmp_path / "adapter", prompts)
+    refused = result_in(tmp_path / "refused")
+    assert refused.status != 0
+    assert "model.policy" in refused.err and "PROMPT_TUNING, which puts virtual tokens" in refused.err
+
+
+def test_an_adapter_folder_trains_with_vllm_and_is_exported_whole(playground, tmp_path):
+    save_adapter(playground, tmp_path / "adapter", LoraConfig(target_modules="all-linear"))
     module = PostTrainingModule(str(tmp_path / "adapter"), build_estimator("grpo"), ns=[1, 4])
     logger = CSVLogger(tmp_path, name="", version="run")
     _, record = fit(playground, steps=2, engine=VLLMEngine(), module=module, callbacks=[ExportPolicy()], logger=logger)
