@@ -12,7 +12,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from playground_fits import data_of, fit, module_of, record_of, rollout_of, trainer_of
 from run_records import quickstart_args
 from tool_scripts import tool
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tealightning import ExportPolicy, LoRA, PostTrainingModule
 from tealightning.estimators import build_estimator
@@ -102,8 +102,10 @@ def test_one_vllm_engine_serves_fits_a_test_and_another_module(playground):
     assert math.isfinite(tested["test/best_of_4"])
 
 
-def save_adapter(playground, folder, config):
+def save_adapter(playground, folder, config, *, more_rows=0):
     base = AutoModelForCausalLM.from_pretrained(playground / "policy")
+    if more_rows:
+        base.resize_token_embeddings(base.config.vocab_size + more_rows)
     adapted = get_peft_model(base, config).eval()
     move([p for p in adapted.parameters() if p.requires_grad], seed=0, size=0.05)
     adapted.save_pretrained(folder)
@@ -128,7 +130,10 @@ def test_command_line_takes_an_adapter_folder(playground, tmp_path):
 
 
 def test_an_adapter_folder_trains_with_vllm_and_is_exported_whole(playground, tmp_path):
-    save_adapter(playground, tmp_path / "adapter", LoraConfig(target_modules="all-linear"))
+    """Its own tokenizer and an embedding with a row more: vLLM starts from a merged copy."""
+    head = LoraConfig(target_modules="all-linear", modules_to_save=["embed_tokens", "lm_head"])
+    save_adapter(playground, tmp_path / "adapter", head, more_rows=1)
+    AutoTokenizer.from_pretrained(playground / "policy").save_pretrained(tmp_path / "adapter")
     module = PostTrainingModule(str(tmp_path / "adapter"), build_estimator("grpo"), ns=[1, 4])
     logger = CSVLogger(tmp_path, name="", version="run")
     _, record = fit(playground, steps=2, engine=VLLMEngine(), module=module, callbacks=[ExportPolicy()], logger=logger)
