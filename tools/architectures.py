@@ -22,6 +22,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
@@ -204,7 +205,11 @@ def page(rows: Sequence[Row]) -> str:
     for row in (row for row in rows if row["refused"]):
         refused[row["trial"], row["refused"]].append(row["architecture"])
     reasons = [
-        {"architecture": ", ".join(names), "engine": ENGINES[what], "what the run says": markdown_text(reason)}
+        {
+            "architecture": ", ".join(names),
+            "engine": ENGINES[what],
+            "what the run says": markdown_text(shorten(reason, 400)),
+        }
         for (what, reason), names in refused.items()
     ]
     commits, versions = (
@@ -233,7 +238,9 @@ that training scores and one pass of each completion alone. The last column says
 trained one when it is loaded again.
 
 `refused` means that `fit`, `validate`, `test` and `compare` end at the start, before anything is measured, with the
-reason given [below](#refused). What vLLM cannot serve on a CPU it may serve on a GPU, where other kernels run.
+reason given [below](#refused). What vLLM cannot serve on a CPU it may serve on a GPU, where other kernels run. vLLM keeps
+the parameters of Apertus's activation in bfloat16, and Bloom has another approximation of GELU there: their differences
+are larger than rounding in float32. A dash is what was not measured.
 
 | CSV | command |
 |---|---|
