@@ -9,7 +9,17 @@ from tealightning.errors import UserError
 
 
 class _SafeLoader(yaml.SafeLoader):
-    """Refuses what YAML takes without a word: of two settings with the same name the last would win."""
+    """Refuses what YAML takes without a word: of two settings with the same name the last would win. A character that
+    JSON writes as a pair of escapes is read as the one that it is; half of it, which no file can hold, is refused."""
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        value = super().construct_scalar(node)
+        try:
+            return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le") if isinstance(value, str) else value
+        except UnicodeDecodeError:
+            raise yaml.constructor.ConstructorError(
+                problem="a text holds half a character (a lone surrogate)", problem_mark=node.start_mark
+            ) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         names = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]

@@ -60,6 +60,11 @@ class Completion:
     text: str  # without special tokens and without a matched stop string
     truncated: bool  # True: hit max_new_tokens before eos or a stop string
 
+    def __post_init__(self) -> None:
+        # A tokenizer in Python may decode to half a character, which neither a file nor a server takes.
+        if not self.text.isascii():
+            self.text = self.text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
 
 @dataclass(kw_only=True, slots=True)
 class RewardScores:

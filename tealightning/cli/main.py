@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tealightning
+from tealightning.checks import check_text
 from tealightning.cli.console import quiet_startup
 from tealightning.errors import UserError
 from tealightning.registry import did_you_mean
@@ -86,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(given: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="tealightning", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     parser.add_argument("--import", action="append", default=[], dest="plugins")
+    for argument in given:  # which are printed and saved with the run
+        check_text("the command line", argument)
     options, rest = parser.parse_known_args(given)
     command, *args = rest or [""]
     for plugin in options.plugins:

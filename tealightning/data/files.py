@@ -165,7 +165,7 @@ class JsonLines(Sequence[dict[str, Any]]):
 
 def _decoded(line: bytes, place: str) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys)
+        row = _JSON.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         hint = _hint(line)
         raise UserError(
@@ -185,7 +185,7 @@ def _decoded(line: bytes, place: str) -> dict[str, Any]:
 def _read_json(path: Path) -> list[dict[str, Any]]:
     text = _text(path)
     try:
-        rows = json.loads(text or "[]", object_pairs_hook=_unique_keys)
+        rows = _JSON.decode(text or "[]")
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{path} is not JSON: {error.msg} ({where}). Is it JSON lines (.jsonl)?") from error
@@ -205,6 +205,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) < len(pairs):
         raise ValueError(f"the key {_repeated(key for key, _ in pairs)} comes twice in an object")
     return row
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
 
 def _repeated(names: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
 """Lightning data module: from files or hub data sets to loaders of prompts."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -127,6 +127,7 @@ class PromptDataModule(pl.LightningDataModule):
                         id_column=self.id_column,
                         system_prompt=self.system_prompt,
                         max_prompt_tokens=self.max_prompt_tokens,
+                        check_metadata=self._checks_of_rewards(),
                     )
         self._train_loader = None
         if stage == "fit":
@@ -209,6 +210,12 @@ class PromptDataModule(pl.LightningDataModule):
             )
         formatter.warn_of_template(self.system_prompt)
         return formatter
+
+    def _checks_of_rewards(self) -> list[Callable[[dict[str, Any]], None]]:
+        """`check_metadata` of the rewards that the trainer's callbacks hold, for training or as gold."""
+        callbacks = self.trainer.callbacks if self.trainer else []  # type: ignore[attr-defined]
+        rewards: list[Any] = [getattr(callback, name, None) for callback in callbacks for name in ("reward", "gold")]
+        return [reward.check_metadata for reward in rewards if hasattr(reward, "check_metadata")]
 
     def _ranks(self) -> dict[str, int]:
         """Which share of the prompts is this process's, as Lightning says: ranks that split one model share prompts."""

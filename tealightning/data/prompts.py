@@ -18,7 +18,7 @@ from pyarrow import compute
 from tqdm import tqdm
 
 from tealightning.data.messages import as_prompt, without_nulls
-from tealightning.data.sources import Rows, columns_of, numbered, place_of
+from tealightning.data.sources import Rows, columns_of, is_arrow, numbered, place_of
 from tealightning.errors import UserError
 from tealightning.registry import did_you_mean
 from tealightning.text.chat import ChatFormatter
@@ -26,6 +26,8 @@ from tealightning.types import Prompt, PromptBatch
 
 _ENCODE_CHUNK = 1024
 _SHOWN = 5  # bad prompts in a message
+# Writes all texts of a row, in C. What JSON does not know, a date or an image, holds none that could not be written.
+_WRITER = json.JSONEncoder(ensure_ascii=False, skipkeys=True, default=lambda value: None)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -78,8 +80,10 @@ def build_prompt_set(
     id_column: str | None = None,
     system_prompt: str | None = None,
     max_prompt_tokens: int | None = None,
+    check_metadata: Sequence[Callable[[dict[str, Any]], None]] = (),
 ) -> PromptSet:
-    """Check and encode `rows` in one pass; `source` names them in messages, for the rest see `PromptDataModule`."""
+    """Check and encode `rows` in one pass. `source` names them in messages, each of `check_metadata` refuses other
+    columns that it cannot take with a ValueError; for the rest see `PromptDataModule`."""
     columns = columns_of(rows)
     for column in filter(None, (prompt_column, id_column)):
         if column not in columns:
@@ -87,7 +91,7 @@ def build_prompt_set(
     id_column = id_column or ("id" if "id" in columns else None)
     encode = partial(formatter.encode_prompts, system_prompt=system_prompt)
     template_columns = [column for column in formatter.columns if column in columns]
-    checked = _checked(rows, source, prompt_column, id_column, template_columns)
+    checked = _checked(rows, source, prompt_column, id_column, template_columns, check_metadata)
     chunks, number, shortest = [], 0, math.inf
     kept, tokens, offsets = array("q"), array("i"), array("q", [0])
     while chunk := list(itertools.islice(checked, _ENCODE_CHUNK)):
@@ -124,11 +128,16 @@ def build_prompt_set(
 
 def _cleared(rows: Rows, row: dict[str, Any], columns: Iterable[str]) -> dict[str, Any]:
     """`row` without the nulls that an Arrow table puts into structs, in `columns`; of a JSON file, as it is."""
-    return row | {c: without_nulls(row[c]) for c in columns if c in row} if hasattr(rows, "features") else row
+    return row | {c: without_nulls(row[c]) for c in columns if c in row} if is_arrow(rows) else row
 
 
 def _checked(
-    rows: Rows, source: str, prompt_column: str, id_column: str | None, template_columns: Sequence[str]
+    rows: Rows,
+    source: str,
+    prompt_column: str,
+    id_column: str | None,
+    template_columns: Sequence[str],
+    check_metadata: Sequence[Callable[[dict[str, Any]], None]],
 ) -> Iterator[tuple[str, Prompt, dict[str, Any]]]:
     """Identifier, prompt and the columns of the chat template of each row, as far as all prompts are good; the bad ones
     are told of at the end."""
@@ -142,8 +151,13 @@ def _checked(
         except ValueError as error:
             bad.append(f"{place_of(rows, number)}: {error}" if len(bad) < _SHOWN else "")
         if not bad:
-            _check_texts(row | {prompt_column: prompt}, rows, number, source)
-            identifier = str(number) if id_column is None else _identifier(row, id_column, rows, number, source)
+            try:
+                identifier = str(number) if id_column is None else _identifier(row, id_column)
+                _check_texts(row | {prompt_column: prompt})
+                for check in check_metadata:
+                    check({column: value for column, value in row.items() if column != prompt_column})
+            except ValueError as error:
+                raise UserError(f"{source}: {place_of(rows, number)}: {error}") from error
             yield identifier, prompt, {column: row.get(column) for column in template_columns}
     if bad:
         more = f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
@@ -152,29 +166,25 @@ def _checked(
         )
 
 
-def _identifier(row: dict[str, Any], column: str, rows: Rows, number: int, source: str) -> str:
+def _identifier(row: dict[str, Any], column: str) -> str:
     value = row.get(column)
     if value is None or value != value or not str(value).strip():  # NaN is pandas' way to say missing
-        raise UserError(f"{source}: {place_of(rows, number)} has no identifier in column {column!r}.")
+        raise UserError(f"it has no identifier in column {column!r}.")
     if isinstance(value, bytes | list | dict):
-        place = f"{place_of(rows, number)}, column {column!r}"
-        raise UserError(f"{source}: {place}: an identifier is a text or a number, got {type(value).__name__}.")
+        raise UserError(f"column {column!r}: an identifier is a text or a number, got {type(value).__name__}.")
     return str(value)
 
 
-def _check_texts(row: dict[str, Any], rows: Rows, number: int, source: str) -> None:
+def _check_texts(row: dict[str, Any]) -> None:
     """Refuse a row with a text that no file or server takes, in whichever column: rewards get all of them."""
-    if _is_encoded(row):
-        return
-    column = next((name for name, value in row.items() if not _is_encoded({name: value})), None)
-    place = f"{place_of(rows, number)}, column {column!r}"
-    raise UserError(f"{source}: {place}: it holds half a character (a lone surrogate), or is nested too deeply.")
+    if not _is_encoded(row):
+        column = next((name for name, value in row.items() if not _is_encoded({name: value})), None)
+        raise UserError(f"column {column!r}: it holds half a character (a lone surrogate), or is nested too deeply.")
 
 
 def _is_encoded(row: dict[str, Any]) -> bool:
     try:
-        # Written by C, with everything in it. What JSON does not know, a date or an image, holds no such text.
-        json.dumps(row, ensure_ascii=False, skipkeys=True, default=lambda value: None).encode()
+        _WRITER.encode(row).encode()
     except (UnicodeEncodeError, RecursionError):
         return False
     return True

@@ -103,6 +103,11 @@ def columns_of(rows: Rows) -> list[str]:
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
+def is_arrow(rows: Rows) -> bool:
+    """Whether `rows` are of a table with one type a column, in which what a row lacks is null."""
+    return isinstance(rows, ArrowRows) or hasattr(rows, "features")
+
+
 def place_of(rows: Rows, row: int) -> str:
     """Where a row is, for people: `line 17` of JSON lines, else `row 16 (from 0)`."""
     return rows.place(row) if isinstance(rows, JsonLines) else f"row {row} (from 0)"

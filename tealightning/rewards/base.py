@@ -44,6 +44,10 @@ class Reward(ABC):
     def check(self) -> None:  # noqa: B027 - optional hook
         """Refuse, with a ValueError, what cannot work: called at the start of a run, before anything is loaded."""
 
+    def check_metadata(self, row: dict[str, Any]) -> None:  # noqa: B027 - optional hook
+        """Refuse, with a ValueError, other columns of a prompt that it cannot take: called for every prompt as it is
+        read, so that none ends a run hours later."""
+
     def setup(self, device: torch.device) -> None:  # noqa: B027 - optional hook
         """Load what it needs on `device`; called once before the first `score`, safe to call again."""
 
@@ -108,6 +112,10 @@ class WeightedReward(Reward):
                 reward.check()
             except ValueError as error:
                 raise UserError(f"rewards.{key}: {error}") from error
+
+    def check_metadata(self, row: dict[str, Any]) -> None:
+        for reward in self.rewards.values():
+            reward.check_metadata(row)
 
     def setup(self, device: torch.device) -> None:
         for reward in self.rewards.values():

@@ -1,5 +1,6 @@
 """Reward computed by an HTTP server: batches, retries, the deadline, and scores that are kept in any case."""
 
+import datetime
 import hashlib
 import itertools
 import json
@@ -10,6 +11,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import httpx
@@ -121,6 +123,9 @@ class HTTPReward(Reward):
         total = torch.tensor([scores.get(key, float("nan")) for key in keys], dtype=torch.float64)
         return RewardScores(total=total, components={self.name: total}, counts={self.name: call.counts})
 
+    def check_metadata(self, row: dict[str, Any]) -> None:
+        self._encoded("", "", "", row)
+
     def close(self) -> None:
         """End a call that another thread waits for."""
         if self._call is not None:
@@ -134,12 +139,30 @@ class HTTPReward(Reward):
             row = {name: row[name] for name in self.metadata_keys if name in row}
         item = {"id": key, "prompt": prompt, "completion": completion, "metadata": row}
         try:
-            return json.dumps(item, allow_nan=False)
+            return json.dumps(item, allow_nan=False, default=_as_json)
         except (TypeError, ValueError) as error:
+            odd = next((column for column, value in row.items() if not _is_json(value)), None)
             raise UserError(
-                f"reward {self.name!r} cannot send the metadata of a prompt as JSON ({error}): name the columns that "
+                f"reward {self.name!r} cannot send column {odd!r} of a prompt as JSON ({error}): name the columns that "
                 f"it needs in metadata_keys; there are {', '.join(map(repr, row)) or 'none'}."
             ) from error
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False, default=_as_json)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _as_json(value: Any) -> str:
+    """What JSON has no form of, as people write it: dates in ISO 8601, exact numbers and identifiers in full."""
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, Decimal | uuid.UUID):
+        return str(value)
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 class ScoringCall:

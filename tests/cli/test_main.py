@@ -109,3 +109,9 @@ def test_advertisements_are_dropped_and_all_else_is_kept(caplog):
         logger.info("💡 Tip: For seamless cloud logging, try installing another product")
         logger.info("`Trainer.fit` stopped: `max_steps=%d` reached.", 3)
     assert [record.getMessage() for record in caplog.records] == ["`Trainer.fit` stopped: `max_steps=3` reached."]
+
+
+def test_argument_that_is_no_utf8_is_refused_before_it_is_saved():
+    result = run("fit", "--data.system_prompt=caf\udce9")  # as Python reads the byte 0xe9
+    assert result.status == 2
+    assert r"the command line holds half a character" in result.err and r"caf\udce9" in result.err

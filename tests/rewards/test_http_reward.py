@@ -1,5 +1,6 @@
 """HTTPReward against real local servers: wire format, what is asked again, and where tokens do not turn up."""
 
+import datetime
 import json
 import logging
 import math
@@ -8,6 +9,7 @@ import threading
 import time
 import traceback
 import warnings
+from decimal import Decimal
 
 import numpy
 import pytest
@@ -233,8 +235,25 @@ def test_setting_out_of_range_is_refused(settings):
 @pytest.mark.parametrize("value", [{1, 2}, math.nan, b"bytes"])
 def test_metadata_that_json_cannot_hold_is_an_error_that_names_the_columns(value):
     reward = HTTPReward("http://127.0.0.1:1/")
-    with pytest.raises(ValueError, match=r"name the columns that it needs in metadata_keys; there are 'answer', 'odd'"):
-        reward(["p"], ["c"], [{"answer": 1, "odd": value}])
+    row = {"answer": 1, "odd": value}
+    told = r"cannot send column 'odd' .*: name the columns that it needs in metadata_keys; there are 'answer', 'odd'"
+    with pytest.raises(ValueError, match=told):
+        reward(["p"], ["c"], [row])
+    with pytest.raises(ValueError, match=told):
+        WeightedReward({"a": reward}, {"a": 1.0}).check_metadata(row)
+    HTTPReward("http://127.0.0.1:1/", metadata_keys=["answer"]).check_metadata(row)
+
+
+def test_dates_and_exact_numbers_are_sent_as_people_write_them():
+    row = {
+        "day": datetime.date(2026, 1, 2),
+        "at": datetime.datetime(2026, 1, 2, 3, 4, tzinfo=datetime.UTC),
+        "price": Decimal("1.10"),
+    }
+    with stub_server({"/score": answering()}) as (url, seen):
+        HTTPReward(url + "/score")(["p"], ["c"], [row])
+    (item,) = seen[0][1]["items"]
+    assert item["metadata"] == {"day": "2026-01-02", "at": "2026-01-02T03:04:00+00:00", "price": "1.10"}
 
 
 def test_global_random_numbers_are_left_alone():
