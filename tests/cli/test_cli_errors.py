@@ -15,7 +15,7 @@ from tealightning.estimators import ESTIMATORS
 def refused(*args):
     result = run(*args)
     assert result.status == 2
-    assert result.err.startswith("tealightning: error: ")
+    assert "\ntealightning: error: " in f"\n{result.err}"  # behind what Lightning has logged by then
     for noise in ("Traceback", "Namespace(", "<class", "typing.", "Union subtypes"):
         assert noise not in result.err
     return result.err
