@@ -44,6 +44,9 @@ def load_policy(
             except (OSError, ValueError) as error:
                 refuse_pickled_weights(path, argument, error)
                 raise
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        # PyTorch's fused attention cannot cap scores (Gemma 2), and transformers leaves the cap out in silence.
+        model.set_attn_implementation("eager")
     model.eval()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()

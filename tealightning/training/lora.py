@@ -1,5 +1,6 @@
 """Low-rank adapters (LoRA) through peft: only small matrices beside the frozen linear layers are trained."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def _check_untied(policy: nn.Module) -> None:
     for name, parameter in policy.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(plain_name(name))
     for layer in _adapter_layers(policy):
-        tied = names[id(layer.get_base_layer().weight)]
+        tied = names[id(_adapted_weight(layer))]
         if len(tied) > 1:
             raise UserError(
                 f"model.lora.target_modules targets a weight that this policy ties ({', '.join(tied)}), and the merged "
@@ -90,6 +91,12 @@ def _adapter_layers(policy: nn.Module) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _adapted_weight(layer: Any) -> nn.Parameter:
+    """What an adapter of peft adds to: experts are a parameter each of one module, others the weight of a layer."""
+    base = layer.get_base_layer()
+    return getattr(base, getattr(layer, "parameter_name", "weight"))  # type: ignore[no-any-return]
 
 
 class WithoutAdapter:
@@ -132,7 +139,7 @@ def without_adapter(policy: nn.Module) -> tuple[dict[str, Tensor], Callable[[str
     layers = _adapter_layers(policy)
     matrices = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names]
     adapter = {id(parameter) for matrix in matrices for parameter in matrix.parameters()}
-    adapted = {id(layer.get_base_layer().weight): layer for layer in layers}
+    adapted = {id(_adapted_weight(layer)): layer for layer in layers}
     live = dict(policy.state_dict(keep_vars=True))
     layer_of = {plain_name(name): adapted.get(id(value)) for name, value in live.items()}
     state = {plain_name(name): value.detach() for name, value in live.items() if id(value) not in adapter}
@@ -156,4 +163,4 @@ def merged_state_dict(policy: nn.Module) -> dict[str, Tensor]:
 
 def plain_name(name: str) -> str:
     """The name of a parameter in the policy as it was loaded."""
-    return name.replace(".base_layer.", ".").replace("_orig_mod.", "")  # what peft and torch.compile add
+    return re.sub(r"(\.base_layer)+\.", ".", name).replace("_orig_mod.", "")  # what peft and torch.compile add
