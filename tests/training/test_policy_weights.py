@@ -5,12 +5,14 @@ from collections import Counter
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_architectures import ARCHITECTURES, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from tealightning.pretrained import load_policy
 from tealightning.training import policy_weights as module
+from tealightning.training.lora import LoRA, add_adapter
 from tealightning.training.policy_weights import policy_weights, tied_weight_names, weight_names
 
 
@@ -47,3 +49,28 @@ def test_weights_are_those_that_save_pretrained_writes(name, tmp_path, monkeypat
     assert most <= max(layers.values())  # one layer is read at a time
     tied = [other for others in tied_weight_names(policy).values() for other in others]
     assert len(tied) == len(list(policy.named_parameters(remove_duplicate=False))) - len(list(policy.parameters()))
+
+
+def test_weights_of_adapted_experts_are_merged_one_by_one(tmp_path):
+    tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path)
+    names, ids = weight_names(policy), torch.arange(2, 30)[None]
+    loaded = policy(ids).logits.detach()
+    add_adapter(policy, LoRA(rank=4))
+    for parameter in (p for p in policy.parameters() if p.requires_grad):
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    assert weight_names(policy) == names
+    save_file({n: w.contiguous() for n, w in policy_weights(policy)}, tmp_path / "model.safetensors", {"format": "pt"})
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.allclose(merged(ids).logits, policy(ids).logits, atol=1e-4)
+    assert not torch.allclose(merged(ids).logits, loaded, atol=1e-2)
+
+
+def test_policy_with_capped_attention_scores_computes_them(tmp_path):
+    model = tiny_model("gemma2", attn_logit_softcapping=0.5)
+    model.save_pretrained(tmp_path)
+    model.set_attn_implementation("eager")
+    ids = torch.arange(2, 30)[None]
+    assert torch.equal(load_policy(str(tmp_path))(ids).logits, model(ids).logits)
+    model.set_attn_implementation("sdpa")  # has no cap
+    assert not torch.allclose(load_policy(str(tmp_path))(ids).logits, model(ids).logits, atol=1e-4)
