@@ -81,6 +81,12 @@ def vllm_sampling(sampling: SamplingConfig, rule: EndRule, *, num_samples: int, 
 def vllm_arguments(context: EngineContext, *, dtype: str, on_cpu: bool) -> dict[str, Any]:
     """The arguments of `vllm.LLM`, the same as those of `vllm serve`, that the engines' promises rest on; "auto" is the
     policy's data type."""
+    if getattr(context.policy.config, "quantization_config", None):
+        raise UserError(
+            f"{context.policy_path} holds quantized weights: vLLM would sample from those, and cannot take over the "
+            "trainer's. Save the policy without quantization (quantization_config in its config.json), or use "
+            "--rollout.engine=TransformersEngine."
+        )
     arguments: dict[str, Any] = {
         "tokenizer": context.tokenizer.name_or_path or context.policy_path,
         "dtype": str(context.policy.dtype).removeprefix("torch.") if dtype == "auto" else dtype,

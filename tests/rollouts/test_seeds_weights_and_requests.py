@@ -8,7 +8,7 @@ import torch
 from tiny_policies import END_OF_TURN, EOS, TOKENS, engine_context, save_policy
 
 from tealightning.rollouts import policy_weights, prompt_seed
-from tealightning.rollouts.generation_request import EndRule, completion_texts, end_rule, first_match
+from tealightning.rollouts.generation_request import EndRule, completion_texts, end_rule, first_match, vllm_arguments
 from tealightning.training.policy_weights import tied_weight_names
 from tealightning.types import SamplingConfig
 
@@ -66,3 +66,10 @@ def test_first_match_is_the_earliest_of_all_strings():
     assert first_match("xaby", ["y", "b", "ab"]) == 1
     assert first_match("xaby", ["c"]) is None
     assert first_match("xaby", []) is None
+
+
+def test_vllm_arguments_refuse_a_quantized_policy(context, monkeypatch):
+    assert vllm_arguments(context, dtype="auto", on_cpu=True)["dtype"] == "float32"
+    monkeypatch.setattr(context.policy.config, "quantization_config", {"quant_method": "mxfp4"}, raising=False)
+    with pytest.raises(ValueError, match="holds quantized weights"):
+        vllm_arguments(context, dtype="auto", on_cpu=True)
