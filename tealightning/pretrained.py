@@ -139,7 +139,9 @@ def _loading(path: str, argument: str, problem: str) -> Iterator[None]:
         raise
     except Exception as error:  # a configuration that cannot be is met by whatever line of transformers needs it first
         what = f"{type(error).__name__}: {error}"
-        raise UserError(f"{argument} {path!r} cannot be loaded ({what}): are its config.json and weights right?") from error
+        raise UserError(
+            f"{argument} {path!r} cannot be loaded ({what}): are its config.json and weights right?"
+        ) from error
 
 
 def _check_exists(path: str, argument: str) -> None:
