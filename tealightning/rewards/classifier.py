@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from tealightning.adapter_folder import find_adapter, merged, refuse_quantized
 from tealightning.checks import check_choice, check_integer
@@ -15,9 +14,12 @@ from tealightning.errors import UserError
 from tealightning.pretrained import base_of, check_weights, load_tokenizer, refuse_pickled_weights
 from tealightning.registry import register
 from tealightning.rewards.base import Metadata, Reward
+from tealightning.rewards.sequence_scores import SequenceScorer, longest_sequence
 from tealightning.text.chat import ChatFormatter, ChatTemplate, check_template
-from tealightning.training.micro_batches import split_rows, tokens_of_a_pass
+from tealightning.training.micro_batches import tokens_of_a_pass
 from tealightning.types import Prompt
+
+_TRIAL = "The answer is that a score of a short text must not depend on any longer text that is in its batch too"
 
 
 @register
@@ -72,6 +74,7 @@ class SequenceClassifierReward(Reward):
         self.too_long = 0
         """Completions met so far that were longer than `max_length`."""
         self._model: Any = None
+        self._scorer: SequenceScorer | None = None
         self._formatter: ChatFormatter | None = None
 
     def check(self) -> None:
@@ -85,9 +88,8 @@ class SequenceClassifierReward(Reward):
         trained head of one label, or that there is no template."""
         if self._model is None:
             self._formatter = self._load_formatter()
-            self._model = self._load_model()
-            positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-            known = [positions, self._formatter.tokenizer.model_max_length]
+            model = self._load_model()
+            known = [longest_sequence(model), self._formatter.tokenizer.model_max_length]
             limit = min((n for n in known if n is not None and 0 < n < 10**9), default=None)
             if limit is not None and self.max_length is not None and self.max_length > limit:
                 raise UserError(
@@ -100,11 +102,14 @@ class SequenceClassifierReward(Reward):
                     "upper tail become likely. Use dtype=float32 where memory allows.",
                     stacklevel=2,
                 )
+            scorer = SequenceScorer(model.to(device))
+            self._try(scorer, self._formatter.tokenizer)
+            self._model, self._scorer = model, scorer
         self._model.to(device)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str], metadata: Metadata) -> Tensor:
         """[B] float64 logits; NaN where prompt and completion together are longer than `max_length`."""
-        if self._model is None or self._formatter is None:
+        if self._scorer is None or self._formatter is None:
             raise RuntimeError("SequenceClassifierReward.setup(device) must be called before the first score.")
         sequences = self._formatter.encode_answers(prompts, completions, metadata=metadata)
         scores = torch.full((len(sequences),), float("nan"), dtype=torch.float64)
@@ -119,19 +124,41 @@ class SequenceClassifierReward(Reward):
                 stacklevel=2,
             )
         self.too_long += unscorable
-        vocabulary = self._model.get_input_embeddings().num_embeddings
         max_tokens = self.batch_tokens or tokens_of_a_pass(self._model.device)
-        max_rows = min(self.batch_size, vocabulary - 1)
-        for rows in split_rows(torch.zeros_like(lengths), lengths, scorable, max_tokens=max_tokens, max_rows=max_rows):
-            scores[rows] = _last_token_logits(self._model, [sequences[i] for i in rows], vocabulary)
+        for rows in self._scorer.batches(lengths, scorable, max_tokens=max_tokens, max_rows=self.batch_size):
+            scores[rows] = self._scorer.scores([sequences[i] for i in rows])
         return scores
 
     def close(self) -> None:
         """Drop the model."""
-        self._model = self._formatter = None
+        self._model = self._scorer = self._formatter = None
 
     def __repr__(self) -> str:
         return f"SequenceClassifierReward({self.model_path!r}, dtype={self.dtype!r}, max_length={self.max_length})"
+
+    def _try(self, scorer: SequenceScorer, tokenizer: Any) -> None:
+        """Refuse a model that cannot score a plain text, and find out whether its batches may be padded."""
+        texts = [_TRIAL[:length] for length in (10, 20, 30, 50, 80, len(_TRIAL))]
+        encoded = {
+            len(ids): ids
+            for ids in tokenizer(texts, verbose=False)["input_ids"]
+            if 0 < len(ids) <= (self.max_length or math.inf)
+        }
+        if len(encoded) < 2:
+            scorer.pads = False
+            return
+        try:
+            difference = scorer.try_padding(list(encoded.values()))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # each model has errors of its own for what it lacks
+            raise self._unusable(f"it cannot score a text: {type(error).__name__}: {error}") from error
+        if difference > 0:
+            warnings.warn(
+                f"Padding changes the scores of reward model {self.model_path!r} (by {difference:.2g} in a trial): "
+                "only completions of one length share a batch. That is exact, and slower.",
+                stacklevel=3,
+            )
 
     def _load_config(self) -> Any:
         from transformers import AutoConfig
@@ -181,18 +208,3 @@ class SequenceClassifierReward(Reward):
 
     def _unusable(self, reason: str) -> UserError:
         return UserError(f"model {self.model_path!r} cannot be used as a reward model: {reason}")
-
-
-@torch.no_grad()
-def _last_token_logits(model: Any, sequences: list[list[int]], vocabulary: int) -> Tensor:
-    """[rows] float64: the model's logit at the last token of each sequence."""
-    lengths = torch.tensor([len(s) for s in sequences])
-    # transformers reads the score at the rightmost id that differs from config.pad_token_id. With padding on the right
-    # that is the last token if, and only if, no sequence ends with the padding id, so take one that none ends with.
-    ends = {s[-1] for s in sequences}
-    pad = next(i for i in range(vocabulary) if i not in ends)
-    model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad
-    ids = pad_sequence([torch.tensor(s) for s in sequences], batch_first=True, padding_value=pad)
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
-    return logits[:, 0].float().cpu().double()
