@@ -16,6 +16,7 @@ from tealightning.registry import register
 from tealightning.rewards.base import Metadata, Reward
 from tealightning.rewards.sequence_scores import SequenceScorer, longest_sequence
 from tealightning.text.chat import ChatFormatter, ChatTemplate, check_template
+from tealightning.text.pairs import PairEncoder, pair_form, separates
 from tealightning.training.micro_batches import tokens_of_a_pass
 from tealightning.types import Prompt
 
@@ -42,6 +43,8 @@ class SequenceClassifierReward(Reward):
         chat_template: `auto` (the tokenizer's, if it has one: prompt and completion become user and assistant
             messages), true, false (completion appended to the prompt's text) or the path of a Jinja file.
         chat_template_kwargs: Arguments of the chat template, such as `enable_thinking: false`.
+        pair: Encode prompt and completion as a pair of texts, as encoders that were trained on pairs read them, instead
+            of one text. None = false, with a warning if the tokenizer has a form for pairs and no chat template.
         trust_remote_code: Run model code that ships with the weights.
     """
 
@@ -56,9 +59,12 @@ class SequenceClassifierReward(Reward):
         max_length: int | None = None,
         chat_template: ChatTemplate = "auto",
         chat_template_kwargs: dict[str, Any] | None = None,
+        pair: bool | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         check_template(chat_template)
+        if pair and chat_template not in ("auto", False):
+            raise UserError(f"pair=True uses no chat template: leave out chat_template={chat_template!r}.")
         for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens), ("max_length", max_length)):
             if value is not None:
                 check_integer(name, value, 1)
@@ -70,12 +76,13 @@ class SequenceClassifierReward(Reward):
         self.max_length = max_length
         self.chat_template = chat_template
         self.chat_template_kwargs = chat_template_kwargs
+        self.pair = pair
         self.trust_remote_code = trust_remote_code
         self.too_long = 0
         """Completions met so far that were longer than `max_length`."""
         self._model: Any = None
         self._scorer: SequenceScorer | None = None
-        self._formatter: ChatFormatter | None = None
+        self._formatter: ChatFormatter | PairEncoder | None = None
 
     def check(self) -> None:
         """Read configuration and tokenizer, not the weights; a ValueError says that it is no reward model."""
@@ -87,9 +94,9 @@ class SequenceClassifierReward(Reward):
         """Load model and tokenizer on `device`; a ValueError says that they cannot be loaded, that the model has no
         trained head of one label, or that there is no template."""
         if self._model is None:
-            self._formatter = self._load_formatter()
+            formatter = self._formatter = self._load_formatter()
             model = self._load_model()
-            known = [longest_sequence(model), self._formatter.tokenizer.model_max_length]
+            known = [longest_sequence(model), formatter.tokenizer.model_max_length]
             limit = min((n for n in known if n is not None and 0 < n < 10**9), default=None)
             if limit is not None and self.max_length is not None and self.max_length > limit:
                 raise UserError(
@@ -102,8 +109,10 @@ class SequenceClassifierReward(Reward):
                     "upper tail become likely. Use dtype=float32 where memory allows.",
                     stacklevel=2,
                 )
+            if isinstance(formatter, ChatFormatter) and not formatter.uses_template and self.pair is None:
+                self._warn_of_pairs(formatter.tokenizer)
             scorer = SequenceScorer(model.to(device))
-            self._try(scorer, self._formatter.tokenizer)
+            self._try(scorer, formatter.tokenizer)
             self._model, self._scorer = model, scorer
         self._model.to(device)
 
@@ -111,7 +120,11 @@ class SequenceClassifierReward(Reward):
         """[B] float64 logits; NaN where prompt and completion together are longer than `max_length`."""
         if self._scorer is None or self._formatter is None:
             raise RuntimeError("SequenceClassifierReward.setup(device) must be called before the first score.")
-        sequences = self._formatter.encode_answers(prompts, completions, metadata=metadata)
+        types = None
+        if isinstance(self._formatter, PairEncoder):
+            sequences, types = self._formatter.encode(prompts, completions)
+        else:
+            sequences = self._formatter.encode_answers(prompts, completions, metadata=metadata)
         scores = torch.full((len(sequences),), float("nan"), dtype=torch.float64)
         lengths = torch.tensor([len(ids) for ids in sequences], dtype=torch.int64)
         scorable = ((lengths > 0) & (lengths <= (self.max_length or math.inf))).nonzero()[:, 0]
@@ -126,7 +139,7 @@ class SequenceClassifierReward(Reward):
         self.too_long += unscorable
         max_tokens = self.batch_tokens or tokens_of_a_pass(self._model.device)
         for rows in self._scorer.batches(lengths, scorable, max_tokens=max_tokens, max_rows=self.batch_size):
-            scores[rows] = self._scorer.scores([sequences[i] for i in rows])
+            scores[rows] = self._scorer.scores([sequences[i] for i in rows], types and [types[i] for i in rows])
         return scores
 
     def close(self) -> None:
@@ -157,6 +170,14 @@ class SequenceClassifierReward(Reward):
             warnings.warn(
                 f"Padding changes the scores of reward model {self.model_path!r} (by {difference:.2g} in a trial): "
                 "only completions of one length share a batch. That is exact, and slower.",
+                stacklevel=3,
+            )
+
+    def _warn_of_pairs(self, tokenizer: Any) -> None:
+        if separates(pair_form(tokenizer), tokenizer.bos_token_id):
+            warnings.warn(
+                f"Reward model {self.model_path!r} reads prompt and completion as one text. If it was trained on "
+                "pairs, set pair=true; pair=false says that one text is right, and ends this warning.",
                 stacklevel=3,
             )
 
@@ -201,9 +222,11 @@ class SequenceClassifierReward(Reward):
         model.config.use_cache = False  # one pass: keys and values would only take memory
         return model.requires_grad_(False).eval()
 
-    def _load_formatter(self) -> ChatFormatter:
+    def _load_formatter(self) -> ChatFormatter | PairEncoder:
         path, trusted = self.tokenizer_path, self.trust_remote_code
         tokenizer = load_tokenizer(path, trust_remote_code=trusted, argument="reward model")
+        if self.pair:
+            return PairEncoder(tokenizer)
         return ChatFormatter(tokenizer, self.chat_template, chat_template_kwargs=self.chat_template_kwargs)
 
     def _unusable(self, reason: str) -> UserError:

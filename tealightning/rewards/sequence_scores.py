@@ -1,5 +1,6 @@
 """Scores of token sequences by a model with one label: each what it would be alone, whatever shares its batch."""
 
+import inspect
 from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +32,9 @@ class SequenceScorer:
         self._config = model.config.get_text_config()
         self._own_padding = getattr(self._config, "pad_token_id", None)
         self._vocabulary = _vocabulary(model)
+        accepted = inspect.signature(model.forward).parameters
+        # The RoBERTa family accepts them, and has a single one.
+        self._takes_types = "token_type_ids" in accepted and getattr(self._config, "type_vocab_size", 2) != 1
         rope = getattr(self._config, "rope_parameters", None) or {}
         # transformers turns a BigBird to full attention at its first short sequence, and never back.
         self._sparse = [m for m in model.modules() if getattr(m, "attention_type", "") == "block_sparse"]
@@ -68,7 +72,7 @@ class SequenceScorer:
         self.model.config.pad_token_id = self._config.pad_token_id = pad
         inputs = {"input_ids": pad_sequence([torch.tensor(s) for s in sequences], batch_first=True, padding_value=pad)}
         inputs["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-        if types is not None:
+        if types is not None and self._takes_types:
             inputs["token_type_ids"] = pad_sequence([torch.tensor(t) for t in types], batch_first=True)
         with self._as_new():
             logits = self.model(**{name: values.to(self.model.device) for name, values in inputs.items()}).logits

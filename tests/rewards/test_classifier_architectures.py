@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 from tool_scripts import tool
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
 
 from tealightning.rewards import SequenceClassifierReward
@@ -103,9 +104,12 @@ def build(name, **settings):
 def loaded(tmp_path):
     """Saves a model with the tokenizer of bytes, and sets a reward up with it."""
 
-    def make(name, model=None, **settings):
+    def make(name, model=None, processor=None, **settings):
         (model or build(name)).save_pretrained(tmp_path / name)
-        tiny.byte_tokenizer().save_pretrained(tmp_path / name)
+        tokenizer = tiny.byte_tokenizer()
+        if processor is not None:
+            tokenizer.backend_tokenizer.post_processor = processor
+        tokenizer.save_pretrained(tmp_path / name)
         reward = SequenceClassifierReward(str(tmp_path / name), **settings)
         reward.setup(torch.device("cpu"))
         return reward
@@ -218,3 +222,32 @@ def test_reward_model_that_cannot_read_a_text_is_refused_at_the_start(loaded):
         ValueError, match="as a reward model: it cannot score a text: ValueError: Input language unknown"
     ):
         loaded("xmod", model)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_pair_is_scored_with_its_segments_in_every_batch(loaded, name):
+    reward = loaded(name, pair=True, processor=processors.BertProcessing(("<eos>", EOS), ("<bos>", BOS)))
+    prompts, answers = ["a", "what is it", "b"], ["yes, and more", "", "no<eos>"]
+    scores = reward(prompts, answers, [{}] * 3).total
+    model = AutoModelForSequenceClassification.from_pretrained(reward.model_path).eval()
+    for prompt, answer, found in zip(prompts[:2], answers[:2], scores.tolist(), strict=False):
+        inputs = AutoTokenizer.from_pretrained(reward.model_path)(prompt, answer, return_tensors="pt")
+        if name == "roberta":  # has one segment only
+            inputs["token_type_ids"].zero_()
+        assert found == pytest.approx(model(**inputs).logits.item(), abs=1e-5)
+    alone = torch.cat([reward([p], [a], [{}]).total for p, a in zip(prompts, answers, strict=True)])
+    torch.testing.assert_close(scores, alone, rtol=0, atol=1e-5)
+
+
+def test_model_that_could_read_pairs_is_warned_about_unless_told(loaded):
+    processor = processors.BertProcessing(("<eos>", EOS), ("<bos>", BOS))
+    with pytest.warns(UserWarning, match="reads prompt and completion as one text. If it was trained on pairs"):
+        score(loaded("bert", processor=processor), "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one_text = loaded("bert", processor=processor, pair=False)
+    assert score(one_text, "a") != score(loaded("bert", processor=processor, pair=True), "a")
+    with pytest.raises(ValueError, match="pair=True uses no chat template: leave out chat_template=True"):
+        SequenceClassifierReward("folder", pair=True, chat_template=True)
+    with pytest.raises(ValueError, match="puts nothing between the two texts"):
+        loaded("bert", pair=True)
