@@ -38,8 +38,10 @@ class SequenceScorer:
         rope = getattr(self._config, "rope_parameters", None) or {}
         # transformers turns a BigBird to full attention at its first short sequence, and never back.
         self._sparse = [m for m in model.modules() if getattr(m, "attention_type", "") == "block_sparse"]
-        # The longest sequence of a batch decides how long ones are read: no trial with short ones can show it.
-        self.pads = not self._sparse and rope.get("rope_type") != "longrope"
+        # The longest sequence of a batch decides how others are read or, in Funnel's pooling, the parity of lengths: no
+        # trial with some short ones can show it.
+        pools = hasattr(self._config, "block_sizes")
+        self.pads = not self._sparse and not pools and rope.get("rope_type") != "longrope"
 
     def try_padding(self, sequences: Sequence[list[int]]) -> float:
         """Score `sequences` together and one by one, and stop padding batches if that makes a difference, which is

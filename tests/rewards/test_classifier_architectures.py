@@ -150,7 +150,8 @@ def test_scores_alone_in_a_batch_and_by_the_models_own_pass_are_the_same(name):
     sequences = sequences_of({"canine": 8, "funnel": 5}.get(name, 1), 8, 9, 17, 40, longest - 1, longest)
     expected = own_scores(model, sequences)
     scorer = SequenceScorer(model)
-    assert (scorer.try_padding(sequences_of(8, 13, 20, 31)) > 0) == (name in READ_PADDING)
+    scorer.try_padding(sequences_of(8, 13, 20, 31))
+    assert scorer.pads == (name not in READ_PADDING)
     torch.testing.assert_close(together(scorer, sequences), expected, rtol=0, atol=3e-5)
     assert expected.std() > 0.01
 
@@ -225,15 +226,13 @@ def test_reward_model_that_cannot_read_a_text_is_refused_at_the_start(loaded):
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])
-def test_pair_is_scored_with_its_segments_in_every_batch(loaded, name):
+def test_pair_is_scored_as_the_tokenizer_encodes_it_in_every_batch(loaded, name):
     reward = loaded(name, pair=True, processor=processors.BertProcessing(("<eos>", EOS), ("<bos>", BOS)))
-    prompts, answers = ["a", "what is it", "b"], ["yes, and more", "", "no<eos>"]
+    prompts, answers = ["a", "what is it", "b"], ["yes, and more", "no", "no<eos>"]
     scores = reward(prompts, answers, [{}] * 3).total
     model = AutoModelForSequenceClassification.from_pretrained(reward.model_path).eval()
     for prompt, answer, found in zip(prompts[:2], answers[:2], scores.tolist(), strict=False):
         inputs = AutoTokenizer.from_pretrained(reward.model_path)(prompt, answer, return_tensors="pt")
-        if name == "roberta":  # has one segment only
-            inputs["token_type_ids"].zero_()
         assert found == pytest.approx(model(**inputs).logits.item(), abs=1e-5)
     alone = torch.cat([reward([p], [a], [{}]).total for p, a in zip(prompts, answers, strict=True)])
     torch.testing.assert_close(scores, alone, rtol=0, atol=1e-5)
@@ -251,3 +250,15 @@ def test_model_that_could_read_pairs_is_warned_about_unless_told(loaded):
         SequenceClassifierReward("folder", pair=True, chat_template=True)
     with pytest.raises(ValueError, match="puts nothing between the two texts"):
         loaded("bert", pair=True)
+
+
+@torch.no_grad()
+def test_segments_reach_a_model_that_has_several():
+    ids, types = [[BOS, 5, EOS, 6, EOS], [BOS, 7, EOS, EOS]], [[0, 0, 0, 1, 1], [0, 0, 0, 1]]
+    model = build("bert")
+    inputs = [(torch.tensor([row]), torch.tensor([segments])) for row, segments in zip(ids, types, strict=True)]
+    expected = torch.cat([model(input_ids=row, token_type_ids=segments).logits[0] for row, segments in inputs]).double()
+    torch.testing.assert_close(SequenceScorer(model).scores(ids, types), expected, rtol=0, atol=1e-5)
+    assert (expected - own_scores(model, ids)).abs().min() > 1e-3
+    roberta = build("roberta")  # has one
+    torch.testing.assert_close(SequenceScorer(roberta).scores(ids, types), own_scores(roberta, ids), rtol=0, atol=1e-5)
