@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from tealightning.callbacks import EvaluationRecord, ExportPolicy, RolloutCallback
+from tealightning.callbacks import BestOfNReport, EvaluationRecord, ExportPolicy, RolloutCallback
 from tealightning.callbacks.lightning_callbacks import check_callbacks
 from tealightning.cli.monitors import check_monitors
 from tealightning.cli.user_settings import imported_class, inner_key
@@ -105,8 +105,12 @@ def _contradictions(cli: "TrainingCLI", rollout: RolloutCallback) -> Iterator[st
         for name in ("kl_samples", "diversity_samples"):  # their defaults take what is there
             if (value := getattr(record, name)) > max(most, 2) and value != defaults[name].default:
                 yield f"trainer.callbacks.{name} must be at most max(model.ns)={most}, got {value}."
-    if isinstance(cli.datamodule, PromptDataModule) and cli.datamodule.sources[phase] is None:
-        yield f"data.{phase} is not set: give it a file or a data set of the hub."
+    if isinstance(cli.datamodule, PromptDataModule):
+        where = "give it a file or a data set of the hub"
+        if cli.datamodule.sources[phase] is None:
+            yield f"data.{phase} is not set: {where}."
+        if cli.command == "fit" and cli.datamodule.sources["val"] is None and _callbacks(cli, BestOfNReport):
+            yield f"data.val is not set: {where}, or leave out BestOfNReport, which compares validations."
 
 
 def check_inputs(cli: "TrainingCLI") -> None:

@@ -39,6 +39,10 @@ def fit_args(playground, tmp_path):
         ("--model.lr_scheduler=torch.optim.lr_scheduler.LRScheduler", "LRScheduler is the base class of schedules"),
         ("--model.lr_scheduler=ReduceLROnPlateau", "monitor"),
         ("--model.lr_scheduler=SequentialLR", "model.lr_scheduler"),
+        (
+            "--data.val=null",
+            "data.val is not set: give it a file or a data set of the hub, or leave out BestOf",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(fit_args, options, told):

@@ -1,0 +1,44 @@
+"""Folders that cannot be loaded: one message that names the folder, whatever line of transformers met it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from module_fixtures import save_tiny_policy
+
+from tealightning.errors import UserError
+from tealightning.pretrained import load_policy
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return save_tiny_policy(tmp_path_factory.mktemp("policy"))
+
+
+def truncate(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"pad_token_id": 99999}, "Padding_idx must be within num_embeddings"),
+        ({"num_hidden_layers": "two"}, "expected int, got str"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"vocab_size": 40}, "RuntimeError"),
+        (truncate, "incomplete metadata"),
+    ],
+    ids=["padding", "type", "zero", "shape", "cut off"],
+)
+def test_a_folder_that_cannot_be_loaded_is_named(policy, tmp_path, changes, why):
+    folder = tmp_path / "broken"
+    shutil.copytree(policy, folder)
+    if callable(changes):
+        changes(folder)
+    else:
+        config = folder / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(UserError, match=f"policy '{folder}' cannot be loaded .*{why}"):
+        load_policy(str(folder))
