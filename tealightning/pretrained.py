@@ -135,9 +135,11 @@ def _loading(path: str, argument: str, problem: str) -> Iterator[None]:
         raise
     except (OSError, ValueError) as error:
         raise UserError(f"{argument} {path!r} {problem}: {error}") from error
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # a configuration that cannot be is met by whatever line of transformers needs it first
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or type(error).__module__.startswith(
+            "tealightning."
+        ):
+            raise  # a deadline, for one
         what = f"{type(error).__name__}: {error}"
         raise UserError(
             f"{argument} {path!r} cannot be loaded ({what}): are its config.json and weights right?"

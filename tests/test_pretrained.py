@@ -9,6 +9,7 @@ from module_fixtures import save_tiny_policy
 
 from tealightning.errors import UserError
 from tealightning.pretrained import load_policy
+from tealightning.reliability.deadlines import RunEnded
 
 
 @pytest.fixture(scope="module")
@@ -42,3 +43,14 @@ def test_a_folder_that_cannot_be_loaded_is_named(policy, tmp_path, changes, why)
         config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     with pytest.raises(UserError, match=f"policy '{folder}' cannot be loaded .*{why}"):
         load_policy(str(folder))
+
+
+@pytest.mark.parametrize("error", [RunEnded("loading took too long"), MemoryError("none left")])
+def test_what_is_not_the_folders_fault_is_raised_as_it_is(policy, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
+    with pytest.raises(type(error)) as raised:
+        load_policy(policy)
+    assert raised.value is error
