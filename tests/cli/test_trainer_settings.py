@@ -40,7 +40,7 @@ def fit_args(playground, tmp_path):
         ("--model.lr_scheduler=ReduceLROnPlateau", "monitor"),
         ("--model.lr_scheduler=SequentialLR", "model.lr_scheduler"),
         (
-            "--data.val=null",
+            "--data.val=null --trainer.callbacks+=BestOfNReport",
             "data.val is not set: give it a file or a data set of the hub, or leave out BestOf",
         ),
     ],
