@@ -45,6 +45,7 @@ class SequenceClassifierReward(Reward):
         chat_template_kwargs: Arguments of the chat template, such as `enable_thinking: false`.
         pair: Encode prompt and completion as a pair of texts, as encoders that were trained on pairs read them, instead
             of one text. None = false, with a warning if the tokenizer has a form for pairs and no chat template.
+        tools_column: Column with the tools of a prompt, a list of JSON schemas for the chat template; None = no tools.
         trust_remote_code: Run model code that ships with the weights.
     """
 
@@ -60,6 +61,7 @@ class SequenceClassifierReward(Reward):
         chat_template: ChatTemplate = "auto",
         chat_template_kwargs: dict[str, Any] | None = None,
         pair: bool | None = None,
+        tools_column: str | None = "tools",
         trust_remote_code: bool = False,
     ) -> None:
         check_template(chat_template)
@@ -77,6 +79,7 @@ class SequenceClassifierReward(Reward):
         self.chat_template = chat_template
         self.chat_template_kwargs = chat_template_kwargs
         self.pair = pair
+        self.tools_column = tools_column
         self.trust_remote_code = trust_remote_code
         self.too_long = 0
         """Completions met so far that were longer than `max_length`."""
@@ -227,7 +230,12 @@ class SequenceClassifierReward(Reward):
         tokenizer = load_tokenizer(path, trust_remote_code=trusted, argument="reward model")
         if self.pair:
             return PairEncoder(tokenizer)
-        return ChatFormatter(tokenizer, self.chat_template, chat_template_kwargs=self.chat_template_kwargs)
+        return ChatFormatter(
+            tokenizer,
+            self.chat_template,
+            chat_template_kwargs=self.chat_template_kwargs,
+            tools_column=self.tools_column,
+        )
 
     def _unusable(self, reason: str) -> UserError:
         return UserError(f"model {self.model_path!r} cannot be used as a reward model: {reason}")

@@ -88,10 +88,11 @@ class ChatFormatter:
             raise UserError(
                 "system_prompt needs a chat template, and prompts are used as plain text here: put it into the prompts."
             )
-        if not self.is_raw:
-            self._warn_of_spelled(prompts)
-        appended = len(self._encoder.around[1])
         texts = [self._plain(p) for p in prompts]
+        if not self.is_raw:
+            bos = self.tokenizer.bos_token or ""
+            self._warn_of_spelled([str(p).removeprefix(bos) for p in prompts])
+        appended = len(self._encoder.around[1])
         return [row[: len(row) - appended] for row in self._encoder.encode(texts, special=True)]
 
     def encode_answers(
@@ -180,11 +181,14 @@ class ChatFormatter:
                 if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
                     raise UserError(
                         f"column {column!r} must hold a list of objects for the chat template, got {value!r:.80}"
-                        + ("; data.tools_column names another column, null none." if argument == "tools" else ".")
+                        + ("; tools_column names another column, null none." if argument == "tools" else ".")
                     )
                 arguments[argument] = value
         if "tools" in arguments and "tools" not in self._names:
-            self._warn("the chat template never reads `tools`: the tools of a prompt do not reach the policy.")
+            self._warn(
+                f"the chat template of {self.tokenizer.name_or_path!r} never reads `tools`: those of a prompt do not "
+                "reach the model."
+            )
         own = _parsed(row.get(KWARGS_COLUMN)) if of_prompt else None
         if own:
             if not isinstance(own, Mapping):

@@ -11,8 +11,8 @@ from tealightning.types import Message
 
 Render = Callable[[list[Message], bool], str]  # a chat, with or without the generation prompt
 
-_USER, _ANSWER, _REPLY = "quokka", "wombat", "numbat"  # words that no template writes
-_GENERATION = re.compile(r"{%-?\s*(end)?generation\s*-?%}")  # a tag of transformers
+_SYSTEM, _USER, _ANSWER, _REPLY = "dingo", "quokka", "wombat", "numbat"  # words that no template writes
+_GENERATION = re.compile(r"{%[-+]?\s*(end)?generation\s*[-+]?%}")  # a tag of transformers
 _MARK = "\ufdd0"
 
 
@@ -20,8 +20,7 @@ _MARK = "\ufdd0"
 class Turns:
     """How a template tells the turns of a chat apart."""
 
-    to_assistant: str  # what it writes between a user's message and the answer
-    to_user: str  # and between the answer and the user's next message
+    written: str  # what it writes around messages
     has_answer: bool  # it writes what the assistant says
     prompts_generation: bool  # what precedes an answer is there before one
 
@@ -38,8 +37,9 @@ def names_in(template: str) -> set[str]:
 def probe_turns(render: Render) -> Turns | None:
     """The turns of the template behind `render`; None = it refuses or rewrites the chat that this is tried on."""
     user, answer = _message("user", _USER), _message("assistant", _ANSWER)
+    chat = [user, answer, _message("user", _REPLY)]
     try:
-        longer = render([user, answer, _message("user", _REPLY)], False)
+        longer = render(chat, False)
         answered, bare, prompted = render([user, answer], False), render([user], False), render([user], True)
     except UserError:
         return None
@@ -49,9 +49,13 @@ def probe_turns(render: Render) -> Turns | None:
     to_user = longer.partition(_ANSWER)[2].partition(_REPLY)[0]
     # [INST] question [/INST] needs no generation prompt: the question's end is where the answer begins.
     follows = prompted.partition(_USER)[2].strip() == to_assistant.strip() and to_assistant != to_user
+    try:
+        written = render([_message("system", _SYSTEM), *chat], False)
+    except UserError:
+        # Without what comes first, which may be a system prompt of its own.
+        written = longer.partition(_USER)[2]
     return Turns(
-        to_assistant=longer.partition(_USER)[2].partition(_ANSWER)[0],
-        to_user=to_user,
+        written=written,
         has_answer=_ANSWER in answered,
         prompts_generation=prompted != bare or follows,
     )
@@ -60,8 +64,7 @@ def probe_turns(render: Render) -> Turns | None:
 def turn_tokens(render: Render, turns: Turns, tokens: Iterable[str]) -> Collection[str]:
     """Those of `tokens` with which the template begins and ends turns, apart from those that it looks for in messages,
     as it may do for `</think>` in answers."""
-    between = turns.to_assistant + turns.to_user
-    return [t for t in tokens if t.strip() and t in between and not _is_looked_for(render, t)]
+    return [t for t in tokens if t.strip() and t in turns.written and not _is_looked_for(render, t)]
 
 
 def _is_looked_for(render: Render, token: str) -> bool:

@@ -1,6 +1,8 @@
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from tealightning.text.chat import ChatFormatter
 
@@ -105,3 +107,22 @@ def test_chat_that_the_template_refuses_is_an_error(byte_tokenizer):
     formatter = ChatFormatter(byte_tokenizer(template="{{ raise_exception('no system role') }}"))
     with pytest.raises(ValueError, match=r"refuses a chat with the roles \['user'\]: no system role"):
         formatter.encode_prompts([CHAT])
+
+
+@pytest.mark.parametrize("single", ["$A", "<bos> $A", "$A <eos>", "<bos> $A <eos>", "<bos> <pad> $A <eos> <eos>"])
+def test_special_tokens_are_those_of_the_post_processor(single):
+    """Of an alphabet without the letter "a", as those of DNA and of proteins are."""
+    vocabulary = {token: i for i, token in enumerate(["<bos>", "<eos>", "<pad>", "<unk>", "G", "C", "T"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    specials = [(token, vocabulary[token]) for token in ("<bos>", "<eos>", "<pad>")]
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=specials)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+    before = [vocabulary[token] for token in single.partition("$A")[0].split()]
+    assert ChatFormatter(tokenizer).encode_prompts(["GCT", "G"]) == [[*before, 4, 5, 6], [*before, 4]]
+    answered = tokenizer("GCT")["input_ids"]
+    assert ChatFormatter(tokenizer).encode_answers(["GC"], ["T"]) == [answered]
+    tokenizer("GCT", padding="max_length", max_length=40)  # leaves padding switched on in the tokenizer
+    assert ChatFormatter(tokenizer).encode_prompts(["G"]) == [[*before, 4]]
