@@ -21,10 +21,7 @@ def formatter(template, **settings):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_usual_templates_prompt_for_an_answer_and_keep_the_system_prompt(template, recwarn):
-    if template == "mistral":  # which takes every role for the assistant's but that of the user
-        formatter(template).warn_of_template()
-    else:
-        formatter(template).warn_of_template("be short")
+    formatter(template).warn_of_template("be short")
     assert [str(w.message) for w in recwarn] == []
 
 
