@@ -38,12 +38,21 @@ def load_policy(
             model = merged(base, adapter)
         else:
             try:
-                model = AutoModelForCausalLM.from_pretrained(
-                    path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+                model, info = AutoModelForCausalLM.from_pretrained(
+                    path,
+                    dtype=dtype,
+                    trust_remote_code=trust_remote_code,
+                    use_safetensors=True,
+                    output_loading_info=True,
                 )
             except (OSError, ValueError) as error:
                 refuse_pickled_weights(path, argument, error)
                 raise
+            if missing := ", ".join(sorted(info["missing_keys"])[:5]):
+                raise UserError(
+                    f"{argument} {path!r} has no weights for {missing}, which would be random numbers: does its "
+                    "config.json belong to these weights, and is it a causal LM?"
+                )
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         # PyTorch's fused attention cannot cap scores (Gemma 2), and transformers leaves the cap out in silence.
         model.set_attn_implementation("eager")

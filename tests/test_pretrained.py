@@ -45,6 +45,16 @@ def test_a_folder_that_cannot_be_loaded_is_named(policy, tmp_path, changes, why)
         load_policy(str(folder))
 
 
+def test_weights_that_are_not_in_the_folder_are_no_random_numbers(policy, tmp_path):
+    folder = tmp_path / "more_layers"
+    shutil.copytree(policy, folder)
+    config = folder / "config.json"
+    layers = json.loads(config.read_text())["num_hidden_layers"]
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": layers + 1}))
+    with pytest.raises(UserError, match=rf"has no weights for model\.layers\.{layers}\."):
+        load_policy(str(folder))
+
+
 @pytest.mark.parametrize("error", [RunEnded("loading took too long"), MemoryError("none left")])
 def test_what_is_not_the_folders_fault_is_raised_as_it_is(policy, monkeypatch, error):
     def fail(*_, **__):

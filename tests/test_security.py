@@ -330,8 +330,13 @@ CANARIES = {name: f"canary-{name.lower()}-5f1c" for name in ("HF_TOKEN", "VLLM_A
 
 
 def context_of(folder):
-    tokenizer = SimpleNamespace(name_or_path=str(folder))
-    return SimpleNamespace(policy_path=str(folder), tokenizer=tokenizer, max_model_len=64, device=torch.device("cpu"))
+    return SimpleNamespace(
+        policy=SimpleNamespace(config=SimpleNamespace()),
+        policy_path=str(folder),
+        tokenizer=SimpleNamespace(name_or_path=str(folder)),
+        max_model_len=64,
+        device=torch.device("cpu"),
+    )
 
 
 def test_servers_that_are_started_listen_on_this_machine_alone(playground):

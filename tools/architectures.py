@@ -101,7 +101,6 @@ def engine_trial(name: str, engine_name: str, folder: Path) -> Row:
     engine = build_engine(engine_name)
     sync = WeightSync(engine, context.policy, context, over_ranks=float)
     try:
-        engine.start(context)
         sync.start()
     except (ValueError, EngineError) as error:  # a UserError is a ValueError
         return {"refused": " ".join(str(error).replace(str(folder), "FOLDER").split())}

@@ -175,10 +175,8 @@ class RolloutCallback(Callback):
             max_model_len=self._model_len(trainer, config),
             seed=self._run_seed,
         )
-        with during(Activity.STARTING):
-            with errors_only(f"reward {self.reward.name!r}, being set up,"):
-                self.reward.setup(pl_module.device)
-            self.engine.start(context)
+        with during(Activity.STARTING), errors_only(f"reward {self.reward.name!r}, being set up,"):
+            self.reward.setup(pl_module.device)
         self._collector = RolloutCollector(
             engine=self.engine,
             reward=self.reward,

@@ -246,10 +246,17 @@ def _load(args: dict[str, Any], context: EngineContext) -> Any:
         llm.apply_model(own_classes)
         return llm
     except ValueError as error:
-        raise UserError(
-            f"vLLM refused to start: {error}\nIts settings are those of rollout.engine: kv_cache_gib and "
+        raise ValueError(
+            f"vLLM refused to start: {_reason(error)}\nIts settings are those of rollout.engine: kv_cache_gib and "
             f"gpu_memory_utilization (memory), dtype, extra_args; and rollout.max_model_len={args['max_model_len']}."
         ) from error
+
+
+def _reason(error: ValueError) -> str:
+    """What vLLM says, without what pydantic puts around it and without the list of all architectures."""
+    errors = getattr(error, "errors", None)
+    text = "; ".join(each["msg"] for each in errors()) if callable(errors) else str(error)
+    return text.partition(" Supported architectures: ")[0]
 
 
 @contextmanager

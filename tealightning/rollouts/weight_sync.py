@@ -1,7 +1,8 @@
 """Weight sync: push the policy's weights to an engine whenever they changed, and prove that they arrived."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -11,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from tealightning.errors import UserError
 from tealightning.reliability.fingerprint import changed_weights, fingerprint
 from tealightning.reliability.progress import Activity, during
-from tealightning.rollouts.base import EngineContext, RolloutEngine
+from tealightning.rollouts.base import EngineContext, EngineError, RolloutEngine
 from tealightning.rollouts.weight_probe import gives_finite_log_probs, log_prob_difference
 from tealightning.training.policy_weights import policy_weights
 
@@ -23,7 +24,8 @@ MORE_PROMPTS = 16  # where few hit a difference, and to confirm one
 
 
 class WeightSync:
-    """Gives a started engine the policy's weights whenever they changed, and proves after each push that it has them.
+    """Starts an engine, gives it the policy's weights whenever they changed, and proves after each push that it has
+    them.
 
     All ranks call it together, and decide alike: whatever one has to push, or finds wrong, all do.
 
@@ -50,15 +52,22 @@ class WeightSync:
         self._held: bytes | None = None  # fingerprint of what the engine was given last; None = not known
 
     def start(self) -> None:
-        """Before anything is measured: a push of other weights shows whether every tensor arrives, which one of those
-        that the engine has loaded from the policy's folder cannot. The engine has the policy's weights afterwards."""
-        if self.engine.shares_weights:
-            self._probe("when it started")
-            return
-        if self._tolerance != math.inf:
-            with changed_weights(self.policy):
-                self._try_changed_weights()
-        self.push_if_changed()
+        """Start the engine. Before anything is measured, a push of other weights shows whether every tensor arrives,
+        which one of those that it has loaded from the policy's folder cannot. It has the policy's weights afterwards.
+
+        Raises:
+            ValueError: if the engine cannot serve the policy, or has other weights or log-probs than the trainer.
+            EngineError: if it breaks down.
+        """
+        with during(Activity.STARTING), _naming_policy(self.engine, self.policy):
+            self.engine.start(self.context)
+            if self.engine.shares_weights:
+                self._probe("when it started")
+                return
+            if self._tolerance != math.inf:
+                with changed_weights(self.policy):
+                    self._try_changed_weights()
+            self.push_if_changed()
 
     def push_if_changed(self) -> bool:
         """Whether the weights had changed since the last push, and were pushed, and are proven to have arrived."""
@@ -121,20 +130,40 @@ class WeightSync:
         return max(TOLERANCE.get(each, TOLERANCE[torch.bfloat16]) for each in (own, engine))
 
 
+@contextmanager
+def _naming_policy(engine: RolloutEngine, policy: Any) -> Iterator[None]:
+    """Let what an engine cannot start with, or breaks down of at its first tokens, name the policy and a way out."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, EngineError) as error:  # of a library inside the engine
+        kind = EngineError if isinstance(error, EngineError) else UserError
+        way_out = "" if engine.shares_weights else f" {_WAY_OUT}."
+        raise kind(f"{type(engine).__name__}: {error} The policy is a {described(policy)}.{way_out}") from error
+
+
+_WAY_OUT = "--rollout.engine=TransformersEngine samples with the trainer's own policy, whatever its architecture"
+
+
+def described(policy: Any) -> str:
+    """A policy's architecture, for people: `Gemma2ForCausalLM (model_type gemma2)`."""
+    architecture = (getattr(policy.config, "architectures", None) or [type(policy).__name__])[0]
+    return f"{architecture} (model_type {policy.config.model_type})"
+
+
 def mismatch_message(engine: RolloutEngine, policy: Any, when: str, mean: float, tolerance: float) -> str:
     """What is wrong, of which architecture, and what to do."""
-    config, name = policy.config, type(engine).__name__
-    architecture = (getattr(config, "architectures", None) or [type(policy).__name__])[0]
     ways_out = (
         "What it generates token by token, with a cache, is not what one pass over the tokens gives: another version "
         "of transformers may be right, and so may --rollout.engine=VLLMEngine."
         if engine.shares_weights
-        else "It is not right for this architecture: use --rollout.engine=TransformersEngine, which samples with the "
-        f"trainer's own policy, or another version of what it runs on{_vllm_version(engine)}."
+        else f"It is not right for this architecture: {_WAY_OUT}; or try another version of what it runs on"
+        f"{_vllm_version(engine)}."
     )
     return (
-        f"{name} and the trainer disagree about the policy, a {architecture} (model_type {config.model_type}): {when}, "
-        f"its log-probs of the tokens that it sampled differ from the trainer's by {mean:.3g} nats on average, and "
+        f"{type(engine).__name__} and the trainer disagree about the policy, a {described(policy)}: {when}, its "
+        f"log-probs of the tokens that it sampled differ from the trainer's by {mean:.3g} nats on average, and "
         f"rounding explains {tolerance:g}. {ways_out} An engine that is meant to compute in a lower precision than it "
         "says needs a larger rollout.max_probe_diff."
     )

@@ -100,7 +100,7 @@ def test_an_engine_that_misses_weights_is_refused_at_the_start(engine, dtype, fo
     told = r"LlamaForCausalLM \(model_type llama\): after a push of weights that were changed on trial, .* differ"
     with pytest.raises(ValueError, match=told) as error:
         sync_of(engine(dtype), context).start()
-    assert "use --rollout.engine=TransformersEngine" in str(error.value)
+    assert "--rollout.engine=TransformersEngine samples" in str(error.value)
 
 
 def test_a_later_push_that_does_not_arrive_is_refused(folder):
