@@ -149,7 +149,7 @@ def _loading(path: str, argument: str, problem: str) -> Iterator[None]:
             "tealightning."
         ):
             raise  # a deadline, for one
-        what = f"{type(error).__name__}: {error}"
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(
             f"{argument} {path!r} cannot be loaded ({what}): are its config.json and weights right?"
         ) from error

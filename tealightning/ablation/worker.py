@@ -111,7 +111,7 @@ def _telling(send: Send) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        thread.join()
+        thread.join(timeout=10)  # a daemon: one that cannot send ends with the process
 
 
 def _run(job: Job, build: Build, send: Send, started: float) -> dict[str, Any]:

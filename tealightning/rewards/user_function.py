@@ -179,7 +179,7 @@ def read_scores(values: Any, count: int) -> tuple[list[float], dict[int, str]]:
 def no_numbers(*reasons: str) -> str:
     """The message for values that are no numbers, after the name of who returned them."""
     more = f"; and {len(reasons) - 1} more" if len(reasons) > 1 else ""
-    return f"must return one number per completion (None or NaN = unscorable): {reasons[0]}{more}"
+    return f"must return one number per completion (None or NaN = unscorable): {reasons[0]}{more}."
 
 
 def _another_count(count: int, got: str) -> str:

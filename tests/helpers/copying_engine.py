@@ -18,11 +18,11 @@ class CopyingEngine(TransformersEngine):
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype = self.holds = dtype
         self.syncs = 0
 
     def start(self, context: Any) -> None:
-        super().start(replace(context, policy=copy.deepcopy(context.policy).to(self.dtype)))
+        super().start(replace(context, policy=copy.deepcopy(context.policy).to(self.holds)))
 
     def sync_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         held = dict(self._context.policy.named_parameters(remove_duplicate=False))
