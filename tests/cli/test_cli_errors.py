@@ -242,7 +242,7 @@ def rewards_file(tmp_path):
     [
         ("raises", "reward function 'raises' raised ZeroDivisionError on 32 completions: division by zero"),
         ("too_few", "reward 'too_few' must return 32 values, one per completion, got shape (1,)."),
-        ("texts", "reward 'texts' must return one number per completion (None or NaN = unscorable): value 0 is 'good' (str)"),
+        ("texts", "reward 'texts' must return one number per completion (None or NaN = unscorable): value 0 is 'good'"),
         ("no_such", "has no function 'no_such'. Valid: first_group_unscorable, raises, texts, too_few."),
     ],
 )
