@@ -25,7 +25,7 @@ PHASES = [
     ("checkpoint", 8),
     ("validation", 9),
     ("epoch", 10),
-    ("sync", 10),
+    ("sync", 11),
     ("before the rename", 12),
     ("validation", 12),
 ]

@@ -74,7 +74,7 @@ def test_server_that_stops_to_answer_ends_the_run(fit, injected, server, where):
     finally:
         for pid in server[1]:
             os.kill(pid, signal.SIGCONT)
-    phase = {"generate": "generating", "sync": "waiting for its last requests before a weight update"}[where]
+    phase = {"generate": "generating", "sync": "asking for its parameters"}[where]
     assert f"did not answer within 10 s while {phase}" in run.text()
     injected(times=1)
 
@@ -84,6 +84,6 @@ def test_server_that_stops_to_answer_ends_the_run(fit, injected, server, where):
 def test_server_killed_in_a_sync_ends_the_run(fit, injected, server):
     (run,) = fit(*with_server(server, signal.SIGKILL, "sync"))
     ends_within_a_minute([run])
-    assert "cannot be reached while waiting for its last requests before a weight update" in run.text()
+    assert "cannot be reached while asking for its parameters" in run.text()
     assert "It happened while syncing weights." in run.text()
     injected(times=1)
