@@ -107,6 +107,6 @@ def engine_phase(name: str, phase: str, memory_hint: str, on_failure: Callable[[
         raise
     except Exception as error:  # a library's own: an assertion, a CUDA error, a queue that is empty ...
         on_failure()
-        words = f"{type(error).__name__}: {error}"
+        words = f"{type(error).__name__}: {error}".rstrip(".")
         hint = f" {memory_hint}" if any(sign in words.lower() for sign in _SIGNS_OF_FULL_MEMORY) else ""
         raise EngineError(f"{name} broke down while {phase}: {words}.{hint}") from error

@@ -140,7 +140,8 @@ def _naming_policy(engine: RolloutEngine, policy: Any) -> Iterator[None]:
     except (ValueError, EngineError) as error:  # of a library inside the engine
         kind = EngineError if isinstance(error, EngineError) else UserError
         way_out = "" if engine.shares_weights else f" {_WAY_OUT}."
-        raise kind(f"{type(engine).__name__}: {error} The policy is a {described(policy)}.{way_out}") from error
+        what = str(error).rstrip(".")
+        raise kind(f"{type(engine).__name__}: {what}. The policy is a {described(policy)}.{way_out}") from error
 
 
 _WAY_OUT = "--rollout.engine=TransformersEngine samples with the trainer's own policy, whatever its architecture"
