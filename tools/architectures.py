@@ -238,8 +238,8 @@ trained one when it is loaded again.
 `refused` means that `fit`, `validate`, `test` and `compare` end at the start, before anything is measured, with the
 reason given [below](#refused). What vLLM cannot serve on a CPU it may serve on a GPU, where other kernels run. vLLM
 keeps the parameters of Apertus's activation in bfloat16, and has another approximation of Bloom's GELU: their
-differences are larger than rounding in float32. So is Gemma 2's; with a softcap of 5 on the attention in place of 50 it
-is 0.007 on average, and refused. A dash is what was not measured.
+differences are larger than rounding in float32. So is Gemma 2's, whose cause is not known. A dash is what was not
+measured.
 
 | CSV | command |
 |---|---|

@@ -75,7 +75,7 @@ def refuse_partial_push(missing: set[str]) -> None:
     because vLLM cannot end one in the middle."""
     if missing:
         raise ValueError(
-            f"sync_weights needs every parameter of the policy, tied ones under each name (policy_weights gives "
+            "sync_weights needs every weight of the policy by its name in a saved checkpoint (policy_weights gives "
             f"them); missing: {', '.join(sorted(missing))}."
         )
 
