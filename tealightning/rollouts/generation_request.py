@@ -55,7 +55,13 @@ def end_rule(context: EngineContext, sampling: SamplingConfig) -> EndRule:
     token_ids: set[int] = set()
     for source in (getattr(policy, "generation_config", None), policy.config, tokenizer):
         eos = getattr(source, "eos_token_id", None)
-        token_ids.update([] if eos is None else [eos] if isinstance(eos, int) else eos)
+        named = [] if eos is None else eos if isinstance(eos, list | tuple) else [eos]
+        if not all(isinstance(token, int) for token in named):
+            raise UserError(
+                f"eos_token_id must be a token id or a list of them, got {eos!r}: mend it in config.json or "
+                f"generation_config.json of the policy {context.policy_path!r}."
+            )
+        token_ids.update(named)
     special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     token_ids.update(special[stop] for stop in sampling.stop if stop in special)
     return EndRule(token_ids=sorted(token_ids), strings=[stop for stop in sampling.stop if stop not in special])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_policies import END_OF_TURN, EOS, TOKENS, engine_context, save_policy
 
+from tealightning.errors import UserError
 from tealightning.rollouts import policy_weights, prompt_seed
 from tealightning.rollouts.generation_request import EndRule, completion_texts, end_rule, first_match, vllm_arguments
 from tealightning.training.policy_weights import tied_weight_names
@@ -53,6 +54,13 @@ def test_end_rule_joins_every_source_of_eos_and_takes_special_stop_strings_as_id
     rule = end_rule(context, SamplingConfig(stop=["<|im_end|>", "ab"]))
     assert rule == EndRule(token_ids=[EOS, END_OF_TURN, 9], strings=["ab"])
     assert end_rule(context, SamplingConfig()) == EndRule(token_ids=[EOS, 9], strings=[])
+
+
+@pytest.mark.parametrize("eos", ["</s>", ["</s>"], 1.5])
+def test_an_end_token_that_is_no_id_is_refused(context, monkeypatch, eos):
+    monkeypatch.setattr(context.policy.generation_config, "eos_token_id", eos)
+    with pytest.raises(UserError, match=r"eos_token_id must be a token id or a list of them, got .*mend it in"):
+        end_rule(context, SamplingConfig())
 
 
 def test_completion_texts_drop_the_end_and_cut_at_the_first_stop_string(context):
