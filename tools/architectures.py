@@ -40,7 +40,7 @@ from tealightning.reporting.tables import markdown_table, markdown_text
 from tealightning.rollouts import EngineContext, RolloutCollector, RolloutEngine, build_engine
 from tealightning.rollouts.base import EngineError
 from tealightning.rollouts.weight_sync import WeightSync
-from tealightning.training.micro_batches import score_completions
+from tealightning.training.scoring import score_completions
 from tealightning.types import PromptBatch, RewardScores, RolloutBatch, SamplingConfig
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"

@@ -13,7 +13,8 @@ from tealightning.functional.losses import clipped_policy_loss, token_weights
 from tealightning.pretrained import load_policy, load_tokenizer
 from tealightning.rewards import FunctionReward
 from tealightning.rollouts import EngineContext, RolloutCollector, TransformersEngine, prompt_seed
-from tealightning.training.micro_batches import score_completions, split_rows
+from tealightning.training.micro_batches import split_rows
+from tealightning.training.scoring import score_completions
 from tealightning.types import PromptBatch, RolloutBatch, SamplingConfig
 from tealightning.worlds import build_prose
 

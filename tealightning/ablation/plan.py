@@ -22,6 +22,7 @@ _ADDED_LATER: dict[str, Any] = {
     "chat_template_kwargs": None,
     "tools_column": "tools",
     "max_probe_diff": None,
+    "share_prompts": True,
 }
 """Settings that came later, with the value that changes nothing: a run with it is known by the same hash as before."""
 

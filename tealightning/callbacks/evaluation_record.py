@@ -16,7 +16,6 @@ from tealightning.functional.losses import kl_estimate
 from tealightning.pretrained import load_policy
 from tealightning.reliability.files import going_on_without, run_folder, write_whole
 from tealightning.rewards.base import Reward, checked_scores
-from tealightning.training.micro_batches import score_completions, split_rows
 from tealightning.training.policy_weights import is_sharded
 from tealightning.types import PromptBatch, RolloutBatch
 
@@ -149,13 +148,9 @@ class EvaluationRecord(Callback):
             self._reference = loaded.to(pl_module.device)
         prompts, m = rollouts.rewards.shape
         rows = torch.arange(prompts * m, device=rollouts.rewards.device).view(prompts, m)[:, : self.kl_samples]
-        kl = torch.zeros(prompts * m, dtype=torch.float64, device=rows.device)
-        lengths = (rollouts.prompt_lengths, rollouts.completion_lengths)
-        for chosen in split_rows(*lengths, rows.flatten(), max_tokens=pl_module.micro_batch_tokens):
-            scores = score_completions(self._reference, rollouts, chosen)
-            length = scores.mask.shape[1]
-            log_ratio = (rollouts.rollout_log_probs[chosen, :length] - scores.log_probs).double()
-            kl[chosen] = torch.where(scores.mask, kl_estimate(log_ratio, "k3"), 0.0).sum(dim=1)
+        ref_log_probs = pl_module.frozen_log_probs(self._reference, rollouts, rows.flatten())
+        log_ratio = (rollouts.rollout_log_probs - ref_log_probs).double()
+        kl = torch.where(rollouts.completion_mask, kl_estimate(log_ratio, "k3"), 0.0).sum(dim=1)
         return kl[rows], rollouts.completion_lengths[rows].double()
 
     def state_dict(self) -> dict[str, Any]:

@@ -154,7 +154,8 @@ def score_vectors(
     so the gradients of the sum of their log-probs by a layer's outputs are each rollout's own. No weight's gradient is
     computed, and the policy is as before afterwards. `on_progress` gets the number of rollouts of each micro-batch.
     """
-    from tealightning.training.micro_batches import score_through_logits, split_rows
+    from tealightning.training.micro_batches import split_rows
+    from tealightning.training.scoring import score_through_logits
 
     dtype = torch.promote_types(next(iter(projection.layers.values())).weight.dtype, torch.float32)
     scores = torch.zeros(len(rollouts.completion_ids), projection.num_features, dtype=dtype)

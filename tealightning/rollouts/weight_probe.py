@@ -12,7 +12,7 @@ from tealightning.rollouts.base import EngineContext, RolloutEngine
 from tealightning.rollouts.collector import check_completions
 from tealightning.rollouts.generation_request import padded, prompt_seed
 from tealightning.rollouts.transformers import eval_mode
-from tealightning.training.micro_batches import score_through_logits
+from tealightning.training.scoring import score_through_logits
 from tealightning.types import CompletionScores, RolloutBatch, SamplingConfig
 
 

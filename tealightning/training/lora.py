@@ -108,6 +108,7 @@ class WithoutAdapter:
         self.forward = policy.forward
         self._is_stateful = getattr(policy, "_is_stateful", False)
         self.get_output_embeddings = policy.get_output_embeddings
+        self.dtype = policy.dtype
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with adapter_off(self.policy):

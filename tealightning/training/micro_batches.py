@@ -1,20 +1,18 @@
-"""Micro-batches of rollouts: how a batch is split, the log-probs of a part, and its share of the loss."""
+"""Micro-batches of rollouts: how a batch is split, and the share of the loss of a part."""
 
-import inspect
 import warnings
-import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tealightning.checks import check_choice, check_not_negative, check_positive, check_share
 from tealightning.errors import UserError
 from tealightning.functional import losses
-from tealightning.functional.log_probs import linear_log_probs, token_entropy, token_log_probs
-from tealightning.training.padding import padding_of, reads_padding, rolled
-from tealightning.types import CompletionScores, RolloutBatch, SamplingConfig, StepBatch
+from tealightning.types import CompletionScores, StepBatch
 
 
 def tokens_of_a_pass(device: torch.device) -> int:
@@ -47,130 +45,104 @@ def split_rows(
     return list(ordered.split(sizes))
 
 
-# ---------------------------------------------------------------- log-probs
+# ---------------------------------------------------------------- rollouts that share their prompts
+
+KEYS_AND_VALUES = 0.1
+"""Memory of a token's keys and values, which a row of a pass has of its prompt as well, as a share of the memory of the
+activations of a token that is computed: 0.05 to 0.12 for Llamas of 0.1 to 70 B parameters."""
+
+OVERHEAD = 1 / 16
+"""What a pass costs beside its tokens, as a share of the tokens that it may have."""
 
 
-def score_completions(
-    model: nn.Module, rollouts: RolloutBatch, rows: Tensor, *, with_entropy: bool = False
-) -> CompletionScores:
-    """Log-probs of the sampled tokens under `model` and the rollouts' own sampling distribution.
-
-    Masks and positions come from lengths, never from token ids; a prompt is never empty (the engine had to condition on
-    something), so position `tp - 1` predicts the first sampled token of every row. Logits of all tokens never exist at
-    once, except for models that change them after the output layer.
-    """
-    head = linear_head(model)
-    scores = None if head is None else _score_in_head(model, head, rollouts, rows, with_entropy)
-    return scores or score_through_logits(model, rollouts, rows, with_entropy=with_entropy)
+def pass_tokens(num_prompts: int, prompt: int, num_rows: int, completion: int) -> float:
+    """Size of a pass over `num_rows` completions of `num_prompts` prompts, of these lengths: the tokens that it
+    computes (the last of a completion is not) and the keys and values of all rows, in tokens of a plain pass."""
+    computed = num_prompts * prompt + num_rows * max(1, completion - 1)
+    return (computed + KEYS_AND_VALUES * num_rows * (prompt + completion)) / (1 + KEYS_AND_VALUES)
 
 
-def score_through_logits(
-    model: nn.Module, rollouts: RolloutBatch, rows: Tensor, *, with_entropy: bool = False
-) -> CompletionScores:
-    """`score_completions` with all logits at once: for models that change them, and for hooks of the output layer."""
-    inputs, targets, mask, padding = _model_inputs(model, rollouts, rows)
-    logits = _at_targets(model(**inputs).logits, mask, padding)
-    log_probs = token_log_probs(logits, targets, **_distribution(rollouts.sampling))
-    scores = CompletionScores(log_probs=log_probs.masked_fill(~mask, 0.0), mask=mask)
-    if with_entropy:
-        with torch.no_grad():
-            entropy = token_entropy(logits, temperature=rollouts.sampling.temperature)
-        scores.entropy = entropy.masked_fill(~mask, 0.0)
-    return scores
+@dataclass(kw_only=True, slots=True)
+class _Part:
+    """Rollouts of one pass, or a part of a group."""
 
+    num_prompts: int
+    prompt: int  # longest length
+    completion: int  # longest length
+    rows: list[int]
 
-def trim(rollouts: RolloutBatch, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`rows` of the batch without the padding that only longer rollouts need: input_ids [rows, tp + t], attention_mask
-    [rows, tp + t] bool and completion_mask [rows, t] bool."""
-    width = max(1, int(rollouts.prompt_lengths[rows].max()))
-    length = max(1, int(rollouts.completion_lengths[rows].max()))
-    completion_mask = rollouts.completion_mask[rows][:, :length]
-    input_ids = torch.cat([rollouts.prompt_ids[rows][:, -width:], rollouts.completion_ids[rows][:, :length]], dim=1)
-    return input_ids, torch.cat([rollouts.prompt_mask[rows][:, -width:], completion_mask], dim=1), completion_mask
+    @property
+    def tokens(self) -> float:
+        return pass_tokens(self.num_prompts, self.prompt, len(self.rows), self.completion)
 
-
-def _model_inputs(
-    model: nn.Module, rollouts: RolloutBatch, rows: Tensor
-) -> tuple[dict[str, Any], Tensor, Tensor, Tensor | None]:
-    """Arguments of the model's forward pass, the targets [rows, t] with their mask, and by how much each row was moved
-    to the left, so that all padding is on its right (None = not at all): for models that would read it."""
-    input_ids, attention_mask, mask = trim(rollouts, rows)
-    targets, padding = input_ids[:, -mask.shape[1] :], None
-    if reads_padding(model):
-        padding = padding_of(attention_mask)
-        input_ids, attention_mask = rolled(input_ids, -padding), rolled(attention_mask, -padding)
-    accepted = inspect.signature(model.forward).parameters
-    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
-    if "position_ids" in accepted:
-        inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    if "logits_to_keep" in accepted and padding is None:
-        inputs["logits_to_keep"] = mask.shape[1] + 1
-    return inputs, targets, mask, padding
-
-
-def _at_targets(outputs: Tensor, mask: Tensor, padding: Tensor | None) -> Tensor:
-    """[rows, t, ...] of a model's outputs [rows, t + 1 or more, ...] where it predicts the targets."""
-    return (outputs if padding is None else rolled(outputs, padding))[:, -mask.shape[1] - 1 : -1]
-
-
-def _distribution(sampling: SamplingConfig) -> dict[str, Any]:
-    return {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-
-
-_ALTERS_LOGITS: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-"""Models found to do something to the output layer's result (a softcap, a scale) or not to call the layer at all."""
-
-
-def linear_head(model: Any) -> nn.Linear | None:
-    """The output layer if the logits are exactly what it returns, else None.
-
-    Whether a model changes its logits afterwards is found out by scoring, not from lists of architectures.
-    """
-    if model in _ALTERS_LOGITS or hasattr(model, "_orig_mod"):  # torch.compile would compile anew at every call
-        return None
-    head = model.get_output_embeddings()
-    return head if type(head) is nn.Linear else None
-
-
-def _score_in_head(
-    model: Any, head: nn.Linear, rollouts: RolloutBatch, rows: Tensor, with_entropy: bool
-) -> CompletionScores | None:
-    """Call the whole model, so that wrappers around it (FSDP, adapters, autocast) do their work, with a function in the
-    place of its output layer that returns log-probs and not logits.
-
-    None if the model did not pass them on as they were: they are worthless then, and the model is remembered.
-    """
-    inputs, targets, mask, padding = _model_inputs(model, rollouts, rows)
-    made: list[CompletionScores] = []
-
-    def padded(values: Tensor) -> Tensor:
-        return values.new_zeros(mask.shape).masked_scatter(mask, values)
-
-    def score(hidden: Tensor) -> Tensor:
-        """[rows, t] from [rows, t + 1 or more, D], of which padding is left out."""
-        log_probs, entropy = linear_log_probs(
-            _at_targets(hidden, mask, padding)[mask],
-            head.weight,
-            targets[mask],
-            bias=head.bias,
-            with_entropy=with_entropy,
-            **_distribution(rollouts.sampling),
+    def __add__(self, other: "_Part") -> "_Part":
+        return _Part(
+            num_prompts=self.num_prompts + other.num_prompts,
+            prompt=max(self.prompt, other.prompt),
+            completion=max(self.completion, other.completion),
+            rows=self.rows + other.rows,
         )
-        entropies = None if entropy is None else padded(entropy)
-        made.append(CompletionScores(log_probs=padded(log_probs), mask=mask, entropy=entropies))
-        return made[-1].log_probs
 
-    head.forward = score  # type: ignore[assignment, method-assign]
-    try:
-        result = model(**inputs).logits
-    finally:
-        del head.forward
-    if len(made) == 1:
-        scores = made[0]
-        if result is scores.log_probs or (result.shape == mask.shape and result.equal(scores.log_probs)):
-            return scores
-    _ALTERS_LOGITS.add(model)
-    return None
+
+def split_groups(
+    prompt_of: Tensor,
+    prompt_lengths: Tensor,
+    completion_lengths: Tensor,
+    rows: Tensor,
+    *,
+    max_tokens: int,
+    max_rows: int | None = None,
+) -> list[Tensor]:
+    """Partition `rows` [R] of a batch (lengths [B]) into micro-batches of at most `max_tokens` as `pass_tokens` counts
+    them, in which a prompt is computed once: rollouts with the same number in `prompt_of` [R] have the same one.
+
+    A group is cut where it does not fit, or where computing its prompt once more costs less than padding its short
+    completions. Parts of like lengths go together, longest first, so that an out-of-memory error comes at the start of
+    a step. A longer single rollout gets a micro-batch of its own.
+    """
+    groups: dict[int, list[tuple[int, int, int]]] = {}
+    lengths = (prompt_lengths[rows].tolist(), completion_lengths[rows].tolist())
+    for key, row, prompt, completion in zip(prompt_of.tolist(), rows.tolist(), *lengths, strict=True):
+        groups.setdefault(key, []).append((completion, prompt, row))
+    parts = [part for group in groups.values() for part in _cut(group, max_tokens, max_rows)]
+    packed: list[_Part] = []
+    for part in sorted(parts, key=lambda part: (part.completion, part.prompt), reverse=True):
+        both = packed[-1] + part if packed else None
+        if (
+            both is not None
+            and both.tokens <= min(max_tokens, packed[-1].tokens + part.tokens + OVERHEAD * max_tokens)
+            and (max_rows is None or len(both.rows) <= max_rows)
+        ):
+            packed[-1] = both
+        else:
+            packed.append(part)
+    return [torch.tensor(part.rows, device=rows.device) for part in packed]
+
+
+def _cut(group: Sequence[tuple[int, int, int]], max_tokens: int, max_rows: int | None) -> list[_Part]:
+    """The parts of a group (completion length, prompt length, row) that compute the fewest tokens in all, found by
+    dynamic programming over the rows, longest completion first."""
+    group = sorted(group, key=lambda row: -row[0])
+    count, prompt = len(group), group[0][1]
+    completions = np.array([completion for completion, _, _ in group])
+    fixed = pass_tokens(1, prompt, 0, 1)
+    each = np.array([pass_tokens(1, prompt, 1, length) - fixed for length in completions.tolist()])
+    most = np.clip((max_tokens - fixed) / each, 1, max_rows or count).astype(int)
+    least, first_of = np.zeros(count + 1), np.zeros(count + 1, dtype=int)
+    for end in range(1, count + 1):
+        sizes = end - np.arange(end)
+        # The square is too small to decide anything but between equals: of those it makes the parts even.
+        tokens = least[:end] + prompt + sizes * completions[:end] + 1e-6 * sizes**2
+        tokens[sizes > most[:end]] = np.inf
+        first_of[end] = tokens.argmin()
+        least[end] = tokens[first_of[end]]
+    parts, end = [], count
+    while end > 0:
+        first = int(first_of[end])
+        rows = [row for _, _, row in group[first:end]]
+        parts.append(_Part(num_prompts=1, prompt=prompt, completion=group[first][0], rows=rows))
+        end = first
+    return parts
 
 
 # ---------------------------------------------------------------- loss

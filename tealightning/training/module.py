@@ -8,8 +8,8 @@ Shapes: P prompts, m rollouts each, B = P * m rollouts, T tokens of the longest 
                         rows = rollouts that a loss term needs               [R], at most B
                         ref_log_probs = reference(rows)                      [B, T], with a KL penalty only
       inner epochs      for chosen in micro-batches of rows:                 longest first, within a token budget
-                            scores = score_completions(policy, chosen)       micro_batches.py: log-probs [rows, t]
-                            loss = micro_batch_loss(advantages, scores)      ... clipped loss + KL penalty
+                            scores = score_completions(policy, chosen)       scoring.py: log-probs [rows, t]
+                            loss = micro_batch_loss(advantages, scores)      micro_batches.py: clipped loss + KL penalty
                             backward(loss)                                   denominators are the whole batch's
                         clip the gradient, optimizer.step()                  on no rank if one is not finite
     after the step      log train/..., rollout/log_prob_...                  docs/metrics.md
@@ -18,7 +18,7 @@ The module knows no engine and no reward: `batch.rollouts` is there when `traini
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import nan
 from typing import Any, Literal
@@ -30,17 +30,16 @@ from torch import Tensor
 from tealightning.checks import check_choice, check_integer
 from tealightning.errors import UserError
 from tealightning.estimators import AdvantageEstimator
-from tealightning.reliability.progress import beat
-from tealightning.training import micro_batches
 from tealightning.training.lora import LoRA
-from tealightning.training.micro_batches import PolicyGradientLoss, micro_batch_loss, score_completions, split_rows
+from tealightning.training.micro_batches import PolicyGradientLoss, merge_sums, micro_batch_loss
 from tealightning.training.nonfinite import SkippedSteps
-from tealightning.training.optimized_policy import OptimizedPolicy
-from tealightning.training.policy_weights import gradient_sync, is_sharded, whole
+from tealightning.training.policy_weights import gradient_sync, whole
+from tealightning.training.scoring import score_completions
+from tealightning.training.scoring_policy import ScoringPolicy, some
 from tealightning.types import PromptBatch, RolloutBatch, StepBatch
 
 
-class PostTrainingModule(OptimizedPolicy):
+class PostTrainingModule(ScoringPolicy):
     """Post-trains a causal LM with advantages from a pluggable estimator.
 
     Args:
@@ -57,6 +56,9 @@ class PostTrainingModule(OptimizedPolicy):
             `clip` keeps the advantages and clips the ratio of each token (PPO); `exact` computes advantages anew from
             the ratios of whole completions, unbiased but noisier the further the policy is (estimators with an
             off-policy form: max_at_k without a scale).
+        share_prompts: Compute each prompt once for all rollouts of its group, in training, reference and behaviour
+            log-probs, if a trial on the first batch shows that it makes no difference to the policy; False = once for
+            each rollout.
         micro_batch_tokens: Padded tokens of one forward and backward pass: decides memory and speed, never the
             gradient. None = 16,384 on a GPU and 2,048 on a CPU.
         micro_batch_size: Most rollouts of one pass; None = as many as fit.
@@ -83,6 +85,7 @@ class PostTrainingModule(OptimizedPolicy):
         advantage_scale: Literal["none", "batch_rms"] = "batch_rms",
         inner_epochs: int = 1,
         inner_epoch_correction: Literal["clip", "exact"] = "clip",
+        share_prompts: bool = True,
         micro_batch_tokens: int | None = None,
         micro_batch_size: int | None = None,
         gradient_clip_norm: float | None = 1.0,
@@ -106,6 +109,9 @@ class PostTrainingModule(OptimizedPolicy):
             gradient_checkpointing=gradient_checkpointing,
             ns=ns,
             extrapolate_ns=extrapolate_ns,
+            share_prompts=share_prompts,
+            micro_batch_tokens=micro_batch_tokens,
+            micro_batch_size=micro_batch_size,
         )
         self.automatic_optimization = False
         self.estimator = estimator
@@ -113,8 +119,6 @@ class PostTrainingModule(OptimizedPolicy):
         self.advantage_scale = advantage_scale
         self.inner_epochs = inner_epochs
         self.is_exact_off_policy = inner_epoch_correction == "exact"
-        self._micro_batch_tokens = micro_batch_tokens
-        self.micro_batch_size = micro_batch_size
         self.gradient_clip_norm = gradient_clip_norm
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -124,10 +128,7 @@ class PostTrainingModule(OptimizedPolicy):
         self._check_settings()
 
     def _check_settings(self) -> None:
-        sizes = {"micro_batch_tokens": self._micro_batch_tokens, "micro_batch_size": self.micro_batch_size}
-        for name, value in ({"inner_epochs": self.inner_epochs} | sizes).items():
-            if value is not None:
-                check_integer(name, value, 1)
+        check_integer("inner_epochs", self.inner_epochs, 1)
         if self.gradient_clip_norm is not None and not self.gradient_clip_norm > 0:
             raise UserError(f"gradient_clip_norm must be above 0 or null, got {self.gradient_clip_norm}.")
         if self.is_exact_off_policy and not self.estimator.has_off_policy_form:
@@ -141,11 +142,6 @@ class PostTrainingModule(OptimizedPolicy):
             )
         if self.is_exact_off_policy and self.inner_epochs == 1:
             warnings.warn("model.inner_epoch_correction=exact has no effect with inner_epochs=1.", stacklevel=3)
-
-    @property
-    def micro_batch_tokens(self) -> int:
-        """Padded tokens of one forward and backward pass, on the device where the policy is."""
-        return self._micro_batch_tokens or micro_batches.tokens_of_a_pass(self.device)
 
     # ---------------------------------------------------------------- the step, from top to bottom
 
@@ -183,7 +179,7 @@ class PostTrainingModule(OptimizedPolicy):
             rows=rows,
             num_tokens=sizes["tokens"],
             num_sequences=sizes["sequences"],
-            ref_log_probs=self._frozen_log_probs(self._reference[0], rollouts, rows) if self._reference else None,
+            ref_log_probs=self.frozen_log_probs(self._reference[0], rollouts, rows) if self._reference else None,
         )
 
     def _scaled(self, advantages: Tensor, squares: Tensor, num_sequences: Tensor) -> Tensor:
@@ -225,16 +221,19 @@ class PostTrainingModule(OptimizedPolicy):
         """Add up the gradient over micro-batches; ranks meet in the last one's backward. Entropy and the mismatch of
         engine and trainer are those of the sampling weights: of the first inner epoch only."""
         # A rank with nothing to train still has to meet the others in backward: in a rollout weighted by 0.
-        splits = self._micro_batches(self.policy, step.rollouts, step.rows) or [step.rows]
+        shares = self.shares_prompts(self.policy, step.rollouts, is_trained=True)
+        splits = self.micro_batches(self.policy, step.rollouts, step.rows, share_prompts=shares) or [step.rows]
         sums: dict[str, Tensor] = {}
         log_probs = torch.zeros_like(step.rollouts.rollout_log_probs)
         for index, chosen in enumerate(splits):
             with gradient_sync(self.policy, self.trainer.strategy, wanted=index == len(splits) - 1):
-                scores = score_completions(self.policy, step.rollouts, _some(chosen), with_entropy=is_first)
-                loss, part = micro_batch_loss(self.loss, step, _some(chosen), scores)
+                scores = score_completions(
+                    self.policy, step.rollouts, some(chosen), with_entropy=is_first, share_prompts=shares
+                )
+                loss, part = micro_batch_loss(self.loss, step, some(chosen), scores)
                 self.manual_backward(loss if len(chosen) > 0 else loss * 0)
             if len(chosen) > 0:
-                micro_batches.merge_sums(sums, part)
+                merge_sums(sums, part)
                 log_probs[chosen, : scores.mask.shape[1]] = scores.log_probs.detach()
         return sums, log_probs
 
@@ -276,7 +275,7 @@ class PostTrainingModule(OptimizedPolicy):
             return torch.zeros_like(step.rollouts.rollout_log_probs)
         others = step.rollouts.valid.flatten()
         others[step.rows] = False
-        return self._frozen_log_probs(self.policy, step.rollouts, others.nonzero().squeeze(1))
+        return self.frozen_log_probs(self.policy, step.rollouts, others.nonzero().squeeze(1))
 
     def _step_of_moved_policy(self, step: StepBatch, sampled_log_probs: Tensor) -> StepBatch:
         """The step for the policy as it is after an inner epoch: the loss compares it with the one that sampled. With
@@ -285,7 +284,7 @@ class PostTrainingModule(OptimizedPolicy):
             return replace(step, behaviour_log_probs=sampled_log_probs)
         rollouts = step.rollouts
         scored = rollouts.valid.flatten().nonzero().squeeze(1)
-        log_ratios = (self._frozen_log_probs(self.policy, rollouts, scored) - sampled_log_probs).double().sum(dim=1)
+        log_ratios = (self.frozen_log_probs(self.policy, rollouts, scored) - sampled_log_probs).double().sum(dim=1)
         ratios = (
             log_ratios.view_as(rollouts.rewards).clamp(max=700).exp()
         )  # finite; estimators decide what is too large
@@ -295,39 +294,7 @@ class PostTrainingModule(OptimizedPolicy):
         rows = self._rows_to_train(rollouts, advantages)
         return replace(step, advantages=advantages.flatten(), rows=rows, behaviour_log_probs=None)
 
-    # ---------------------------------------------------------------- passes over micro-batches
-
-    def _micro_batches(self, model: Any, rollouts: RolloutBatch, rows: Tensor) -> list[Tensor]:
-        """Micro-batches of `rows`. Empty ones follow where the other ranks of a sharded model have more: it is called
-        by all of them together or not at all."""
-        lengths = (rollouts.prompt_lengths, rollouts.completion_lengths)
-        splits = split_rows(*lengths, rows, max_tokens=self.micro_batch_tokens, max_rows=self.micro_batch_size)
-        if is_sharded(model):
-            calls = int(self.over_ranks({"calls": len(splits)}, "max")["calls"])
-            splits += [rows[:0]] * (calls - len(splits))
-        return splits
-
-    @torch.no_grad()
-    def _frozen_log_probs(self, model: Any, rollouts: RolloutBatch, rows: Tensor) -> Tensor:
-        """[B, T] log-probs of `rows` without gradient; 0 elsewhere."""
-        log_probs = torch.zeros_like(rollouts.rollout_log_probs)
-        for chosen in self._micro_batches(model, rollouts, rows):
-            scores = score_completions(model, rollouts, _some(chosen))
-            if len(chosen) > 0:
-                log_probs[chosen, : scores.mask.shape[1]] = scores.log_probs
-            beat()
-        return log_probs
-
-    # ---------------------------------------------------------------- ranks and checkpoints
-
-    def over_ranks(self, values: Mapping[str, Tensor | float], op: str) -> dict[str, Tensor]:
-        """Reduce named scalars (the same names on every rank) in one collective, to float64 scalars on this device.
-
-        Args:
-            op: `sum`, `max`, or `mean`, which fits data parallelism: it averages the ranks' gradients.
-        """
-        scalars = [torch.as_tensor(value).detach().to(self.device, torch.float64) for value in values.values()]
-        return dict(zip(values, self.trainer.strategy.reduce(torch.stack(scalars), reduce_op=op), strict=True))
+    # ---------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -336,8 +303,3 @@ class PostTrainingModule(OptimizedPolicy):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.skipped.total = checkpoint.get("skipped_optimizer_steps", 0)
-
-
-def _some(chosen: Tensor) -> Tensor:
-    """The micro-batch, or any rollout in place of none: a model that ranks call together wants an input."""
-    return chosen if len(chosen) > 0 else chosen.new_zeros(1)

@@ -13,7 +13,7 @@ from tealightning import EvaluationRecord
 from tealightning.functional.best_of_n import best_of_n
 from tealightning.functional.losses import kl_estimate
 from tealightning.rewards import FunctionReward
-from tealightning.training.micro_batches import score_completions
+from tealightning.training.scoring import score_completions
 
 KL_SAMPLES = 2
 

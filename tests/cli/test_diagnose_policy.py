@@ -11,7 +11,7 @@ from run_records import quickstart_args
 from tealightning.cli.diagnose_policy import collect_pool
 from tealightning.errors import UserError
 from tealightning.estimators import estimator_names
-from tealightning.training.micro_batches import score_completions
+from tealightning.training.scoring import score_completions
 
 SMALL = ["--prompts", "4", "--pool", "64", "-N", "16", "-m", "9", "--projection", "4"]
 

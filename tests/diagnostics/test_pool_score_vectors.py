@@ -6,7 +6,7 @@ from module_fixtures import make_rollouts, tiny_llama
 from torch import nn
 
 from tealightning.diagnostics.pool import LinearProjection, score_vectors
-from tealightning.training.micro_batches import score_completions
+from tealightning.training.scoring import score_completions
 
 
 def gradients(policy, rollouts) -> list[dict[str, torch.Tensor]]:

@@ -7,8 +7,8 @@ from tool_scripts import tool
 from tealightning.functional.log_probs import token_log_probs
 from tealightning.rollouts import EngineContext, RolloutCollector, TransformersEngine
 from tealightning.rollouts.transformers import cache_is_right
-from tealightning.training.micro_batches import score_completions
 from tealightning.training.padding import reads_padding
+from tealightning.training.scoring import score_completions
 from tealightning.types import PromptBatch, RewardScores, SamplingConfig
 
 tiny = tool("bench/tiny_models.py")

@@ -8,7 +8,7 @@ from module_fixtures import make_batch, make_rollouts, run_steps, save_tiny_poli
 
 from tealightning import PolicyGradientLoss, PostTrainingModule
 from tealightning.estimators import build_estimator
-from tealightning.training.micro_batches import score_completions
+from tealightning.training.scoring import score_completions
 
 REWARDS = [[2.0, 1.0, 0.5, -1.0], [0.0, 3.0, 0.5, 0.25]]
 MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]

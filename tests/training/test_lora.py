@@ -11,8 +11,8 @@ from tealightning.diagnostics.pool import LinearProjection, score_vectors
 from tealightning.estimators import build_estimator
 from tealightning.training import policy_module as module_file
 from tealightning.training.lora import adapter_off, add_adapter
-from tealightning.training.micro_batches import score_completions
 from tealightning.training.policy_weights import policy_weights, weight_names
+from tealightning.training.scoring import score_completions
 
 REWARDS = [[2.0, 1.0, 0.5, -1.0], [0.0, 3.0, 0.5, 0.25]]
 ROWS = torch.arange(8)

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from module_fixtures import make_rollouts, tiny_llama
 
-from tealightning.training.micro_batches import score_completions, split_rows
+from tealightning.training.micro_batches import split_rows
+from tealightning.training.scoring import score_completions
 
 
 @given(

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from tealightning import PolicyGradientLoss, PostTrainingModule
 from tealightning.estimators import build_estimator
 from tealightning.functional.tail_checks import check_tail, summarise
-from tealightning.training.micro_batches import score_completions
+from tealightning.training.scoring import score_completions
 
 REWARDS = [[2.0, 1.0, 0.5, -1.0], [0.0, 3.0, 0.5, 0.25]]
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from tealightning.functional.log_probs import token_entropy, token_log_probs
-from tealightning.training.micro_batches import linear_head, score_completions, trim
+from tealightning.training.scoring import linear_head, score_completions, trim
 
 SIZES = {
     "vocab_size": VOCAB,
@@ -77,7 +77,7 @@ def test_the_output_layer_is_itself_again_after_scoring_and_after_an_error(monke
     rollouts = make_rollouts([[1.0, 0.0]])
     before = model(torch.tensor([[1, 2, 3]])).logits
     score_completions(model, rollouts, torch.arange(2))
-    monkeypatch.setattr("tealightning.training.micro_batches.linear_log_probs", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("tealightning.training.scoring.linear_log_probs", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         score_completions(model, rollouts, torch.arange(2))
     assert torch.equal(model(torch.tensor([[1, 2, 3]])).logits, before)
