@@ -234,7 +234,7 @@ class PostTrainingModule(ScoringPolicy):
                 self.manual_backward(loss if len(chosen) > 0 else loss * 0)
             if len(chosen) > 0:
                 merge_sums(sums, part)
-                log_probs[chosen, : scores.mask.shape[1]] = scores.log_probs.detach()
+                log_probs[chosen, : scores.mask.shape[1]] = scores.log_probs.detach().to(log_probs.dtype)
         return sums, log_probs
 
     def _log_step(self, step: StepBatch, sums: dict[str, Tensor], trained_tokens: int) -> None:

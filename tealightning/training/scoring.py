@@ -1,5 +1,4 @@
-"""Log-probs of the completions of rollouts under a causal LM, with each prompt computed for every rollout of it (the
-plain pass) or once for all of them."""
+"""Log-probs of completions under a causal LM: each prompt computed for all of its rollouts anew, or once for all."""
 
 import inspect
 import weakref
@@ -26,7 +25,7 @@ def score_completions(
     once, except for models that change them after the output layer.
 
     With `share_prompts` each distinct prompt of `rows` goes through the model once, with gradient, and the completions
-    continue from its keys and values: the same numbers up to rounding, for models that `SharedPrompts` has tried.
+    continue from its keys and values: the same numbers up to rounding, for models that can (`can_share_prompts`).
     """
     head = linear_head(model)
     scores = None if head is None else _score_in_head(model, head, rollouts, rows, with_entropy, share_prompts)

@@ -12,7 +12,7 @@ from tealightning.training.micro_batches import split_groups, split_rows, tokens
 from tealightning.training.optimized_policy import OptimizedPolicy
 from tealightning.training.policy_weights import gradient_sync, is_sharded
 from tealightning.training.scoring import distinct_prompts, score_completions
-from tealightning.training.shared_prompts import SharedPrompts
+from tealightning.training.shared_prompts import can_share_prompts
 from tealightning.types import RolloutBatch
 
 
@@ -30,7 +30,6 @@ class ScoringPolicy(OptimizedPolicy):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.share_prompts = share_prompts
-        self._shared_prompts = SharedPrompts()
         self._micro_batch_tokens = micro_batch_tokens
         self.micro_batch_size = micro_batch_size
         for name, value in (("micro_batch_tokens", micro_batch_tokens), ("micro_batch_size", micro_batch_size)):
@@ -53,7 +52,7 @@ class ScoringPolicy(OptimizedPolicy):
         def over_ranks(value: float) -> float:
             return float(self.over_ranks({"value": value}, "max")["value"]) if is_sharded(model) else value
 
-        return self.share_prompts and self._shared_prompts.by(
+        return self.share_prompts and can_share_prompts(
             model,
             rollouts,
             max_tokens=self.micro_batch_tokens,
@@ -83,7 +82,7 @@ class ScoringPolicy(OptimizedPolicy):
         for chosen in self.micro_batches(model, rollouts, rows, share_prompts=shares):
             scores = score_completions(model, rollouts, some(chosen), share_prompts=shares)
             if len(chosen) > 0:
-                log_probs[chosen, : scores.mask.shape[1]] = scores.log_probs
+                log_probs[chosen, : scores.mask.shape[1]] = scores.log_probs.to(log_probs.dtype)
             beat()
         return log_probs
 

@@ -20,46 +20,43 @@ data types."""
 Backward = Callable[[Tensor], Any]
 
 
-class SharedPrompts:
-    """Remembers of each model whether the shared pass over its prompts gives what the plain one gives.
+_CAN: "weakref.WeakKeyDictionary[Any, dict[bool, bool]]" = weakref.WeakKeyDictionary()
+"""Of each model that was tried, without and with its gradients, whether it can."""
+
+
+def can_share_prompts(
+    model: Any,
+    rollouts: RolloutBatch,
+    *,
+    max_tokens: int,
+    backward: Backward | None = None,
+    over_ranks: Callable[[float], float] = lambda value: value,
+) -> bool:
+    """Whether `model` gives the same when it computes the prompts of `rollouts` once for all of their completions.
 
     Recurrent states, caches that lose something, recomputed activations, masks without the prompt: a model whose
-    log-probs or gradients differ, whatever the reason, keeps to the plain pass, with a warning that tells it.
+    log-probs or gradients differ, whatever the reason, keeps to the plain pass, with a warning that tells it. A model
+    is tried once, on the first batch that it sees; ranks that share it call this together.
+
+    Args:
+        max_tokens: Padded tokens of a pass of the trial.
+        backward: Propagates the trial's loss back; None = the model is not trained, and only log-probs count. There are
+            no gradients afterwards.
+        over_ranks: The largest of a number of each rank that shares the model.
     """
-
-    def __init__(self) -> None:
-        self._can: weakref.WeakKeyDictionary[Any, dict[bool, bool]] = weakref.WeakKeyDictionary()
-
-    def by(
-        self,
-        model: Any,
-        rollouts: RolloutBatch,
-        *,
-        max_tokens: int,
-        backward: Backward | None = None,
-        over_ranks: Callable[[float], float] = lambda value: value,
-    ) -> bool:
-        """Whether `model` computes the prompts of `rollouts` once. Ranks that share a model call this together.
-
-        Args:
-            max_tokens: Padded tokens of a pass of the trial.
-            backward: Propagates the trial's loss back; None = the model is not trained, and only log-probs count. There
-                are no gradients afterwards.
-            over_ranks: The largest of a number of each rank that shares the model.
-        """
-        if rollouts.group_size == 1:
-            return False
-        known, is_trained = self._can.setdefault(model, {}), backward is not None
-        if is_trained not in known:
-            reason = _reason_against(model, trial_rollouts(rollouts, max_tokens), backward)
-            known[is_trained] = not over_ranks(float(reason != ""))
-            if not known[is_trained]:
-                name = type(getattr(model, "policy", model)).__name__
-                rank_zero_warn(
-                    f"Prompts are computed anew for each of their rollouts and not once a group with {name}: "
-                    f"{reason or 'on another rank its results differ'}."
-                )
-        return known[is_trained]
+    if rollouts.group_size == 1:
+        return False
+    known, is_trained = _CAN.setdefault(model, {}), backward is not None
+    if is_trained not in known:
+        reason = _reason_against(model, trial_rollouts(rollouts, max_tokens), backward)
+        known[is_trained] = not over_ranks(float(reason != ""))
+        if not known[is_trained]:
+            name = type(getattr(model, "policy", model)).__name__
+            rank_zero_warn(
+                f"Prompts are computed anew for each of their rollouts and not once a group with {name}: "
+                f"{reason or 'on another rank its results differ'}."
+            )
+    return known[is_trained]
 
 
 def trial_rollouts(rollouts: RolloutBatch, max_tokens: int) -> RolloutBatch:

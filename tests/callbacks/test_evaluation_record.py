@@ -182,9 +182,10 @@ def test_kl_far_from_the_reference_is_the_estimate_that_training_penalises():
     """Both clamp k3's exponential: e^20 - 1 + d where the reference gives a sampled token e^60 times the policy's."""
     rollouts = make_rollouts([[1.0, 2.0]])
     rollouts.rollout_log_probs -= 60.0
-    module = SimpleNamespace(reference=tiny_llama(), micro_batch_tokens=100)
-    kl, _ = EvaluationRecord()._kl(module, rollouts)
     log_probs = score_completions(tiny_llama(), rollouts, torch.arange(2)).log_probs
+    padded = torch.nn.functional.pad(log_probs, (0, rollouts.completion_ids.shape[1] - log_probs.shape[1]))
+    module = SimpleNamespace(reference=tiny_llama(), frozen_log_probs=lambda *_: padded)
+    kl, _ = EvaluationRecord()._kl(module, rollouts)
     log_ratio = (rollouts.rollout_log_probs[:, : log_probs.shape[1]] - log_probs).double()
     expected = (kl_estimate(log_ratio) * rollouts.completion_mask[:, : log_probs.shape[1]]).sum(dim=1)
     torch.testing.assert_close(kl.flatten(), expected, rtol=1e-6, atol=0)

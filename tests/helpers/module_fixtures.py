@@ -52,7 +52,7 @@ def make_rollouts(rewards, *, seed: int = 0, sampling: dict | None = None) -> Ro
     prompt_lengths = torch.randint(1, tp + 1, (rewards.shape[0],), generator=generator)
     prompt_lengths = prompt_lengths.repeat_interleave(rewards.shape[1])
     return RolloutBatch(
-        prompt_ids=torch.randint(0, VOCAB, (size, tp), generator=generator)[:: rewards.shape[1]].repeat_interleave(
+        prompt_ids=torch.randint(0, VOCAB, (rewards.shape[0], tp), generator=generator).repeat_interleave(
             rewards.shape[1], dim=0
         ),
         prompt_lengths=prompt_lengths,

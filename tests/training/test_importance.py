@@ -87,7 +87,7 @@ def test_a_split_into_micro_batches_changes_nothing(policy, mode, split):
     loss = {"importance_mode": mode, "kl_coef": 0.1, **BOUNDS}
     results = [run_steps(module_of(policy, loss=loss, **kwargs), [make_batch(rollouts)]) for kwargs in ({}, split)]
     (whole, (expected,)), (parts, (gradient,)) = results
-    assert expected.abs().max() > 1e-3 and torch.allclose(gradient, expected, atol=1e-6)
+    assert expected.abs().max() > 1e-3 and torch.allclose(gradient, expected, atol=1e-5)
     key = "train/importance_clip_fraction"
     assert parts.callback_metrics[key] == whole.callback_metrics[key] > 0
 

@@ -165,7 +165,7 @@ def test_gradient_checkpointing_changes_no_gradient_of_the_adapter(policy):
     plain, checkpointed = (fitted(policy, gradient_checkpointing=on)[2] for on in (False, True))
     for expected, found in zip(plain, checkpointed, strict=True):
         assert expected.abs().max() > 1e-3
-        assert torch.allclose(expected, found, atol=1e-6)
+        assert torch.allclose(expected, found, atol=1e-5)
 
 
 def test_kl_starts_at_zero_and_its_reference_stays_the_loaded_policy(policy):
@@ -183,7 +183,9 @@ def test_adapter_that_is_off_is_the_reference_that_would_be_loaded(policy, monke
     loads = []
     load = module_file.load_policy
     monkeypatch.setattr(module_file, "load_policy", lambda path, **kwargs: loads.append(path) or load(path, **kwargs))
+    # The plain pass: the reference would compute its prompts once, which a checkpointed policy does not.
     settings = {"kl_coef": 0.5, "inner_epochs": 2, "gradient_checkpointing": gradient_checkpointing}
+    settings["share_prompts"] = not gradient_checkpointing
     _, _, switched, metrics = fitted(policy, **settings)
     assert len(loads) == 1
     _, _, loaded, expected = fitted(policy, reference=policy, **settings)
