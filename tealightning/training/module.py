@@ -59,8 +59,8 @@ class PostTrainingModule(ScoringPolicy):
         share_prompts: Compute each prompt once for all rollouts of its group, in training, reference and behaviour
             log-probs, if a trial on the first batch shows that it makes no difference to the policy; False = once for
             each rollout.
-        micro_batch_tokens: Padded tokens of one forward and backward pass: decides memory and speed, never the
-            gradient. None = 16,384 on a GPU and 2,048 on a CPU.
+        micro_batch_tokens: Padded tokens that one forward and backward pass computes: decides memory and speed, never
+            the gradient. None = 16,384 on a GPU and 2,048 on a CPU.
         micro_batch_size: Most rollouts of one pass; None = as many as fit.
         gradient_clip_norm: Largest gradient norm; None = no clipping.
         optimizer: Built with the policy's trainable parameters: any that steps by gradients alone (docs/optimizers.md).
