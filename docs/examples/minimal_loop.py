@@ -13,8 +13,7 @@ from tealightning.functional.losses import clipped_policy_loss, token_weights
 from tealightning.pretrained import load_policy, load_tokenizer
 from tealightning.rewards import FunctionReward
 from tealightning.rollouts import EngineContext, RolloutCollector, TransformersEngine, prompt_seed
-from tealightning.training.micro_batches import split_rows
-from tealightning.training.scoring import score_completions
+from tealightning.training import micro_batches, scoring
 from tealightning.types import PromptBatch, RolloutBatch, SamplingConfig
 from tealightning.worlds import build_prose
 
@@ -30,8 +29,8 @@ def backward(policy: torch.nn.Module, rollouts: RolloutBatch, advantages: torch.
     """Add up the gradient of the policy loss over micro-batches of the rollouts that have an advantage."""
     sizes = {"num_tokens": rollouts.completion_lengths.sum(), "num_sequences": torch.tensor(len(advantages))}
     lengths = rollouts.prompt_lengths, rollouts.completion_lengths
-    for rows in split_rows(*lengths, advantages.nonzero().squeeze(1), max_tokens=2048):
-        scores = score_completions(policy, rollouts, rows)  # log-probs [rows, t] with gradient
+    for rows in micro_batches.split_rows(*lengths, advantages.nonzero().squeeze(1), max_tokens=2048):
+        scores = scoring.score_completions(policy, rollouts, rows)  # log-probs [rows, t] with gradient
         behaviour = scores.log_probs.detach()  # one step a batch: the policy is the one that sampled
         loss, _ = clipped_policy_loss(scores.log_probs, behaviour, advantages[rows], clip_lower=0.2, clip_upper=0.2)
         (token_weights(scores.mask, "token_mean", constant=1.0, **sizes) * loss).sum().backward()

@@ -46,7 +46,7 @@ def test_two_ranks_take_the_step_of_one_process(ranks, policy, case):
         assert shared["world_size"] == 2
         for gradient, expected in zip(shared["gradients"], alone["gradients"], strict=True):
             assert (expected.abs().max() > 1e-2) == (case != NOTHING_TO_LEARN)
-            torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-6)
+            torch.testing.assert_close(gradient, expected, rtol=0, atol=5e-6)
         for key in SAME_ON_ALL_RANKS + [key for key in alone["metrics"] if "importance" in key]:
             assert shared["metrics"][key] == pytest.approx(alone["metrics"][key], rel=1e-5, abs=1e-6), key
     assert torch.equal(ranks[0][case]["weights"], ranks[1][case]["weights"])
