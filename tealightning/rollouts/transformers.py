@@ -18,6 +18,7 @@ from tealightning.rollouts import generation_request as request
 from tealightning.rollouts.base import EngineContext, RolloutEngine, TokenIds
 from tealightning.training.padding import reads_padding
 from tealightning.training.policy_weights import is_sharded
+from tealightning.training.scoring import read_prompts
 from tealightning.types import Completion, SamplingConfig
 
 
@@ -26,7 +27,7 @@ class TransformersEngine(RolloutEngine):
     """Samples from the trainer's live policy, so that its weights are never stale.
 
     Sample i of prompt p is a function of `seeds[p] + i` and the weights, whatever else is in the batch (up to
-    rounding), so seeds must be far apart: see `prompt_seed`.
+    rounding), so seeds must be far apart: see `prompt_seed`. A prompt is computed once for all its samples in a batch.
 
     Args:
         batch_size: Most completions at a time. One needs a key-value cache of prompt + completion and a few times V
@@ -38,7 +39,7 @@ class TransformersEngine(RolloutEngine):
     def __init__(self, *, batch_size: int = 256) -> None:
         self.batch_size = check_integer("rollout.engine.batch_size", batch_size, 1)
         self._context: EngineContext | None = None
-        self._use_cache = True
+        self._use_cache = self._share_prompts = True
 
     def start(self, context: EngineContext) -> None:
         """Take over the policy; one that is sharded is refused with a ValueError, and a cache that changes what the
@@ -50,6 +51,7 @@ class TransformersEngine(RolloutEngine):
             )
         with torch.no_grad(), eval_mode(context.policy):
             self._use_cache = cache_is_right(context.policy)
+            self._share_prompts = self._use_cache and shared_prompts_are_right(context.policy)
         if not self._use_cache:
             warnings.warn(
                 f"{type(context.policy).__name__} of this transformers says something else with its key-value cache "
@@ -76,7 +78,8 @@ class TransformersEngine(RolloutEngine):
                 for chunk in _chunks(list(same), self.batch_size):
                     uniforms = torch.stack([_uniforms(seeds[p] + i, sampling.max_new_tokens) for p, i in chunk])
                     prompts = [prompt_token_ids[p] for p, _ in chunk]
-                    done = _complete(context, prompts, uniforms, sampling, rule, use_cache=self._use_cache)
+                    caching = {"use_cache": self._use_cache, "share_prompts": self._share_prompts}
+                    done = _complete(context, prompts, uniforms, sampling, rule, **caching)
                     completions.update(zip(chunk, done, strict=True))
         return [[completions[p, i] for i in range(num_samples)] for p in range(len(seeds))]
 
@@ -103,8 +106,10 @@ def _complete(
     rule: request.EndRule,
     *,
     use_cache: bool,
+    share_prompts: bool,
 ) -> list[Completion]:
-    """One completion for each of R prompts; `uniforms` [R, max_new_tokens] float64 decide the tokens."""
+    """One completion for each of R prompts; `uniforms` [R, max_new_tokens] float64 decide the tokens. With
+    `share_prompts` each different prompt is computed once."""
     policy, pad = context.policy, context.tokenizer.pad_token_id
     if not isinstance(pad, int) or pad >= policy.get_input_embeddings().num_embeddings:
         pad = next(iter(rule.token_ids), 0)  # masked, so any id will do
@@ -118,15 +123,28 @@ def _complete(
         pad_token_id=pad,
         use_cache=use_cache,
     )
+    input_ids = request.padded(prompts, pad, side="left").to(context.device)
+    mask = request.padded([[1] * len(ids) for ids in prompts], 0, side="left").to(context.device)
+    given = {"past_key_values": _cached(policy, input_ids, mask)} if share_prompts and input_ids.shape[1] > 1 else {}
     generate(
         policy,
-        request.padded(prompts, pad, side="left").to(context.device),
+        input_ids,
         config,
-        attention_mask=request.padded([[1] * len(ids) for ids in prompts], 0, side="left").to(context.device),
+        attention_mask=mask,
         logits_processor=LogitsProcessorList([sampler]),
         stopping_criteria=StoppingCriteriaList([stopping] if rule.strings else []),
+        **given,
     )
     return _cut(sampler, stopping.ended_at, context, rule)
+
+
+def _cached(policy: Any, input_ids: Tensor, mask: Tensor) -> Any:
+    """Keys and values of all tokens of the prompts [R, tp] but the last, with which `generate` begins."""
+    distinct, prompt_of = torch.cat([mask, input_ids], dim=1)[:, :-1].unique(dim=0, return_inverse=True)
+    width = mask.shape[1]
+    _, cache = read_prompts(policy, distinct[:, width:], distinct[:, : width - 1].bool())
+    cache.reorder_cache(prompt_of)
+    return cache
 
 
 def generate(policy: Any, input_ids: Tensor, config: GenerationConfig, **kwargs: Any) -> Any:
@@ -153,6 +171,34 @@ def cache_is_right(policy: Any) -> bool:
         apart = (whole - whole.mean(dim=-1, keepdim=True)).norm()
         if (cached - whole).norm() > 0.1 * apart:  # where they are NaN, it is not the cache's fault
             return False
+    return True
+
+
+def shared_prompts_are_right(policy: Any) -> bool:
+    """Whether a policy says the same where its prompts were computed once for several completions: to a thousandth of
+    how far its logits are apart, a tenth in half precision."""
+    if reads_padding(policy):  # it keeps a state of its own, which a trial could disturb
+        return False
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True)
+    config.return_dict_in_generate = config.output_logits = True
+    prompts = [[0, 1, 1, 0, 1, 0]] * 2 + [[1, 0]] * 2
+    device = next(policy.parameters()).device
+    ids, mask = (request.padded(rows, 0, side="left").to(device) for rows in (prompts, [[1] * len(p) for p in prompts]))
+    plain = generate(policy, ids, config, attention_mask=mask)
+    try:
+        shared = generate(policy, ids, config, attention_mask=mask, past_key_values=_cached(policy, ids, mask))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # models fail at a cache that they are given in many ways, and can do without
+        return False
+    share = 0.1 if policy.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    goes_on = torch.ones(len(ids), dtype=torch.bool, device=device)
+    for step, (expected, found) in enumerate(zip(plain.logits, shared.logits, strict=True)):
+        apart = (expected - expected.mean(dim=-1, keepdim=True)).norm(dim=-1)
+        if (goes_on & ((found - expected).norm(dim=-1) > share * apart)).any():
+            return False
+        position = ids.shape[1] + step  # after another token, which rounding can make, there is nothing to compare
+        goes_on &= plain.sequences[:, position] == shared.sequences[:, position]
     return True
 
 

@@ -3,7 +3,7 @@
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,18 +98,9 @@ def _whole_rows(model: nn.Module, rollouts: RolloutBatch, rows: Tensor) -> _Pass
 def _after_prompts(model: nn.Module, rollouts: RolloutBatch, rows: Tensor, head: nn.Module | None) -> _Pass:
     """The pass over the completions of `rows`, after one over their distinct prompts."""
     ids, lengths, prompt_of = distinct_prompts(rollouts, rows)
-    width = ids.shape[1]
-    prompt_mask = torch.arange(width, device=ids.device) >= width - lengths[:, None]
-    positions = (prompt_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    inputs = _inputs(model, ids, prompt_mask, positions, logits_to_keep=1) | {"use_cache": True}
-    if head is None:
-        output = model(**inputs)
-    else:
-        with _in_place_of(head, lambda hidden: hidden):
-            output = model(**inputs)
-    cache = getattr(output, "past_key_values", None)
-    if cache is None or cache.get_seq_length() != width:
-        raise CannotContinue("it keeps no key-value cache of the prompts")
+    prompt_mask = torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - lengths[:, None]
+    with nullcontext() if head is None else _in_place_of(head, lambda hidden: hidden):
+        logits, cache = read_prompts(model, ids, prompt_mask)
     cache.reorder_cache(prompt_of)
 
     length = max(1, int(rollouts.completion_lengths[rows].max()))
@@ -118,13 +109,28 @@ def _after_prompts(model: nn.Module, rollouts: RolloutBatch, rows: Tensor, head:
     given, given_mask = targets[:, : max(1, length - 1)], mask[:, : max(1, length - 1)]
     attention_mask = torch.cat([prompt_mask[prompt_of], given_mask], dim=1)
     positions = (lengths[prompt_of][:, None] + given_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    first = output.logits[:, -1:].index_select(0, prompt_of)
+    first = logits[:, -1:].index_select(0, prompt_of)
 
     def aligned(outputs: Tensor) -> Tensor:
         return torch.cat([first, outputs[:, : length - 1]], dim=1)
 
     inputs = _inputs(model, given, attention_mask, positions) | {"use_cache": True, "past_key_values": cache}
     return _Pass(inputs=inputs, targets=targets, mask=mask, aligned=aligned)
+
+
+def read_prompts(model: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
+    """What the model says after prompts [prompts, tp], left-padded with `mask` bool, and the cache of their keys and
+    values, from which completions go on.
+
+    Raises:
+        CannotContinue: if there is no such cache.
+    """
+    positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    output = model(**_inputs(model, ids, mask, positions, logits_to_keep=1), use_cache=True)
+    cache = getattr(output, "past_key_values", None)
+    if cache is None or cache.get_seq_length() != ids.shape[1]:
+        raise CannotContinue("it keeps no key-value cache of the prompts")
+    return output.logits, cache
 
 
 class CannotContinue(Exception):

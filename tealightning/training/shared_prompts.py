@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from tealightning.training.padding import reads_padding
 from tealightning.training.scoring import CannotContinue, score_completions
 from tealightning.types import RolloutBatch
 
@@ -89,6 +90,8 @@ def _reason_against(model: Any, rollouts: RolloutBatch, backward: Backward | Non
     """Why `model` cannot share prompts; empty if it can."""
     if hasattr(model, "_orig_mod"):
         return "it is compiled, and would be compiled anew for every pair of lengths"
+    if reads_padding(model):
+        return "it keeps a state of its own and no key-value cache"
     try:
         (plain, gradients), (shared, others) = (_trial(model, rollouts, share, backward) for share in (False, True))
     except CannotContinue as error:

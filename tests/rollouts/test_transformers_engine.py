@@ -3,12 +3,14 @@
 import pytest
 import torch
 from tiny_policies import PROMPTS, SEEDS, engine_context, largest_difference, save_policy, token_ids
+from tool_scripts import tool
 
 from tealightning.rollouts import TransformersEngine
-from tealightning.rollouts.transformers import inverse_cdf
+from tealightning.rollouts.transformers import inverse_cdf, shared_prompts_are_right
 from tealightning.types import SamplingConfig
 
 SAMPLING = SamplingConfig(max_new_tokens=24)
+tiny = tool("bench/tiny_models.py")
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +74,29 @@ def test_transformers_samples_without_dropout_and_with_gradient_checkpointing(fo
     context.policy.gradient_checkpointing_enable()
     context.policy.train()
     assert token_ids(sample(context)) == expected
+
+
+def test_transformers_computes_each_prompt_once(folder):
+    """Of eight completions of three prompts, then of one that the batch had no room for: all tokens but the last."""
+    context = engine_context(folder)
+    prompts, request = [[5, 6, 7, 8, 9, 10], [7, 8], [9]], {"num_samples": 3, "sampling": SAMPLING, "seeds": [0, 9, 18]}
+    engine = TransformersEngine(batch_size=8)
+    engine.start(context)
+    engine._share_prompts = False
+    expected = [completion for group in engine.generate(prompts, **request) for completion in group]
+    engine.start(context)
+    seen: list[tuple[int, ...]] = []
+    embedding = context.policy.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda layer, inputs, output: seen.append(tuple(inputs[0].shape)))
+    found = [completion for group in engine.generate(prompts, **request) for completion in group]
+    hook.remove()
+    assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+    for a, b in zip(found, expected, strict=True):
+        assert a.log_probs == pytest.approx(b.log_probs, abs=1e-5)
+    assert [shape for shape in seen if shape[1] > 1] == [(3, 5), (1, 5)]
+
+
+@pytest.mark.parametrize("name", ["mamba", "rwkv", "openai-gpt", "recurrent_gemma"])
+def test_transformers_computes_prompts_for_each_completion_where_a_cache_cannot_be_given(name):
+    assert not shared_prompts_are_right(tiny.build(name))
+    assert shared_prompts_are_right(tiny.build("llama"))
