@@ -21,6 +21,8 @@ from tealightning.training.policy_weights import is_sharded
 from tealightning.training.scoring import read_prompts
 from tealightning.types import Completion, SamplingConfig
 
+BLOCK = 128  # tokens of the vocabulary whose probabilities are added up first
+
 
 @register
 class TransformersEngine(RolloutEngine):
@@ -222,14 +224,18 @@ class _Sampler(LogitsProcessor):
         self.sampling = sampling
         self.filters = sampling.top_k > 0 or sampling.top_p < 1
         self.steps = 0
+        self._probs: Tensor | None = None
         self.token_ids = torch.zeros(uniforms.shape, dtype=torch.int64, device=uniforms.device)
         self.log_probs = torch.zeros(uniforms.shape, dtype=torch.float32, device=uniforms.device)
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        logits = scores.float() / self.sampling.temperature
+        logits = scores.float()
+        if self.sampling.temperature != 1:
+            logits = logits / self.sampling.temperature
         if self.filters:  # the most likely token passes them anyway
             logits = filter_logits(logits, logits.argmax(dim=-1), top_k=self.sampling.top_k, top_p=self.sampling.top_p)
-        probs = logits.softmax(dim=-1)
+        self._probs = torch.empty_like(logits) if self._probs is None else self._probs
+        probs = torch.softmax(logits, dim=-1, out=self._probs)  # new memory for each token would take longer
         tokens = inverse_cdf(probs, self.uniforms[:, self.steps])[:, None]
         if int(tokens.max()) >= probs.shape[-1]:  # where nothing is larger than NaN
             raise UserError(
@@ -239,18 +245,32 @@ class _Sampler(LogitsProcessor):
         self.token_ids[:, self.steps] = tokens[:, 0]
         self.log_probs[:, self.steps] = probs.gather(-1, tokens)[:, 0].log()
         self.steps += 1
-        return torch.full_like(scores, float("-inf")).scatter_(-1, tokens, 0.0)
+        return scores.fill_(float("-inf")).scatter_(-1, tokens, 0.0)  # a copy of `generate`'s own
 
 
 def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     """[R] int64, the smallest v with `sum(probs[:v + 1]) > u * sum(probs)`; never one of probability 0.
 
-    `probs` are [R, V], `uniforms` [R] float64 in [0, 1).
+    `probs` are [R, V], `uniforms` [R] float64 in [0, 1). The float64 sums are those of blocks of the vocabulary, whose
+    own are rounded to float32, and then those within the block that was hit: all V of them would take longer than all
+    else here.
     """
-    cdf = probs.cumsum(dim=-1, dtype=torch.float64)
-    total = cdf[:, -1:]
-    target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, target, right=True)[:, 0]
+    if rest := -probs.shape[-1] % BLOCK:
+        probs = nn.functional.pad(probs, (0, rest))
+    blocks = probs.unflatten(-1, (-1, BLOCK))
+    mass = blocks.sum(dim=-1).double()
+    cdf = mass.cumsum(dim=-1)
+    target = _below(uniforms[:, None] * cdf[:, -1:], cdf[:, -1:])
+    block = torch.searchsorted(cdf, target, right=True).clamp(max=mass.shape[-1] - 1)  # NaN: beyond the last
+    inside = blocks.take_along_dim(block[:, :, None], dim=1)[:, 0].cumsum(dim=-1, dtype=torch.float64)
+    before = cdf.gather(-1, block) - mass.gather(-1, block)
+    found = torch.searchsorted(inside, _below((target - before).clamp(min=0), inside[:, -1:]), right=True)
+    return (block * BLOCK + found)[:, 0]
+
+
+def _below(target: Tensor, total: Tensor) -> Tensor:
+    """`target`, or the next number below `total` where rounding has made it no smaller."""
+    return torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
 
 
 class _StopStrings(StoppingCriteria):

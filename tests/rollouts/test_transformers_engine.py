@@ -35,6 +35,16 @@ def test_inverse_cdf_never_takes_a_token_of_probability_zero_when_the_sum_is_rou
     assert inverse_cdf(probs, torch.tensor([1 - 2**-53], dtype=torch.float64)).tolist() == [2]
 
 
+@pytest.mark.parametrize("size", [384, 1000])
+def test_inverse_cdf_of_many_tokens_is_that_of_all_their_sums(size):
+    random = torch.Generator().manual_seed(0)
+    probs = torch.randn(200, size, generator=random).mul(3).softmax(dim=-1)
+    uniforms = torch.rand(200, generator=random, dtype=torch.float64)
+    cdf = probs.double().cumsum(dim=-1)
+    expected = (cdf > uniforms[:, None] * cdf[:, -1:]).int().argmax(dim=-1)
+    assert torch.equal(inverse_cdf(probs, uniforms), expected)
+
+
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_transformers_batch_size_changes_nothing(folder, batch_size):
     context = engine_context(folder)
