@@ -26,6 +26,7 @@ from bench.trl_steps import build_trl, check_trl
 from bench.turns import Turns
 from bench.world import World
 
+from tealightning.training.micro_batches import tokens_of_a_pass
 from tealightning.types import PromptBatch
 
 
@@ -45,6 +46,7 @@ def measure(world: World, options: argparse.Namespace) -> tuple[list[StepTimes],
         warm_up=options.warm_up,
         lr=options.lr,
         importance_correction=options.importance_correction,
+        max_tokens=tokens_of_a_pass(torch.device("cpu")),
         between=turns.hand_over,
     )
     ours = build_run(

@@ -7,12 +7,13 @@ The steps are those of the real `Trainer` with its callbacks, reward model and l
 the start of the next. The bare parts run after each step of the first estimator, on the shapes of its batch: the
 engine's own `generate`, the reward model's forward pass on tensors tokenised beforehand, and forward, backward,
 clipping and AdamW in a loop of five lines. Estimators take turns, one a step; ratios are paired, so that a busy machine
-slows both sides.
+slows both sides. One more variant is the first estimator with the plain pass over prompts and completions.
 """
 
 import argparse
 import json
 import os
+from dataclasses import replace
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
@@ -25,6 +26,9 @@ from bench.timing import environment, medians, paired_ratio, quiet, use_clock
 from bench.world import World
 
 from tealightning.types import PromptBatch
+
+PLAIN = "plain"
+"""Name of the first estimator's steps with `share_prompts=False`."""
 
 
 def measure(world: World, options: argparse.Namespace) -> tuple[list[StepTimes], list[dict[str, float]]]:
@@ -42,9 +46,10 @@ def measure(world: World, options: argparse.Namespace) -> tuple[list[StepTimes],
             parts[0].run(batch)  # warm-up
         bare.append(parts[0].run(batch))
 
+    variants = variants_of(options)
     run = build_run(
         world,
-        variants_of(options),
+        [*variants, replace(variants[0], name=PLAIN, share_prompts=False)],
         engine=engine,
         repeats=options.repeats,
         warm_up=options.warm_up,
@@ -56,15 +61,17 @@ def measure(world: World, options: argparse.Namespace) -> tuple[list[StepTimes],
 
 def summary(steps: list[StepTimes], bare: list[dict[str, float]], names: list[str]) -> dict[str, Any]:
     """Medians and ratios."""
-    rows = {name: [step.row() for step in steps if step.variant == name] for name in names}
-    first = rows[names[0]]
+    rows = {name: [step.row() for step in steps if step.variant == name] for name in [*names, PLAIN]}
+    first, plain = rows[names[0]], [row["train"] for row in rows[PLAIN]]
     sums = [sum(row.values()) for row in bare]
     return {
         "step_over_bare": paired_ratio([row["whole"] for row in first], sums),
         "phase_over_bare": {
             phase: paired_ratio([row[phase] for row in first], [row[phase] for row in bare])["median"]
             for phase in bare[0]
+            if bare[0][phase] > 0
         },
+        "train_over_plain": {name: paired_ratio([r["train"] for r in rows[name]], plain) for name in names},
         "sync_share": paired_ratio([row["sync"] for row in first], [row["whole"] for row in first])["median"],
         "other_share": paired_ratio([row["other"] for row in first], [row["whole"] for row in first])["median"],
         "train_over_first": {
@@ -73,7 +80,7 @@ def summary(steps: list[StepTimes], bare: list[dict[str, float]], names: list[st
         "step_over_first": {
             name: paired_ratio([r["whole"] for r in rows[name]], [r["whole"] for r in first]) for name in names[1:]
         },
-        "seconds": {name: {k: round(v, 5) for k, v in medians(rows[name]).items()} for name in names},
+        "seconds": {name: {k: round(v, 5) for k, v in medians(of).items()} for name, of in rows.items()},
         "bare_seconds": {k: round(v, 5) for k, v in medians([b | {"whole": sum(b.values())} for b in bare]).items()},
     }
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from bench.no_engine import NoEngine
 from bench.timing import seconds_of
 from bench.world import World
 from tealightning.pretrained import load_policy
@@ -33,6 +34,7 @@ class BareParts:
         self.reward_model = AutoModelForSequenceClassification.from_pretrained(world.reward_model).eval()
         self.reward_tokenizer = AutoTokenizer.from_pretrained(world.reward_model)
         self.llm = getattr(engine, "_llm", None)
+        self.only_trains = isinstance(engine, NoEngine)
         self.group_size = group_size
         self.max_tokens = max_tokens
 
@@ -44,6 +46,8 @@ class BareParts:
             self.llm.reset_prefix_cache()
         inputs = self._reward_inputs(batch)
         with torch.random.fork_rng():
+            if self.only_trains:
+                return {"generate": 0.0, "reward": 0.0, "train": seconds_of(lambda: self.train(rollouts))}
             return {
                 "generate": seconds_of(lambda: self.generate(batch.token_ids, rollouts)),
                 "reward": seconds_of(lambda: self.reward(inputs)),

@@ -1,5 +1,6 @@
 """Whole training steps of the real `Trainer`, timed, with other work in between that is not counted."""
 
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,15 +16,20 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
+from bench.no_engine import NoEngine, NoReward
 from bench.timing import PhaseClock, now
 from bench.world import World, write_prompts
 from tealightning import PostTrainingModule, PromptDataModule, RolloutCallback
 from tealightning.estimators import AdvantageEstimator
-from tealightning.rewards import SequenceClassifierReward
+from tealightning.rewards import Reward, SequenceClassifierReward
 from tealightning.rollouts import RolloutEngine, TransformersEngine, VLLMEngine
 from tealightning.types import PromptBatch, SamplingConfig
 
-ENGINES = {"transformers": TransformersEngine, "vllm": VLLMEngine}
+ENGINES: dict[str, Callable[[], RolloutEngine]] = {
+    "transformers": TransformersEngine,
+    "vllm": lambda: VLLMEngine(kv_cache_gib=1.0),
+    "none": NoEngine,
+}
 PHASES = ("generate", "reward", "sync", "train")
 
 
@@ -60,6 +66,7 @@ class Variant:
     name: str
     estimator: AdvantageEstimator
     shape: Shape
+    share_prompts: bool = True  # False: the plain pass
 
 
 class InTurn(PromptDataModule):
@@ -115,6 +122,7 @@ class StepTimer(Callback):
             self.times.append(self._current)
         variant = self.variants[trainer.global_step % len(self.variants)]
         pl_module.estimator = variant.estimator
+        pl_module.share_prompts = variant.share_prompts
         self.rollout.group_size = variant.shape.group_size
         self.rollout.sampling.max_new_tokens = variant.shape.tokens
         self._current = StepTimes(variant=variant.name, whole=0.0)
@@ -171,9 +179,18 @@ def build_run(
         estimator=variants[0].estimator,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr),
     )
-    reward = SequenceClassifierReward(world.reward_model)
+    without = isinstance(engine, NoEngine)
+    reward: Reward = NoReward() if without else SequenceClassifierReward(world.reward_model)
     sampling = SamplingConfig(max_new_tokens=max(variant.shape.tokens for variant in variants))
-    rollout = RolloutCallback(engine, reward, group_size=variants[0].shape.group_size, sampling=sampling, seed=0)
+    rollout = RolloutCallback(
+        engine,
+        reward,
+        group_size=variants[0].shape.group_size,
+        sampling=sampling,
+        seed=0,
+        max_model_len=world.longest_prompt() + sampling.max_new_tokens,
+        max_probe_diff=math.inf if without else None,
+    )
     timer = StepTimer(
         _phase_clock(engine, reward, module), rollout, variants, warm_up=warm_up * len(variants), between=between
     )
@@ -196,7 +213,7 @@ def build_run(
     )
 
 
-def _phase_clock(engine: RolloutEngine, reward: SequenceClassifierReward, module: PostTrainingModule) -> PhaseClock:
+def _phase_clock(engine: RolloutEngine, reward: Reward, module: PostTrainingModule) -> PhaseClock:
     clock = PhaseClock()
     clock.time(engine, "generate", "generate")
     clock.time(engine, "sync_weights", "sync")

@@ -39,9 +39,11 @@ def build_trl(
     warm_up: int,
     lr: float,
     importance_correction: bool,
+    max_tokens: int,
     between: Callable[[], None],
 ) -> tuple[Any, list[dict[str, float]]]:
-    """A GRPOTrainer that makes one update on each batch of rollouts, and the list that its `train` fills.
+    """A GRPOTrainer that makes one update on each batch of rollouts, and the list that its `train` fills. A forward and
+    backward pass has as many rollouts as fit into `max_tokens`, of those that divide a step.
 
     Each row has the seconds of a step: `whole`, `generate` (with vLLM the weight sync included) and `reward`.
     """
@@ -58,7 +60,15 @@ def build_trl(
     trainer = GRPOTrainer(
         model=world.policy,
         reward_funcs=world.reward_model,
-        args=_config(shape, engine=engine, steps=total, lr=lr, importance_correction=importance_correction),
+        args=_config(
+            shape,
+            longest=world.longest_prompt() + shape.tokens,
+            max_tokens=max_tokens,
+            use_vllm=engine == "vllm",
+            max_steps=total,
+            learning_rate=lr,
+            vllm_importance_sampling_correction=importance_correction,
+        ),
         train_dataset=Dataset.from_dict({"prompt": texts * total}),
         processing_class=tokenizer,
     )
@@ -71,23 +81,26 @@ def build_trl(
     return trainer, rows
 
 
-def _config(shape: Shape, *, engine: str, steps: int, lr: float, importance_correction: bool) -> Any:
+def _config(shape: Shape, *, longest: int, max_tokens: int, **settings: Any) -> Any:
     from trl import GRPOConfig
 
+    rollouts = shape.prompts * shape.group_size
+    rows = max(
+        rows for rows in range(1, rollouts + 1) if rollouts % rows == 0 and rows * longest <= max(max_tokens, longest)
+    )
     return GRPOConfig(
         output_dir=tempfile.mkdtemp(prefix="tealightning-bench-trl-"),
-        per_device_train_batch_size=shape.prompts * shape.group_size,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=rollouts // rows,
         num_generations=shape.group_size,
         max_completion_length=shape.tokens,
         temperature=1.0,
         beta=0.0,
         num_iterations=1,
-        learning_rate=lr,
         lr_scheduler_type="constant",
         optim="adamw_torch",
         weight_decay=0.01,
         max_grad_norm=1.0,
-        max_steps=steps,
         bf16=False,
         use_cpu=True,
         gradient_checkpointing=False,
@@ -96,9 +109,9 @@ def _config(shape: Shape, *, engine: str, steps: int, lr: float, importance_corr
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
-        use_vllm=engine == "vllm",
         vllm_mode="colocate",
-        vllm_importance_sampling_correction=importance_correction,
+        vllm_max_model_length=longest,
+        **settings,
     )
 
 
@@ -139,7 +152,7 @@ def _let_vllm_run_on_cpus() -> None:
 
     if not current_platform.is_cpu():
         return
-    generation.LLM = partial(LLM, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=2**28)
+    generation.LLM = partial(LLM, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=2**30)
 
     def sync_weights(self: Any) -> None:
         named = [(name, parameter.detach()) for name, parameter in self.model.named_parameters(remove_duplicate=False)]
