@@ -8,14 +8,12 @@ CPU from the kernel's count of resident memory, Linux only). A table and one JSO
 """
 
 import argparse
-import ctypes
 import json
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from bench.peak_memory import check_peaks, peak_mib, reset_peak
 from bench.timing import environment
 from torch import Tensor
 
@@ -39,29 +37,11 @@ def peak(loss: Callable[..., Tensor], layer: tuple[Tensor, Tensor, Tensor]) -> t
     """(MiB that forward and backward add at their peak, seconds)."""
     hidden, weight, _ = layer
     hidden.grad = weight.grad = None
-    before = _reset_peak(hidden.device)
+    before = reset_peak(hidden.device)
     started = time.perf_counter()
     loss(*layer).mean().backward()
-    top = _peak_mib(hidden.device)  # waits for a GPU
+    top = peak_mib(hidden.device)  # waits for a GPU
     return top - before, time.perf_counter() - started
-
-
-def _reset_peak(device: torch.device) -> float:
-    """MiB in use now, from which the peak counts."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device) / 2**20
-    ctypes.CDLL(None).malloc_trim(0)  # what an earlier run has freed and the allocator kept
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    return _peak_mib(device)
-
-
-def _peak_mib(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def measure(tokens: int, vocabulary: int, width: int, device: str) -> dict[str, float]:
@@ -92,8 +72,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256, help="width of the output layer's input")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    if options.device == "cpu" and not Path("/proc/self/clear_refs").exists():
-        sys.exit("bench_memory.py measures a CPU's memory through /proc/self, which only Linux has.")
+    check_peaks(options.device)
     print(f"hidden size {options.hidden}, float32, {options.device}, torch {torch.__version__}\n")
     print(f"{'tokens':>7} {'vocabulary':>10} {'MiB':>9} {'naive MiB':>10} {'ratio':>7} {'time ratio':>10}")
     rows = []
