@@ -22,6 +22,10 @@ Figure = tuple[str, Any]
 def step_figures(line: dict[str, Any]) -> Iterator[Figure]:
     """Of `bench_step.py`."""
     first = next(iter(line["seconds"]))
+    for name, ratio in line["train_over_plain"].items():
+        yield f"train phase over the plain pass, {name}", ratio
+    if line["engine"] == "none":
+        return
     yield f"step over the sum of bare parts, {first}", line["step_over_bare"]
     for name, ratio in line["train_over_first"].items():
         yield f"train phase, {name} over {first}", ratio
@@ -49,11 +53,17 @@ def memory_figures(line: dict[str, Any]) -> Iterator[Figure]:
         yield f"peak loss memory over naive, vocabulary {row['vocabulary']:,}, {row['tokens']:,} tokens", row["ratio"]
 
 
+def step_memory_figures(line: dict[str, Any]) -> Iterator[Figure]:
+    """Of `bench_step_memory.py`."""
+    yield "peak memory of a training step over the plain pass", line["peak_over_plain"]
+
+
 FIGURES: dict[str, Callable[[dict[str, Any]], Iterator[Figure]]] = {
     "step": step_figures,
     "peer": peer_figures,
     "scale": scale_figures,
     "memory": memory_figures,
+    "step_memory": step_memory_figures,
 }
 
 
@@ -82,11 +92,19 @@ def rows_of(line: dict[str, Any], number: int) -> Iterator[dict[str, str]]:
             "figure": what,
             "model": line["size"],
             "engine": line["engine"],
-            "P, m, T": f"{line['prompts']}, {line['group_size']}, {line['tokens']}" if "prompts" in line else "",
+            "P, m, prompt, T": shape_of(line),
             "median": f"{ratio['median']:.3f}",
             "range": spread,
             "run": f"({number})",
         }
+
+
+def shape_of(line: dict[str, Any]) -> str:
+    """Prompts, group size, tokens of a prompt and of a completion."""
+    if "prompts" not in line:
+        return ""
+    prompt = line.get("prompt_tokens") or "varied"
+    return f"{line['prompts']}, {line['group_size']}, {prompt}, {line['tokens']}"
 
 
 def report(lines: list[dict[str, Any]]) -> str:

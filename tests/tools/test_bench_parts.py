@@ -67,3 +67,11 @@ def test_compare_calls_worse_what_grew_by_more_than_the_tolerance():
     rows = compare(before, after, 0.05)
     assert rows["step_over_bare"] == {"before": 1.0, "after": 1.04, "worse": False}
     assert rows["train_over_bare"]["worse"]
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 50])
+def test_exact_texts_have_as_many_tokens_as_asked_for(tokens: int):
+    tokenizer = tool("bench/tiny_models.py").byte_tokenizer()
+    texts = tool("bench/texts.py").exact_texts(tokenizer, ["a first text", "and a second"], tokens, count=5)
+    assert len(set(texts)) == 5
+    assert [len(tokenizer(text)["input_ids"]) for text in texts] == [tokens] * 5

@@ -35,7 +35,8 @@ def test_bench_step_reports_phases_that_add_up(playground: Path, tmp_path: Path)
     line = json_line(run_tool("bench_step.py", *TINY, *folders, "--estimators", "grpo", "tea"))
     assert line["bench"] == "step"
     assert (line["prompts"], line["group_size"], line["tokens"]) == (2, 6, 6)
-    assert set(line["seconds"]) == {"grpo", "tea"}
+    assert set(line["seconds"]) == {"grpo", "tea", "plain"}
+    assert set(line["train_over_plain"]) == {"grpo", "tea"}
     assert set(line["train_over_first"]) == {"tea"}
     assert set(line["bare_seconds"]) == {"generate", "reward", "train", "whole"}
     assert line["step_over_bare"]["min"] <= line["step_over_bare"]["median"] <= line["step_over_bare"]["max"]
@@ -46,6 +47,24 @@ def test_bench_step_reports_phases_that_add_up(playground: Path, tmp_path: Path)
         assert min(phases["generate"], phases["reward"], phases["train"]) > 0
         # Medians of two steps are means, so the parts add up but for the rounding of each.
         assert sum(phases.values()) == pytest.approx(seconds["whole"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_bench_step_times_training_alone_at_exact_lengths_with_any_model(playground: Path, tmp_path: Path):
+    folders = ["--playground", str(playground), "--cache", str(tmp_path), "--model", str(playground / "policy")]
+    options = ["--engine", "none", "--prompt-tokens", "9", "--estimators", "grpo"]
+    line = json_line(run_tool("bench_step.py", *TINY, *folders, *options))
+    assert (line["size"], line["prompt_tokens"]) == ("policy", 9)
+    assert line["bare_seconds"]["generate"] == line["bare_seconds"]["reward"] == 0
+    assert line["train_over_plain"]["grpo"]["median"] > 0
+
+
+@pytest.mark.slow
+def test_bench_step_memory_compares_peaks(playground: Path, tmp_path: Path):
+    folders = ["--playground", str(playground), "--cache", str(tmp_path)]
+    line = json_line(run_tool("bench_step_memory.py", *TINY, *folders))
+    assert line["peak_mib"]["plain"] > 50
+    assert line["peak_over_plain"]["median"] == pytest.approx(1, abs=0.3)
 
 
 @pytest.mark.slow
@@ -81,6 +100,7 @@ def test_bench_report_collects_figures_with_their_commands(tmp_path: Path):
         "engine": "vllm",
         "prompts": 8,
         "group_size": 16,
+        "prompt_tokens": 96,
         "tokens": 64,
         "step_over_trl": {"grpo": {"median": 0.75, "min": 0.7, "max": 0.8}},
         "command": "python tools/bench_peer.py",
@@ -94,7 +114,7 @@ def test_bench_report_collects_figures_with_their_commands(tmp_path: Path):
     result = run_tool("bench_report.py", str(tmp_path / "peer.txt"), "--out", str(tmp_path / "figures.md"))
     assert result.returncode == 0, result.stderr
     text = (tmp_path / "figures.md").read_text()
-    row = "| step over TRL 1.16.0's GRPO step, grpo | 10m | vllm | 8, 16, 64 | 0.750 | 0.70 to 0.80 | (1) |"
+    row = "| step over TRL 1.16.0's GRPO step, grpo | 10m | vllm | 8, 16, 96, 64 | 0.750 | 0.70 to 0.80 | (1) |"
     assert row in text
     assert "(1) `python tools/bench_peer.py`, commit abcdefg" in text
 
