@@ -58,12 +58,21 @@ def step_memory_figures(line: dict[str, Any]) -> Iterator[Figure]:
     yield "peak memory of a training step over the plain pass", line["peak_over_plain"]
 
 
+def quality_figures(line: dict[str, Any]) -> Iterator[Figure]:
+    """Of `bench_quality.py`."""
+    found = line["seconds_over_trl"]
+    if found["ratio"] is not None:
+        at_most = ", at most" if found["is_bound"] else ""
+        yield f"seconds to best-of-{line['n']} {line['until']:g} over TRL {line['trl']}'s{at_most}", found["ratio"]
+
+
 FIGURES: dict[str, Callable[[dict[str, Any]], Iterator[Figure]]] = {
     "step": step_figures,
     "peer": peer_figures,
     "scale": scale_figures,
     "memory": memory_figures,
     "step_memory": step_memory_figures,
+    "quality": quality_figures,
 }
 
 

@@ -92,6 +92,14 @@ def test_benchmarks_say_how_to_build_a_missing_playground(tmp_path: Path):
     assert "tealightning playground --world prose --out" in result.stderr
 
 
+@pytest.mark.slow
+def test_bench_quality_says_how_to_install_trl(tmp_path: Path):
+    (tmp_path / "trl.py").write_text("raise ImportError('not here')")
+    result = run_tool("bench_quality.py", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1
+    assert 'pip install "tealightning[bench]"' in result.stderr
+
+
 def test_bench_report_collects_figures_with_their_commands(tmp_path: Path):
     line = {
         "bench": "peer",
