@@ -1,6 +1,8 @@
 """Parts of the benchmarks that decide without a model."""
 
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tool_scripts import tool
@@ -77,24 +79,30 @@ def test_exact_texts_have_as_many_tokens_as_asked_for(tokens: int):
     assert [len(tokenizer(text)["input_ids"]) for text in texts] == [tokens] * 5
 
 
-def points(*values: float) -> list:
-    return [tool("bench/quality.py").Point(step=10 * i, seconds=2.0 * i, value=value) for i, value in enumerate(values)]
+@pytest.fixture
+def quality(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
+    return tool("bench/quality.py")
 
 
-def test_seconds_until_are_those_of_the_first_evaluation_that_is_good_enough():
-    seconds_until = tool("bench/quality.py").seconds_until
+def points(*values: float) -> list[SimpleNamespace]:
+    return [SimpleNamespace(seconds=2.0 * i, value=value) for i, value in enumerate(values)]
+
+
+def test_seconds_until_are_those_of_the_first_evaluation_that_is_good_enough(quality):
+    seconds_until = quality.seconds_until
     assert seconds_until(points(0.5, 0.7, 0.6, 0.9), 0.7) == 2.0
     assert seconds_until(points(0.5, 0.6), 0.7) is None
 
 
-def test_seconds_over_those_of_a_side_that_never_gets_there_are_a_bound():
-    over = tool("bench/quality.py").over
+def test_seconds_over_those_of_a_side_that_never_gets_there_are_a_bound(quality):
+    over = quality.over
     assert over([2.0, 4.0], [8.0, 4.0], [10.0, 10.0]) == {"ratio": 0.5, "is_bound": False}
     assert over([2.0, 4.0], [None, 4.0], [20.0, 10.0]) == {"ratio": 0.25, "is_bound": True}
     assert over([2.0, None], [8.0, 4.0], [10.0, 10.0]) == {"ratio": None, "is_bound": False}
 
 
-def test_the_learning_rate_of_trl_is_the_one_that_gets_there_first_or_furthest():
+def test_the_learning_rate_of_trl_is_the_one_that_gets_there_first_or_furthest(quality):
     rank = tool("bench_quality.py").rank
     first, later, never, worse = (points(0.5, *values) for values in ([0.8], [0.6, 0.8], [0.65], [0.6]))
     assert sorted([worse, later, first, never], key=lambda curve: rank(curve, 0.7)) == [worse, never, later, first]

@@ -113,11 +113,9 @@ def seconds_until(points: Sequence[Point], until: float) -> float | None:
     return next((point.seconds for point in points if point.value >= until), None)
 
 
-def over(
-    ours: Sequence[float | None], theirs: Sequence[float | None], their_budgets: Sequence[float]
-) -> dict[str, Any]:
-    """Mean seconds of ours over theirs. Where TRL never got there, all of its budget counts in the place of what it would
-    have needed, and the ratio is a bound from above; None where ours never got there."""
+def over(ours: Sequence[float | None], theirs: Sequence[float | None], budgets: Sequence[float]) -> dict[str, Any]:
+    """Mean seconds of ours over theirs; None where ours never got there with a seed. Where TRL never got there its whole
+    budget counts in the place of what it would have needed, and the ratio is a bound from above."""
     if any(seconds is None for seconds in ours):
         return {"ratio": None, "is_bound": False}
     spent = [budget if seconds is None else seconds for seconds, budget in zip(theirs, budgets, strict=True)]
