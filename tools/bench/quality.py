@@ -114,8 +114,8 @@ def seconds_until(points: Sequence[Point], until: float) -> float | None:
 
 
 def over(ours: Sequence[float | None], theirs: Sequence[float | None], budgets: Sequence[float]) -> dict[str, Any]:
-    """Mean seconds of ours over theirs; None where ours never got there with a seed. Where TRL never got there its whole
-    budget counts in the place of what it would have needed, and the ratio is a bound from above."""
+    """Mean seconds of ours over theirs; None where ours never got there with a seed. Where TRL never got there its
+    whole budget counts in the place of what it would have needed, and the ratio is a bound from above."""
     if any(seconds is None for seconds in ours):
         return {"ratio": None, "is_bound": False}
     spent = [budget if seconds is None else seconds for seconds, budget in zip(theirs, budgets, strict=True)]
