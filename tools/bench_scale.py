@@ -65,6 +65,8 @@ def over_processes(options: argparse.Namespace) -> dict[int, float]:
         "size": options.size,
         "playground": str(options.playground),
         "cache": str(options.cache),
+        "model": options.model and str(options.model),
+        "prompt_tokens": options.prompt_tokens,
         "engine": options.engine,
         "repeats": options.repeats,
         "shape": {"prompts": shape.prompts, "group_size": shape.group_size, "tokens": shape.tokens},

@@ -98,9 +98,8 @@ def _reason_against(model: Any, rollouts: RolloutBatch, backward: Backward | Non
         return str(error)
     except torch.OutOfMemoryError:
         raise
-    except (
-        Exception
-    ) as error:  # of the shared pass, or it comes again in the plain one: models fail at caches in many ways
+    # Models fail at caches in many ways; what the plain pass has raised comes again.
+    except Exception as error:
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
     finally:
         if backward is not None:

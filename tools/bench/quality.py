@@ -1,7 +1,6 @@
 """Training until a policy is good enough, on the CPU clock: a curve of best-of-n over seconds, here and in TRL."""
 
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -16,6 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import AutoTokenizer
 
 from bench.timing import now
+from bench.trl_steps import grpo_config
 from tealightning import PostTrainingModule, PromptDataModule, RolloutCallback
 from tealightning.estimators import AdvantageEstimator
 from tealightning.functional.best_of_n import best_of_n
@@ -167,7 +167,7 @@ def train_in_trl(task: Task, *, lr: float, seed: int) -> list[Point]:
     """TRL's GRPOTrainer with its defaults, the same optimizer settings and one update on each batch."""
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     curve, steps = Curve(task), count(1)
 
@@ -182,25 +182,13 @@ def train_in_trl(task: Task, *, lr: float, seed: int) -> list[Point]:
         return task.reward.score(prompts, completions, [{"grid": each} for each in grid])
 
     rows = read_rows(task.folder / "prompts" / "train.jsonl")
-    config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(prefix="tealightning-bench-trl-"),
+    config = grpo_config(
         per_device_train_batch_size=task.prompts * task.group_size,
         num_generations=task.group_size,
         max_completion_length=task.tokens,
-        temperature=1.0,
-        learning_rate=lr,
-        lr_scheduler_type="constant",
-        optim="adamw_torch",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
         max_steps=task.max_steps,
-        bf16=False,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
+        learning_rate=lr,
+        weight_decay=0.0,
         seed=seed,
     )
     trainer = GRPOTrainer(

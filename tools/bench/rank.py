@@ -21,7 +21,13 @@ def main() -> None:
     quiet()
     use_clock("wall")  # what the ranks wait for each other counts
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    world = build_world(options["size"], playground=Path(options["playground"]), cache=Path(options["cache"]))
+    world = build_world(
+        options["size"],
+        playground=Path(options["playground"]),
+        cache=Path(options["cache"]),
+        model=options["model"] and Path(options["model"]),
+        prompt_tokens=options["prompt_tokens"],
+    )
     variant = Variant(name="step", estimator=build_estimator("grpo"), shape=Shape(**options["shape"]))
     ranks = int(os.environ["WORLD_SIZE"])
     parallel = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {}

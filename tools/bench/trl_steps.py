@@ -1,4 +1,4 @@
-"""Steps of TRL's GRPOTrainer, timed like those of `bench.steps`. The only file that imports TRL."""
+"""Steps of TRL's GRPOTrainer, timed like those of `bench.steps`, and the settings that it is compared with."""
 
 import tempfile
 from collections.abc import Callable
@@ -54,19 +54,26 @@ def build_trl(
     if engine == "vllm":
         _let_vllm_run_on_cpus()
     total = warm_up + steps + 1
+    rollouts, longest = shape.prompts * shape.group_size, world.longest_prompt() + shape.tokens
+    pass_rows = max(n for n in range(1, rollouts + 1) if rollouts % n == 0 and (n == 1 or n * longest <= max_tokens))
     texts = list(islice(cycle(world.prompts), shape.prompts))
     tokenizer = AutoTokenizer.from_pretrained(world.policy)
     tokenizer.add_special_tokens({"eos_token": "<|never|>"})  # TRL needs one; this one is not in the vocabulary
     trainer = GRPOTrainer(
         model=world.policy,
         reward_funcs=world.reward_model,
-        args=_config(
-            shape,
-            longest=world.longest_prompt() + shape.tokens,
-            max_tokens=max_tokens,
-            use_vllm=engine == "vllm",
+        args=grpo_config(
+            per_device_train_batch_size=pass_rows,
+            gradient_accumulation_steps=rollouts // pass_rows,
+            num_generations=shape.group_size,
+            max_completion_length=shape.tokens,
             max_steps=total,
             learning_rate=lr,
+            weight_decay=0.01,
+            shuffle_dataset=False,
+            use_vllm=engine == "vllm",
+            vllm_mode="colocate",
+            vllm_max_model_length=longest,
             vllm_importance_sampling_correction=importance_correction,
         ),
         train_dataset=Dataset.from_dict({"prompt": texts * total}),
@@ -81,36 +88,25 @@ def build_trl(
     return trainer, rows
 
 
-def _config(shape: Shape, *, longest: int, max_tokens: int, **settings: Any) -> Any:
+def grpo_config(**settings: Any) -> Any:
+    """GRPO as it is compared with: TRL's defaults in float32 on a CPU, a constant learning rate, nothing saved."""
     from trl import GRPOConfig
 
-    rollouts = shape.prompts * shape.group_size
-    rows = max(
-        rows for rows in range(1, rollouts + 1) if rollouts % rows == 0 and rows * longest <= max(max_tokens, longest)
-    )
     return GRPOConfig(
         output_dir=tempfile.mkdtemp(prefix="tealightning-bench-trl-"),
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=rollouts // rows,
-        num_generations=shape.group_size,
-        max_completion_length=shape.tokens,
         temperature=1.0,
         beta=0.0,
         num_iterations=1,
         lr_scheduler_type="constant",
         optim="adamw_torch",
-        weight_decay=0.01,
         max_grad_norm=1.0,
         bf16=False,
         use_cpu=True,
         gradient_checkpointing=False,
-        shuffle_dataset=False,
         logging_steps=1,
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
-        vllm_mode="colocate",
-        vllm_max_model_length=longest,
         **settings,
     )
 
