@@ -47,7 +47,7 @@ class ScoringPolicy(OptimizedPolicy):
 
         def backward(loss: Tensor) -> None:
             with gradient_sync(model, self.trainer.strategy, wanted=is_sharded(model)):
-                self.manual_backward(loss)
+                loss.backward()  # not `manual_backward`: callbacks see the gradients of training only
 
         def over_ranks(value: float) -> float:
             return float(self.over_ranks({"value": value}, "max")["value"]) if is_sharded(model) else value

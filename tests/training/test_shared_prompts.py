@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import Callback
 from module_fixtures import VOCAB, make_batch, make_rollouts, run_steps, save_tiny_policy, tiny_llama, trained
 from tool_scripts import tool
 from transformers import LlamaForCausalLM
@@ -304,3 +305,15 @@ def test_share_prompts_false_is_the_plain_pass(tmp_path, monkeypatch):
     monkeypatch.setattr("tealightning.training.scoring_policy.can_share_prompts", lambda *args, **kwargs: 1 / 0)
     module = PostTrainingModule(save_tiny_policy(tmp_path), build_estimator("grpo"), share_prompts=False)
     run_steps(module, [make_batch(replace(make_rollouts([[1.0, 2.0]])))])
+
+
+def test_callbacks_see_no_backward_pass_of_the_trial(tmp_path):
+    seen: list[float] = []
+
+    class Watch(Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            seen.append(float(loss))
+
+    module = PostTrainingModule(save_tiny_policy(tmp_path), build_estimator("grpo"))
+    run_steps(module, [make_batch(make_rollouts([[1.0, 2.0]]))], [Watch()])
+    assert len(seen) == 1
